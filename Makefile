@@ -1,0 +1,35 @@
+# make demo   see it work          make test   lint, types, tests
+# The first of either sets everything up in .venv; `make clean` forgets it.
+# Another interpreter: make clean && make test PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := pyproject.toml scripts/setup.sh scripts/install-ffcv.sh
+
+.PHONY: demo test test-slow lint clean
+
+demo: .venv/.ready
+	$(BIN)/kdcache demo
+
+test: lint
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: .venv/.ready-dev
+	$(BIN)/pytest -m "slow and not gpu"
+
+lint: .venv/.ready-dev
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.ready: $(SETUP)
+	PYTHON="$(PYTHON)" scripts/setup.sh plot,digits
+	touch $@
+
+# All that .ready has, and the developers' tools.
+.venv/.ready-dev: $(SETUP)
+	PYTHON="$(PYTHON)" scripts/setup.sh dev
+	touch .venv/.ready $@

@@ -1,0 +1,50 @@
+"""Every error that kdcache raises on purpose, grouped by what the user can do about it.
+
+    KDCacheError
+    ├── UsageError (ValueError)           change the command or the argument
+    ├── DatasetCorrupt                    convert the images again, or mend the disk
+    ├── TapeMismatch                      use the tape, data and spec that belong together
+    ├── TapeIncomplete                    run `kdcache precompute` again
+    ├── TapeCorrupt                       delete the named part and precompute it again
+    ├── NonFinite                         mend the model or the learning rate
+    ├── StorageError (OSError)            free space, or gain the right to write
+    └── MissingDependency (ImportError)   install what is named
+
+A message says what was expected, what was found, where, and what to do, in one line.
+"""
+
+
+class KDCacheError(Exception):
+    """Base of all errors that kdcache raises on purpose."""
+
+
+class UsageError(KDCacheError, ValueError):
+    """An argument is wrong."""
+
+
+class DatasetCorrupt(KDCacheError):
+    """A dataset file is truncated, damaged or foreign."""
+
+
+class TapeMismatch(KDCacheError):
+    """A tape was made from other data, another teacher or another view spec than asked for."""
+
+
+class TapeIncomplete(KDCacheError):
+    """A tape lacks views or shards that were asked for."""
+
+
+class TapeCorrupt(KDCacheError):
+    """A byte of a tape is not what was written."""
+
+
+class NonFinite(KDCacheError):
+    """A model gave NaN or infinity where a number is needed."""
+
+
+class StorageError(KDCacheError, OSError):
+    """The disk or the store refused to write."""
+
+
+class MissingDependency(KDCacheError, ImportError):
+    """An optional package is not installed."""

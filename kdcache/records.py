@@ -1,0 +1,73 @@
+"""What flows between the parts: `Batch`, `Target`, and the seam `TargetSource`.
+
+Shape legend, used as name suffixes everywhere:
+
+    B  rows of a batch          C  classes
+    K  kept classes of a record H, W  height and width in pixels
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one view, in position order.
+
+    images_BCHW     uint8, mixed; on the loader's device, in channels-last memory
+    labels_B        int64, the sample's own class
+    partners_B      int64, the class of its partner (its own where nothing is mixed)
+    weights_B       int16, the partner's weight in 1/256
+    positions_B, samples_B   int64 NumPy arrays
+    """
+
+    view: int
+    positions_B: NDArray[np.int64]
+    samples_B: NDArray[np.int64]
+    images_BCHW: torch.Tensor
+    labels_B: torch.Tensor
+    partners_B: torch.Tensor
+    weights_B: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.positions_B)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target distribution for each row, at any temperature.
+
+    logits_BK    float32, relative to the row's largest, so at most 0
+    classes_BK   int64, the classes of these logits; None when K = C, in class order
+    tail_B3      float32 summary of the C-K classes that are not named: log-sum-exp at T = 1, mean
+                 and variance of their relative logits; None when no mass is left for them
+    num_classes  C
+    """
+
+    logits_BK: torch.Tensor
+    classes_BK: torch.Tensor | None
+    tail_B3: torch.Tensor | None
+    num_classes: int
+
+    def to(self, device: torch.device) -> Target:
+        def move(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x.to(device, non_blocking=True)
+
+        return Target(
+            self.logits_BK.to(device, non_blocking=True),
+            move(self.classes_BK),
+            move(self.tail_B3),
+            self.num_classes,
+        )
+
+
+class TargetSource(Protocol):
+    """Gives the targets of a batch; the training loop does not know which kind it has."""
+
+    def __call__(self, batch: Batch) -> Target: ...

@@ -1,0 +1,139 @@
+"""What a tape holds, in figures and in a picture.
+
+In: a tape (and its data, for the picture). Out: a `Summary`, or a PNG that shows samples, the views
+made of them, and what the teacher said of each view. Needs matplotlib for the picture only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdcache import codec
+from kdcache.errors import MissingDependency
+from kdcache.kernels import reference
+from kdcache.tape import Tape
+
+if TYPE_CHECKING:
+    from kdcache.dataset import Dataset
+
+SUMMARY_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Means over up to 65,536 records of each complete view, at T = 1.
+
+    entropy and its tail are in nats, the tail taken as evenly spread; tail_mass is a share of 1
+    """
+
+    views_complete: int
+    shards: int
+    shards_missing: int
+    stored_bytes: int
+    bytes_per_record: float
+    rows: int
+    entropy: float | None
+    largest_probability: float | None
+    tail_mass: float | None
+
+
+def summarise(tape: Tape) -> Summary:
+    """Completeness, size and the teacher's statistics. Raises TapeCorrupt for a damaged shard."""
+    spec = tape.spec
+    missing = tape.missing()
+    shards = spec.views * tape.shards_per_view
+    complete = sorted(set(range(spec.views)) - {v for v, _ in missing})
+    sums, rows = np.zeros(3), 0
+    for view in complete:
+        stop = min(spec.samples, SUMMARY_ROWS)
+        target = codec.decode(tape.read(view, 0, stop), spec.classes)
+        log_p, log_tail = reference.temper(target.logits_BK, target.tail_B3, spec.classes, 1.0)
+        entropy = -(log_p.exp() * log_p).sum(1)
+        mass = torch.zeros(len(log_p))
+        if log_tail is not None:
+            mass = log_tail.exp()
+            entropy = entropy - mass * (log_tail - float(np.log(spec.classes - spec.top_k)))
+        largest = log_p.amax(1).exp()
+        sums += [float(entropy.sum()), float(largest.sum()), float(mass.sum())]
+        rows += stop
+    stored = tape.stored_bytes()
+    recorded = spec.samples * len(complete)
+    means = sums / rows if rows else [None] * 3
+    return Summary(
+        len(complete), shards, len(missing), stored, stored / max(1, recorded), rows, *means
+    )
+
+
+def draw_views(
+    tape: Tape, dataset: Dataset, out: Path, *, samples: list[int], views: list[int], top: int = 3
+) -> None:
+    """A PNG: a row for each sample, its plain picture, then each view beside the teacher's answer.
+
+    Raises MissingDependency without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependency("pictures need matplotlib: pip install 'kdcache[plot]'") from error
+    from kdcache.loader import Loader
+    from kdcache.spec import evaluation_views
+    from kdcache.views import MIX_UNIT, position
+
+    spec = tape.spec
+    names = dataset.classes
+    figure = Figure(figsize=(1.9 + 4.1 * len(views), 1.75 * len(samples) + 0.5), dpi=130)
+    grid = figure.add_gridspec(
+        len(samples), 1 + 2 * len(views), width_ratios=[1.1] + [1.1, 1.25] * len(views),
+        hspace=0.55, wspace=0.12, left=0.02, right=0.97, top=0.9, bottom=0.04,
+    )  # fmt: skip
+    plain_spec = evaluation_views(spec.view.size_px)
+    with Loader(dataset, plain_spec, 1) as plain, Loader(dataset, spec.view, 2) as loader:
+        for row, sample in enumerate(samples):
+            place = position(plain_spec, 0, len(dataset))[sample]
+            batch = next(plain.batches(0, np.array([place])))
+            axis = figure.add_subplot(grid[row, 0])
+            _show(axis, batch.images_BCHW[0], names[int(batch.labels_B[0])], f"sample {sample}")
+            for column, view in enumerate(views):
+                place = int(position(spec.view, view, len(dataset))[sample])
+                pair = np.arange(place & ~1, min((place | 1) + 1, len(dataset)))
+                batch = next(loader.batches(view, pair if spec.view.mixup else np.array([place])))
+                i = int(np.argmax(batch.samples_B == sample))
+                share = int(batch.weights_B[i]) / MIX_UNIT
+                mixed = f"+ {share:.0%} {names[int(batch.partners_B[i])]}" if share else ""
+                axis = figure.add_subplot(grid[row, 1 + 2 * column])
+                _show(axis, batch.images_BCHW[i], f"view {view}" if row == 0 else "", mixed)
+                target = codec.decode(tape.read(view, place, place + 1), spec.classes)
+                log_p, _ = reference.temper(target.logits_BK, target.tail_B3, spec.classes, 1.0)
+                p, k = log_p[0].exp().topk(min(top, log_p.shape[1]))
+                classes = k if target.classes_BK is None else target.classes_BK[0][k]
+                _bars(
+                    figure.add_subplot(grid[row, 2 + 2 * column]),
+                    p.numpy(),
+                    [names[int(c)] for c in classes],
+                )
+    figure.suptitle("What the student sees, and what the tape says the teacher answered", y=0.985)
+    figure.savefig(out)
+
+
+def _show(axis: Any, image_CHW: torch.Tensor, title: str, caption: str) -> None:
+    axis.imshow(image_CHW.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+    axis.set_title(title, fontsize=9, pad=3)
+    axis.set_xlabel(caption, fontsize=7.5, labelpad=3)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def _bars(axis: Any, p: NDArray[np.float32], names: list[str]) -> None:
+    rows = np.arange(len(p))
+    axis.barh(rows, p, height=0.34, color="#3b6ea5")
+    for y, (value, name) in enumerate(zip(p, names, strict=True)):
+        axis.text(0, y - 0.27, f"{name}  {value:.1%}", fontsize=7.5, va="bottom")
+    axis.set_xlim(0, 1.02)
+    axis.set_ylim(len(p) - 0.6, -0.85)
+    axis.axis("off")

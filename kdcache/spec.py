@@ -1,0 +1,162 @@
+"""Frozen specs: what decides pixels, and what decides a tape.
+
+A spec validates itself when it is built, prints as canonical JSON and hashes to a digest. Only what
+changes the teacher's answers is part of a spec.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from kdcache.errors import UsageError
+
+Crop = Literal["inception", "random", "center"]
+ValueType = Literal["float32", "float16", "uint8"]
+Mode = Literal["labels", "online", "cached"]
+Split = Literal["train", "test"]
+OnError = Literal["fail", "skip"]
+
+VIEW_VERSION = 1
+TAPE_VERSION = 1
+
+# The classic evaluation crop: 224 of 256 px, so (7/8)^2 of the largest square.
+MILD_AREA = (7 / 8) ** 2
+# Up to this side images are small enough that evaluation shows them whole, and that we keep
+# their pixels rather than a JPEG.
+SMALL_PX = 64
+
+
+def canonical_json(value: object) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: object) -> str:
+    """The first 16 hex digits of the SHA-256 of the canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+def _need(ok: bool, field: str, expected: str, found: object) -> None:
+    if not ok:
+        raise UsageError(f"{field} must be {expected}, not {found!r}")
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """Everything that decides the pixels of a view.
+
+    size_px   side of the square view, in pixels
+    crop      "inception": 10 tries for a box with an area of min_area to 1 of the image and an
+              aspect ratio of 3/4 to 4/3 (Szegedy et al. 2015); "random": a square of min_area of
+              the largest square, anywhere; "center": the same square in the middle
+    min_area  the area above, in (0, 1]
+    flip      mirror left to right with probability 1/2
+    mixup     alpha of Beta(alpha, alpha) for pair mixing (Zhang et al. 2018); 0 turns it off
+    seed      64 bits that key every draw
+    """
+
+    size_px: int
+    crop: Crop = "inception"
+    min_area: float = 0.05
+    flip: bool = True
+    mixup: float = 1.0
+    seed: int = 0
+    version: int = VIEW_VERSION
+
+    def __post_init__(self) -> None:
+        _need(1 <= self.size_px <= 4096, "size", "a side of 1 to 4096 px", self.size_px)
+        _need(self.crop in get_args(Crop), "crop", f"one of {', '.join(get_args(Crop))}", self.crop)
+        _need(0 < self.min_area <= 1, "min-area", "in (0, 1]", self.min_area)
+        _need(self.mixup == 0 or 0.05 <= self.mixup <= 100, "mixup", "0 or 0.05 to 100", self.mixup)
+        _need(0 <= self.seed < 1 << 64, "view-seed", "in [0, 2^64)", self.seed)
+        _need(self.version == VIEW_VERSION, "view spec version", str(VIEW_VERSION), self.version)
+
+    @property
+    def digest(self) -> str:
+        return digest(asdict(self))
+
+
+def evaluation_views(size_px: int) -> ViewSpec:
+    """The one plain view that accuracy is measured on: a centre crop, or all of a small image."""
+    area = 1.0 if size_px <= SMALL_PX else MILD_AREA
+    return ViewSpec(size_px, crop="center", min_area=area, flip=False, mixup=0)
+
+
+@dataclass(frozen=True)
+class TapeSpec:
+    """What a tape is: whose answers, to which views, kept how.
+
+    classes   C, the number of classes of the teacher
+    top_k     k <= C classes kept for each record; k = C keeps all logits, without indices
+    dtype     how a kept logit is stored: "float32", "float16", or "uint8"
+    dataset   fingerprint of the samples; teacher: fingerprint of the weights
+    """
+
+    views: int
+    samples: int
+    classes: int
+    top_k: int
+    dtype: ValueType
+    dataset: str
+    teacher: str
+    view: ViewSpec
+    version: int = TAPE_VERSION
+
+    def __post_init__(self) -> None:
+        _need(self.views >= 1, "views", "at least 1", self.views)
+        _need(self.samples >= 1, "samples", "at least 1", self.samples)
+        _need(self.classes >= 2, "classes", "at least 2", self.classes)
+        _need(
+            1 <= self.top_k <= self.classes,
+            "top-k",
+            f"1 to {self.classes}, the number of classes, or 'all'",
+            self.top_k,
+        )
+        _need(
+            self.dtype in get_args(ValueType),
+            "dtype",
+            f"one of {', '.join(get_args(ValueType))}",
+            self.dtype,
+        )
+        if self.version != TAPE_VERSION:
+            raise UsageError(
+                f"this kdcache reads tapes of version {TAPE_VERSION}, the tape has version "
+                f"{self.version}: install the kdcache that made it"
+            )
+
+    @property
+    def dense(self) -> bool:
+        return self.top_k == self.classes
+
+    @property
+    def digest(self) -> str:
+        return digest(asdict(self))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> TapeSpec:
+        return TapeSpec(**{**value, "view": ViewSpec(**value["view"])})
+
+
+def differences(expected: object, found: object) -> list[str]:
+    """The fields in which two specs of one type differ, as "field: expected, found" phrases."""
+    out: list[str] = []
+    for field in fields(expected):  # type: ignore[arg-type]
+        a, b = getattr(expected, field.name), getattr(found, field.name)
+        if isinstance(a, ViewSpec):
+            out += differences(a, b)
+        elif a != b:
+            out.append(f"{field.name}: {_short(a)} here, {_short(b)} there")
+    return out
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:g}"
+    return str(value)

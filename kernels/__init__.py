@@ -1,0 +1,1 @@
+"""Distillation losses. `reference.py` is the definition of each."""
