@@ -1,0 +1,113 @@
+"""Fixtures: small real data, small networks, and a way to run the command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kdcache import cli
+from kdcache.dataset import Dataset, convert, open_dataset
+from kdcache.sources import Source, open_source
+
+TEACHER = "python:tests.conftest:linear_teacher"
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """scikit-learn's digits, training part: 1500 images of 8 px, 10 classes."""
+    return convert(open_source("digits", "train"), tmp_path_factory.mktemp("data") / "d.beton")[0]
+
+
+@pytest.fixture(scope="session")
+def digits_test(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """scikit-learn's digits, test part: 297 images."""
+    return convert(open_source("digits", "test"), tmp_path_factory.mktemp("data") / "t.beton")[0]
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """41 JPEGs (an odd count) of many sizes and shapes, cut from scikit-learn's two photos."""
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(0)
+    images, labels = [], []
+    for i in range(41):
+        photo = load_sample_images().images[i % 2]
+        h, w = rng.integers(70, 300, 2)
+        y, x = rng.integers(0, photo.shape[0] - h), rng.integers(0, photo.shape[1] - w)
+        images.append(np.ascontiguousarray(photo[y : y + h, x : x + w]))
+        labels.append(i % 2)
+    source = Source(("temple", "flower"), images, labels)
+    return convert(source, tmp_path_factory.mktemp("data") / "p.beton")[0]
+
+
+def subset(dataset: Dataset, count: int, out: Path) -> Dataset:
+    """The first `count` digits as a dataset of their own."""
+    whole = open_source("digits", "train")
+    return convert(Source(whole.classes, whole.images[:count], whole.labels[:count]), out)[0]
+
+
+def linear_teacher(num_classes: int) -> nn.Module:
+    """A fixed random linear network: fast, deterministic, moved by every pixel of 8 px views."""
+    torch_state = torch.random.get_rng_state()
+    torch.manual_seed(7)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, num_classes))
+    with torch.no_grad():
+        network[1].weight.mul_(4)
+    torch.random.set_rng_state(torch_state)
+    return network
+
+
+def convolutional_student(num_classes: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+        nn.Linear(8 * 8 * 8, num_classes),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def kdcache(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Result]:
+    """Run the command line in this process: kdcache("eval", "x", "--data", path) -> Result."""
+
+    def run(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["kdcache", *map(str, args)])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capfd.readouterr()
+        return Result(code, out, err)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_it_was() -> object:
+    """Tests may ask for determinism; the next test shall not notice."""
+    threads = torch.get_num_threads()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+__all__ = ["TEACHER", "open_dataset"]
