@@ -16,6 +16,7 @@ try:
     from ffcv.loader import Loader as FFCVLoader
     from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.compiler import Compiler
     from ffcv.pipeline.operation import Operation
     from ffcv.types import (
         ALLOC_TABLE_TYPE,
@@ -39,6 +40,7 @@ __all__ = [
     "IMAGE_MODES",
     "TYPE_ID_HANDLER",
     "AllocationQuery",
+    "Compiler",
     "EpochIterator",
     "FFCVLoader",
     "FieldDescType",

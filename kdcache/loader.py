@@ -28,6 +28,7 @@ from kdcache.dataset import Dataset
 from kdcache.errors import DatasetCorrupt, KDCacheError, UsageError
 from kdcache.ffcv_import import (
     AllocationQuery,
+    Compiler,
     EpochIterator,
     FFCVLoader,
     IntDecoder,
@@ -68,7 +69,6 @@ class Loader:
         self.workers = min(workers or cores, numba.config.NUMBA_NUM_THREADS)
         # FFCV decodes whole pairs, so an odd batch size is served by cutting a double batch.
         self._stride = 2 * batch_size if spec.mixup and batch_size % 2 else batch_size
-        torch_threads = torch.get_num_threads()
         self._ffcv = _TokenLoader(
             str(dataset.path),
             min(self._stride, len(dataset) + len(dataset) % 2),
@@ -79,7 +79,6 @@ class Loader:
             drop_last=False,
             batches_ahead=BATCHES_AHEAD,
         )
-        torch.set_num_threads(torch_threads)  # FFCV sets torch's threads along with its own
         self._passes: set[_Pass] = set()
 
     def __enter__(self) -> Loader:
@@ -98,8 +97,9 @@ class Loader:
     ) -> Iterator[Batch]:
         """Batches of the given positions of a view, in that order; the last may be short.
 
-        With mixing, positions come in whole pairs (2j, 2j + 1); a slice is widened to them and cut
-        back. Raises UsageError for positions outside the view, DatasetCorrupt for a damaged sample.
+        With mixing, positions come in whole pairs (2j, 2j + 1); only the last may lack its partner,
+        which is then decoded but not given out. Raises UsageError for other positions,
+        DatasetCorrupt for a damaged sample.
         """
         samples = len(self.dataset)
         order = views.order(self.spec, view, samples)
@@ -107,51 +107,68 @@ class Loader:
         wanted = np.asarray(wanted, np.int64)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < samples:
             raise UsageError(f"positions must lie in 0 to {samples - 1}")
+        left = len(wanted)
+        weights = np.zeros(left + 1, np.int16)
         if self.spec.mixup:
-            _check_pairs(wanted, samples)
-        if not len(wanted):
+            wanted = _whole_pairs(wanted, samples)
+            weights = views.pair_weights(self.spec, view, wanted, samples)
+        if not left:
             return
         running = _Pass(self._ffcv, views.tokens(view, order[wanted]))
         self._passes.add(running)
         try:
-            start = 0
             for rows, labels in running:
-                part = wanted[start : start + len(rows)]
-                start += len(rows)
-                yield from self._batches_of(view, part, order[part], rows, labels)
+                places, wanted = wanted[: len(rows)], wanted[len(rows) :]
+                shares, weights = weights[: len(rows)], weights[len(rows) :]
+                yield from self._cut(
+                    self._batch(view, places, order[places], shares, rows, labels), left
+                )
+                left -= len(rows)
         finally:
             running.close()
             self._passes.discard(running)
 
-    def _batches_of(
+    def _batch(
         self,
         view: int,
         positions: NDArray[np.int64],
         samples: NDArray[np.int64],
+        weights: NDArray[np.int16],
         rows: NDArray[np.uint8],
         labels: NDArray[np.int64],
-    ) -> Iterator[Batch]:
-        """Check, mix and cut one of FFCV's batches, whose memory will be used again."""
+    ) -> Batch:
+        """Check, mix and copy one of FFCV's batches, whose memory will be used again."""
         images, checksums, status = pixels.split_rows(rows, self.spec.size_px)
         self._check(samples, checksums, status)
-        weights = views.pair_weights(self.spec, view, positions, len(self.dataset))
-        images_BHWC = torch.from_numpy(images).to(self.device)
-        weights_B = torch.from_numpy(weights).to(self.device)
-        labels_B = torch.from_numpy(labels.reshape(-1).copy())
-        partners_B = labels_B.clone()
+        labels = labels.reshape(-1).copy()
+        partners = labels.copy()
         if self.spec.mixup:
-            images_BHWC = views.mix_pairs(images_BHWC, weights_B)
-            paired = len(labels_B) // 2 * 2
-            partners_B[:paired] = labels_B[:paired].view(-1, 2).flip(1).reshape(-1)
-        elif self.device.type == "cpu":
-            images_BHWC = images_BHWC.contiguous().clone()
-        images_BCHW = images_BHWC.permute(0, 3, 1, 2)
-        labels_B, partners_B = labels_B.to(self.device), partners_B.to(self.device)
-        for i in range(0, len(positions), self.batch_size):
-            cut = slice(i, i + self.batch_size)
+            paired = len(labels) // 2 * 2
+            partners[:paired] = labels[:paired].reshape(-1, 2)[:, ::-1].reshape(-1)
+        weights_B = torch.from_numpy(weights).to(self.device)
+        if self.device.type == "cpu":
+            images_BHWC = torch.from_numpy(pixels.mix_rows(images, weights))
+        else:
+            images_BHWC = views.mix_pairs(torch.from_numpy(images).to(self.device), weights_B)
+        return Batch(
+            view,
+            positions,
+            samples,
+            images_BHWC.permute(0, 3, 1, 2),
+            torch.from_numpy(labels).to(self.device),
+            torch.from_numpy(partners).to(self.device),
+            weights_B,
+        )
+
+    def _cut(self, batch: Batch, rows: int) -> Iterator[Batch]:
+        """The first `rows` rows of a batch in pieces of the batch size."""
+        rows = min(rows, len(batch))
+        for start in range(0, rows, self.batch_size):
+            part = slice(start, min(start + self.batch_size, rows))
             yield Batch(
-                view, positions[cut], samples[cut], images_BCHW[cut],
-                labels_B[cut], partners_B[cut], weights_B[cut],
+                batch.view, batch.positions_B[part], batch.samples_B[part],
+                batch.images_BCHW[part], batch.labels_B[part], batch.partners_B[part],
+                batch.weights_B[part],
             )  # fmt: skip
 
     def _check(
@@ -170,15 +187,14 @@ class Loader:
             )
 
 
-def _check_pairs(positions: NDArray[np.int64], samples: int) -> None:
-    """Positions must be (2j, 2j + 1) after (2j, 2j + 1); only an odd view's last stands alone."""
-    paired = len(positions) // 2 * 2
-    even, odd = positions[:paired:2], positions[1:paired:2]
-    whole = (even % 2 == 0).all() and (odd == even + 1).all()
-    if not whole or (len(positions) > paired and positions[-1] != samples - 1 - (samples - 1) % 2):
+def _whole_pairs(positions: NDArray[np.int64], samples: int) -> NDArray[np.int64]:
+    """Positions with the last one's partner added where it is missing, checked to be pairs."""
+    if len(positions) % 2 and positions[-1] ^ 1 < samples:
+        positions = np.append(positions, positions[-1] ^ 1)
+    paired = positions[: len(positions) // 2 * 2]
+    if (paired[::2] % 2).any() or (paired[1::2] != paired[::2] + 1).any():
         raise UsageError("with mixing, positions must be whole pairs (2j, 2j + 1)")
-    if len(positions) > paired and samples % 2 == 0:
-        raise UsageError("with mixing, positions must be whole pairs (2j, 2j + 1)")
+    return positions
 
 
 class _ViewDecoder(ResizedCropRGBImageDecoder):
@@ -202,30 +218,38 @@ class _ViewDecoder(ResizedCropRGBImageDecoder):
         settings = pixels.settings_of(
             self.spec, lanes=self.lanes, scratch_bytes=3 * int(sides.max(initial=1))
         )
-        render = pixels.render_rows
 
-        def decode(tokens, rows, metadata, storage):
-            render(tokens, rows, metadata, storage[0], storage[1], storage[2], settings)
-            return rows[: len(tokens)]
+        def decode(tokens: Any, rows: Any, metadata: Any, storage: Any) -> Any:
+            pixels.render_rows(tokens, rows, metadata, *storage, settings)
+            return rows
 
         return decode
 
 
 class _LabelDecoder(IntDecoder):
     def generate_code(self) -> Any:
-        mask = _SAMPLE_MASK
-
-        def decode(tokens, labels, metadata, storage):
-            for i in range(len(tokens)):
-                sample = tokens[i] & mask
-                labels[i] = metadata[sample] if sample < np.uint64(len(metadata)) else -1
-            return labels[: len(tokens)]
+        def decode(tokens: Any, labels: Any, metadata: Any, storage: Any) -> Any:
+            labels[:, 0] = metadata[tokens & _SAMPLE_MASK]
+            return labels
 
         return decode
 
 
 class _TokenLoader(FFCVLoader):
-    """FFCV's loader with nothing of its own to iterate: passes bring their tokens."""
+    """FFCV's loader with nothing of its own to iterate: passes bring their tokens.
+
+    FFCV would compile each decoder for each loader, for a second; ours call a compiled kernel
+    themselves, so they stay plain Python. It would also set torch's number of threads.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        threads = torch.get_num_threads()
+        Compiler.set_enabled(False)
+        try:
+            super().__init__(*args, **options)
+        finally:
+            Compiler.set_enabled(True)
+            torch.set_num_threads(threads)
 
     def next_traversal_order(self) -> NDArray[np.uint64]:
         return np.zeros(0, np.uint64)

@@ -193,6 +193,32 @@ def render_rows(tokens, rows, metadata, memory, pointers, sizes, settings_1):
             rows[i, pixels:] = trailer.view(np.uint8)
 
 
+@_jit
+def _mix(images, weights, out):
+    for i in range(len(images)):
+        partner = i ^ 1 if weights[i] else i
+        w = np.int16(weights[i])
+        for y in range(images.shape[1]):
+            own, other, row = images[i, y], images[partner, y], out[i, y]
+            for x in range(len(row)):
+                a = np.int16(own[x])
+                row[x] = np.uint8(a + np.int16(w * (np.int16(other[x]) - a) + 127 >> 8))
+
+
+def mix_rows(images: NDArray[np.uint8], weights: NDArray[np.int16]) -> NDArray[np.uint8]:
+    """`views.mix_pairs` of [B, H, W, 3] on the CPU, in one pass that also copies: a new array.
+
+    One thread: the loader's and torch's already share the cores.
+    """
+    out = np.empty(images.shape, np.uint8)
+    batch, height, width, channels = images.shape
+    flat = (batch, height, width * channels)
+    strides = (images.strides[0], images.strides[1], 1)
+    rows = np.lib.stride_tricks.as_strided(images, flat, strides)
+    _mix(rows, weights, out.reshape(flat))
+    return out
+
+
 def row_bytes(spec: ViewSpec) -> int:
     """Bytes of one rendered row: the pixels and the trailer."""
     return spec.size_px**2 * 3 + TRAILER_BYTES

@@ -21,10 +21,17 @@ command -v pkg-config >/dev/null || need pkg-config
 [ -e /usr/include/opencv4/opencv2/imgproc.hpp ] || need libopencv-imgproc-dev
 [ -e /usr/include/turbojpeg.h ] || need libturbojpeg0-dev
 [ -e /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz ] || need dataset-fashion-mnist
-if command -v "$python" >/dev/null; then
+# Zarr 3 needs Python 3.11; where the one at hand is older (Ubuntu 22.04), take or get another.
+older() { ! "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+if "$python" -c '' 2>/dev/null && older "$python"; then
+    for newer in python3.13 python3.12 python3.11; do
+        older "$newer" || break
+    done
+    echo "setup: $python is older than 3.11, taking $newer"
+    python=$newer
+fi
+if "$python" -c '' 2>/dev/null; then
     name=$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        fail "$python is $name and kdcache needs 3.11 or newer; name another: make PYTHON=python3.11"
     # Only Debian's own Python comes in parts.
     if "$python" -c 'import sys; sys.exit(sys.base_prefix != "/usr")'; then
         "$python" -c 'import ensurepip' 2>/dev/null || need "$name-venv"
