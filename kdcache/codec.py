@@ -5,9 +5,9 @@ of them. A record keeps the k largest logits relative to the largest one, their 
 numbers for the tail, from which the target at any temperature T >= 1 follows
 (`kernels/reference.py`, `tail_log_mass`). With k = C it keeps all relative logits in class order.
 
-Error of a kept logit with gap g below the largest: none for float32, g 2^-11 for float16, and for
-uint8 at most sqrt(g) / 31.8 + 0.0008 up to a gap of 64, where it saturates: steps grow with the
-gap, as the probability that they blur shrinks.
+Error of a kept logit with gap g below the largest: none for float32; at most g 2^-11 + 2^-25 for
+float16, which saturates at a gap of 65,504; at most sqrt(g) / 31.8 + 0.0008 for uint8, which
+saturates at 64: its steps grow with the gap, as the probability that they blur shrinks.
 """
 
 from __future__ import annotations
@@ -113,7 +113,10 @@ def decode(records: Records, classes: int) -> Target:
     named = torch.from_numpy(records.classes.astype(np.int64))
     if int(named.max()) >= classes:
         raise TapeCorrupt(f"a record names class {int(named.max())} of {classes}")
-    return Target(logits, named, torch.from_numpy(records.tail.astype(np.float32)), classes)
+    tail = torch.from_numpy(records.tail.astype(np.float32))
+    if not bool(tail.isfinite().all()):
+        raise TapeCorrupt("a record has no tail, so it was never written")
+    return Target(logits, named, tail, classes)
 
 
 def dense_target(logits_BC: torch.Tensor) -> Target:

@@ -12,6 +12,8 @@ Cost: opening reads the tables, not the payloads.
 from __future__ import annotations
 
 import base64
+import ctypes
+import glob
 import hashlib
 import io
 import json
@@ -40,6 +42,7 @@ from kdcache.ffcv_import import (
     IntField,
     RGBImageField,
     get_metadata_type,
+    libffcv,
 )
 from kdcache.sources import Image, Source
 from kdcache.spec import SMALL_PX, OnError, canonical_json
@@ -50,6 +53,8 @@ FIELDS = {"image": RGBImageField(), "label": IntField()}
 METADATA = get_metadata_type(list(FIELDS.values()))
 PAGE_BYTES = 8 << 20
 SIDECAR_VERSION = 1
+
+_libffcv = ctypes.CDLL(libffcv.__file__)
 
 
 @dataclass(frozen=True)
@@ -100,20 +105,28 @@ def convert(
     as JPEG of `quality` above. Raises UsageError for a path that exists or an unreadable image.
     """
     _check_convert(out, max_side_px, quality)
+    _remove_abandoned(out)
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     sidecar_partial = sidecar_path(partial)
     skipped: list[str] = []
 
     def encoded() -> Iterator[tuple[_Payload, int]]:
         def job(i: int) -> _Payload:
-            return _encode(source.images[i], max_side_px, quality)
+            payload = _encode(source.images[i], max_side_px, quality)
+            if len(payload.data) > PAGE_BYTES:
+                raise ValueError(
+                    f"it takes {len(payload.data) / 2**20:.1f} MiB and FFCV holds at most "
+                    f"{PAGE_BYTES >> 20}: use --max-side or a lower --quality"
+                )
+            return payload
 
         for i, future in _ahead(job, len(source.images)):
             progress(i + 1)
             try:
                 yield future.result(), source.labels[i]
             except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-                line = f"{source.name(i)}: {error}"
+                unknown = isinstance(error, PIL.UnidentifiedImageError)
+                line = f"{source.name(i)}: {'Pillow knows no such format' if unknown else error}"
                 if on_error == "fail":
                     raise UsageError(
                         f"cannot read {line}; mend or remove it, or use --on-error skip"
@@ -140,6 +153,14 @@ def convert(
     return open_dataset(out), skipped
 
 
+def _remove_abandoned(out: Path) -> None:
+    """Delete what killed conversions to the same path have left."""
+    for partial in out.parent.glob(f"{glob.escape(out.name)}.partial-*"):
+        owner = partial.name.removesuffix(".json").rpartition("-")[2]
+        if owner.isdecimal() and not Path(f"/proc/{owner}").exists():
+            partial.unlink(missing_ok=True)
+
+
 def sidecar_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
@@ -151,6 +172,8 @@ def open_dataset(path: Path) -> Dataset:
     metadata, table = _read_tables(path)
     try:
         sidecar = json.loads(sidecar_path(path).read_text())
+        if sidecar["version"] != SIDECAR_VERSION:
+            raise ValueError(f"version {sidecar['version']}, expected {SIDECAR_VERSION}")
         classes = tuple(map(str, sidecar["classes"]))
         checksums = np.frombuffer(base64.b64decode(sidecar["checksums"]), np.uint32)
         fingerprint = sidecar["fingerprint"]
@@ -205,11 +228,12 @@ def _encode(image: Image, max_side_px: int | None, quality: int) -> _Payload:
     if isinstance(image, Path):
         original = image.read_bytes()
         with PIL.Image.open(io.BytesIO(original)) as opened:
-            opened.load()
             fits = max_side_px is None or max(opened.size) <= max_side_px
             upright = opened.getexif().get(0x0112, 1) == 1
-            if opened.format == "JPEG" and opened.mode in ("RGB", "L") and fits and upright:
+            plain = opened.format == "JPEG" and opened.mode in ("RGB", "L")
+            if plain and fits and upright and _ffcv_decodes(original, *opened.size):
                 return _Payload(IMAGE_MODES["jpg"], *opened.size, original)
+            opened.load()
             picture = to_rgb(PIL.ImageOps.exif_transpose(opened))
     elif isinstance(image, PIL.Image.Image):
         picture = to_rgb(image)
@@ -222,6 +246,17 @@ def _encode(image: Image, max_side_px: int | None, quality: int) -> _Payload:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=quality)
     return _Payload(IMAGE_MODES["jpg"], *picture.size, buffer.getvalue())
+
+
+def _ffcv_decodes(jpeg: bytes, width: int, height: int) -> bool:
+    """Whether FFCV's decoder has no complaint; it has where Pillow forgives stray bytes."""
+    pixels, u32 = np.empty((height, width, 3), np.uint8), ctypes.c_uint32
+    sides = (u32(height), u32(width))
+    status = _libffcv.imdecode(
+        jpeg, ctypes.c_uint64(len(jpeg)), *sides, ctypes.c_void_p(pixels.ctypes.data),
+        *sides, u32(0), u32(0), u32(1), u32(1), ctypes.c_bool(False), ctypes.c_bool(False),
+    )  # fmt: skip
+    return bool(status == 0)
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -254,11 +289,6 @@ def _write_beton(
     with path.open("wb") as file:
         for payload, label in encoded:
             size = len(payload.data)
-            if size > PAGE_BYTES:
-                raise UsageError(
-                    f"image {n} takes {size >> 20} MiB and FFCV holds at most "
-                    f"{PAGE_BYTES >> 20}: use --max-side or a lower --quality"
-                )
             if end % PAGE_BYTES + size > PAGE_BYTES:
                 end = -(-end // PAGE_BYTES) * PAGE_BYTES
             metadata["f0"][n] = (payload.mode, payload.width, payload.height, end)

@@ -52,19 +52,21 @@ def evaluate(
     device = model.mean.device
     views = evaluation_views(size_px)
     loader = Loader(dataset, views, batch_size, workers=workers, device=device)
-    with torch.inference_mode(), loader:
-        for batch in loader.batches(0):
-            logits = model(batch.images_BCHW).float()
-            found = _sums(logits, batch.labels_B)
-            if teacher is not None:
-                teacher_logits = teacher(batch.images_BCHW).float()
-                found["agreement"] = (logits.argmax(1) == teacher_logits.argmax(1)).sum()
-                found["kl"] = reference.dense_kl(logits, teacher_logits, 1.0).sum()
-            for name, value in found.items():
-                sums[name] = sums[name] + value.double().cpu()
-            rows += len(batch)
-            progress(rows)
-    model.train(training)
+    try:
+        with torch.inference_mode(), loader:
+            for batch in loader.batches(0):
+                logits = model(batch.images_BCHW).float()
+                found = _sums(logits, batch.labels_B)
+                if teacher is not None:
+                    teacher_logits = teacher(batch.images_BCHW).float()
+                    found["agreement"] = (logits.argmax(1) == teacher_logits.argmax(1)).sum()
+                    found["kl"] = reference.dense_kl(logits, teacher_logits, 1.0).sum()
+                for name, value in found.items():
+                    sums[name] = sums[name] + value.double().cpu()
+                rows += len(batch)
+                progress(rows)
+    finally:
+        model.train(training)
     mean = {name: float(total) / rows for name, total in sums.items()}
     return Evaluation(
         rows,

@@ -12,12 +12,14 @@ try:
     import ffcv._libffcv as libffcv
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.basics import IntDecoder
-    from ffcv.fields.rgb_image import IMAGE_MODES, ResizedCropRGBImageDecoder
-    from ffcv.loader import Loader as FFCVLoader
+    from ffcv.fields.rgb_image import IMAGE_MODES
     from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
+    from ffcv.pipeline.graph import Graph
     from ffcv.pipeline.operation import Operation
+    from ffcv.pipeline.pipeline_spec import PipelineSpec
+    from ffcv.reader import Reader
     from ffcv.types import (
         ALLOC_TABLE_TYPE,
         CURRENT_VERSION,
@@ -42,14 +44,15 @@ __all__ = [
     "AllocationQuery",
     "Compiler",
     "EpochIterator",
-    "FFCVLoader",
     "FieldDescType",
+    "Graph",
     "HeaderType",
     "IntDecoder",
     "IntField",
     "Operation",
+    "PipelineSpec",
     "RGBImageField",
-    "ResizedCropRGBImageDecoder",
+    "Reader",
     "get_metadata_type",
     "libffcv",
 ]

@@ -30,10 +30,11 @@ from kdcache.ffcv_import import (
     AllocationQuery,
     Compiler,
     EpochIterator,
-    FFCVLoader,
+    Graph,
     IntDecoder,
     Operation,
-    ResizedCropRGBImageDecoder,
+    PipelineSpec,
+    Reader,
 )
 from kdcache.records import Batch
 from kdcache.rng import SAMPLE_BITS
@@ -69,15 +70,11 @@ class Loader:
         self.workers = min(workers or cores, numba.config.NUMBA_NUM_THREADS)
         # FFCV decodes whole pairs, so an odd batch size is served by cutting a double batch.
         self._stride = 2 * batch_size if spec.mixup and batch_size % 2 else batch_size
-        self._ffcv = _TokenLoader(
-            str(dataset.path),
+        self._ffcv = _Engine(
+            dataset,
             min(self._stride, len(dataset) + len(dataset) % 2),
-            num_workers=self.workers,
-            os_cache=True,
-            seed=0,
-            pipelines={"image": [_ViewDecoder(spec, self.workers)], "label": [_LabelDecoder()]},
-            drop_last=False,
-            batches_ahead=BATCHES_AHEAD,
+            self.workers,
+            {"image": _ViewDecoder(spec, self.workers), "label": _LabelDecoder()},
         )
         self._passes: set[_Pass] = set()
 
@@ -197,13 +194,11 @@ def _whole_pairs(positions: NDArray[np.int64], samples: int) -> NDArray[np.int64
     return positions
 
 
-class _ViewDecoder(ResizedCropRGBImageDecoder):
-    """Image field to rendered rows; a subclass of the field's decoder, or FFCV demotes it."""
-
-    get_crop_generator = None
+class _ViewDecoder(Operation):
+    """Image field to rendered rows."""
 
     def __init__(self, spec: ViewSpec, workers: int) -> None:
-        Operation.__init__(self)
+        super().__init__()
         self.spec = spec
         self.lanes = 2 * workers
 
@@ -235,24 +230,54 @@ class _LabelDecoder(IntDecoder):
         return decode
 
 
-class _TokenLoader(FFCVLoader):
-    """FFCV's loader with nothing of its own to iterate: passes bring their tokens.
+class _Memory:
+    """The mapped file and where its payloads lie, as FFCV's passes ask for them.
 
-    FFCV would compile each decoder for each loader, for a second; ours call a compiled kernel
-    themselves, so they stay plain Python. It would also set torch's number of threads.
+    FFCV's own manager builds tables of Python objects that nobody reads (600 MB for ImageNet), and
+    declares numba's type of byte arrays constant for the whole process, after which numba no
+    longer finds the functions that it compiled for that type.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        threads = torch.get_num_threads()
+    def __init__(self, reader: Reader) -> None:
+        table = np.sort(reader.alloc_table, order="ptr")
+        pointers, sizes = np.ascontiguousarray(table["ptr"]), np.ascontiguousarray(table["size"])
+        self.state = np.memmap(reader.file_name, np.uint8, "r"), pointers, sizes
+
+    def schedule_epoch(self, batches: object) -> _Memory:
+        return self
+
+    def start_batch(self, number: int) -> None: ...
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class _Engine:
+    """What FFCV's passes need of a loader, without the loader.
+
+    FFCV's own would compile each decoder for each loader, for a second, and set torch's number of
+    threads. Ours call a compiled kernel themselves, so they stay plain Python.
+    """
+
+    def __init__(
+        self, dataset: Dataset, batch_size: int, workers: int, decoders: dict[str, Operation]
+    ) -> None:
+        self.reader = Reader(str(dataset.path))
+        self.memory_manager = _Memory(self.reader)
+        self.batch_size = batch_size
+        self.batches_ahead = BATCHES_AHEAD
+        self.num_workers = workers
+        handlers = self.reader.handlers
+        numbers = {name: number for number, name in enumerate(handlers)}
+        specs = {name: PipelineSpec(name, decoders[name], []) for name in handlers}
+        self.graph = Graph(specs, handlers, numbers, self.reader.metadata, None)
         Compiler.set_enabled(False)
         try:
-            super().__init__(*args, **options)
+            _, code = self.graph.collect_requirements()
+            self.code = self.graph.codegen_all(code)
         finally:
             Compiler.set_enabled(True)
-            torch.set_num_threads(threads)
-
-    def next_traversal_order(self) -> NDArray[np.uint64]:
-        return np.zeros(0, np.uint64)
 
 
 class _Pass(EpochIterator):
@@ -263,6 +288,7 @@ class _Pass(EpochIterator):
     """
 
     closed: bool
+    ended = False
 
     def run(self) -> None:
         try:
@@ -285,27 +311,36 @@ class _Pass(EpochIterator):
                 pass
 
     def __next__(self) -> tuple[Any, Any]:
-        while not self.closed:
+        item = None if self.ended else self._take()
+        if isinstance(item, tuple):
+            rows, labels = item
+            return rows, labels
+        self.ended = True
+        self.close()
+        if item is None:
+            raise StopIteration
+        if isinstance(item, KDCacheError):
+            raise item
+        raise KDCacheError(f"FFCV's pipeline failed: {item!r}") from item
+
+    def _take(self) -> tuple[Any, Any] | BaseException | None:
+        """The next batch, None at the end, or the error that ended the thread."""
+        while not self.terminate_event.is_set():
+            running = self.is_alive()
             try:
-                item = self.output_queue.get(timeout=1.0)
+                item: tuple[Any, Any] | BaseException | None = self.output_queue.get(timeout=0.5)
+                return item
             except queue.Empty:
-                if self.is_alive():
-                    continue
-                item = RuntimeError("FFCV's thread ended without a word")
-            if item is None:
-                self.close()
-            elif isinstance(item, BaseException):
-                self.close()
-                raise KDCacheError(f"FFCV's pipeline failed: {item!r}") from item
-            else:
-                rows, labels = item
-                return rows, labels
-        raise StopIteration
+                # The last item may have come between the wait and the end of the thread.
+                if not running:
+                    return RuntimeError("its thread ended without a word")
+        return KDCacheError("the loader was closed while a pass was under way")
 
     def close(self) -> None:
+        """End the thread; a reader that still waits gets an error, not a short pass."""
         self.terminate_event.set()
+        if self.is_alive() and threading.current_thread() is not self:
+            self.join()
         if not self.closed:
             self.closed = True
             self.memory_context.__exit__(None, None, None)
-        if self.is_alive() and threading.current_thread() is not self:
-            self.join()

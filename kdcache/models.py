@@ -23,6 +23,7 @@ from torch import nn
 
 from kdcache import networks
 from kdcache.errors import MissingDependency, UsageError
+from kdcache.spec import ViewSpec
 
 Role = Literal["teacher", "student"]
 Triple = tuple[float, float, float]
@@ -81,8 +82,8 @@ def load(
     """
     kind, _, rest = name.partition(":")
     build: Callable[[], Classifier]
-    if Path(name).is_dir():
-        build = lambda: _from_run(Path(name))  # noqa: E731
+    if name and Path(name).is_dir():
+        build = lambda: _from_run(Path(name), role)  # noqa: E731
     elif kind == "torchvision" and rest:
         build = lambda: _from_torchvision(rest, role, num_classes)  # noqa: E731
     elif kind == "timm" and rest:
@@ -101,7 +102,11 @@ def load(
 
 
 def save_weights(model: Classifier, path: Path) -> None:
-    weights = {k: v.detach().cpu().contiguous() for k, v in model.network.state_dict().items()}
+    # Clones: safetensors refuses tensors that share memory, as tied weights do.
+    weights = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in model.network.state_dict().items()
+    }
     safetensors.torch.save_file(weights, path)
 
 
@@ -109,27 +114,39 @@ def run_record(folder: Path) -> dict[str, Any]:
     """What a finished run says of itself. Raises UsageError for any other folder."""
     try:
         record = json.loads((folder / RUN_FILE).read_text())
-        record["student"], record["classes"], record["view"]["size_px"]
+        for field, kind in (("student", str), ("weights", str), ("classes", int)):
+            if not isinstance(record[field], kind):
+                raise TypeError(f"{field} is {record[field]!r}")
+        ViewSpec(**record["view"])
     except FileNotFoundError:
         raise UsageError(
             f"{folder} is not a finished run: it has no {RUN_FILE}; a model is {FORMS}"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder / RUN_FILE} is damaged: {error!r}") from error
+    if record["classes"] < 1 or Path(record["student"]).is_dir():
+        raise UsageError(f"{folder / RUN_FILE} is damaged: it does not describe a network")
     return dict(record)
 
 
-def _from_run(folder: Path) -> Classifier:
+def _from_run(folder: Path, role: Role) -> Classifier:
+    """The run's network. As a student it keeps the network's name, so that its own run's record
+    does not hang on this folder."""
     record = run_record(folder)
     size_px = record["view"]["size_px"]
     model = load(record["student"], "student", num_classes=record["classes"], size_px=size_px)
-    model.name = str(folder)
     try:
         weights = safetensors.torch.load_file(folder / WEIGHTS_FILE)
         model.network.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as error:
-        line = str(error).splitlines()[0]
-        raise UsageError(f"{folder / WEIGHTS_FILE} is damaged: {line}") from error
+        raise UsageError(f"{folder / WEIGHTS_FILE} is damaged: {_line(error)}") from error
+    if model.fingerprint() != record["weights"]:
+        raise UsageError(
+            f"{folder / WEIGHTS_FILE} is damaged: these weights, with the normalisation of "
+            f"{record['student']}, are not those that {RUN_FILE} names"
+        )
+    if role == "teacher":
+        model.name = str(folder)
     return model
 
 
@@ -156,6 +173,8 @@ def _from_torchvision(name: str, role: Role, num_classes: int) -> Classifier:
             mean, std = IMAGENET_MEAN, IMAGENET_STD
     except ValueError as error:
         raise UsageError(f"unknown model 'torchvision:{name}': see torchvision.models") from error
+    except (TypeError, AttributeError) as error:
+        raise UsageError(f"torchvision:{name} does not classify images: {_line(error)}") from error
     except OSError as error:
         raise UsageError(f"the weights of torchvision:{name} cannot be had: {error}") from error
     return Classifier(network, f"torchvision:{name}", mean, std)
@@ -172,7 +191,7 @@ def _from_timm(name: str, role: Role, num_classes: int) -> Classifier:
         else:
             network = timm.create_model(name, pretrained=False, num_classes=num_classes)
     except (RuntimeError, OSError) as error:
-        raise UsageError(f"timm:{name}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"timm:{name}: {_line(error)}") from error
     config = network.pretrained_cfg
     return Classifier(network, f"timm:{name}", config["mean"], config["std"])
 
@@ -185,20 +204,31 @@ def _from_factory(path: str, num_classes: int) -> Classifier:
     module_name, _, attribute = path.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise UsageError(
             f"unknown model 'python:{path}': {error}; expected python:package.module:factory"
         ) from error
-    network = factory(num_classes=num_classes)
+    try:
+        network = factory(num_classes=num_classes)
+    except (TypeError, ValueError, RuntimeError, OSError, LookupError, AttributeError) as error:
+        raise UsageError(f"python:{path} failed: {type(error).__name__}: {_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise UsageError(f"python:{path} gave a {type(network).__name__}, not an nn.Module")
     mean, std = getattr(network, "mean", IMAGENET_MEAN), getattr(network, "std", IMAGENET_STD)
-    return Classifier(network, f"python:{path}", _triple(mean), _triple(std))
+    try:
+        return Classifier(network, f"python:{path}", _triple(mean), _triple(std))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"python:{path}: mean and std must be three numbers each") from error
 
 
 def _triple(value: Any) -> Triple:
     r, g, b = np.asarray(value, float).reshape(-1)
     return float(r), float(g), float(b)
+
+
+def _line(error: Exception) -> str:
+    """The first line of a message of somebody else's."""
+    return (str(error).splitlines() or [""])[0]
 
 
 def _check_output(
@@ -210,9 +240,10 @@ def _check_output(
         with torch.inference_mode():
             probe = torch.zeros(1, 3, size_px, size_px, dtype=torch.uint8, device=device)
             logits = model(probe.contiguous(memory_format=torch.channels_last))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        line = str(error).splitlines()[0]
-        raise UsageError(f"{model.name} cannot take views of {size_px} px: {line}") from error
+    except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:
+        raise UsageError(
+            f"{model.name} cannot take views of {size_px} px: {_line(error)}"
+        ) from error
     finally:
         model.train(training)
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:

@@ -134,13 +134,21 @@ def crop_box_one(settings, view, sample, height, width):
 
 @_jit
 def _mirror(image):
-    height, width, channels = image.shape
-    for y in range(height):
-        for x in range(width // 2):
-            for c in range(channels):
-                a = image[y, x, c]
-                image[y, x, c] = image[y, width - 1 - x, c]
-                image[y, width - 1 - x, c] = a
+    for y in range(image.shape[0]):
+        row = image[y].reshape(-1)
+        i, j = 0, len(row) - 3
+        while i < j:
+            r, g, b = row[i], row[i + 1], row[i + 2]
+            row[i], row[i + 1], row[i + 2] = row[j], row[j + 1], row[j + 2]
+            row[j], row[j + 1], row[j + 2] = r, g, b
+            i, j = i + 3, j - 3
+
+
+@_jit
+def _put(four_bytes, value):
+    """A 32-bit number, little-endian."""
+    for i in range(4):
+        four_bytes[i] = np.uint8((np.uint32(value) >> np.uint32(8 * i)) & np.uint32(255))
 
 
 @_jit
@@ -155,7 +163,7 @@ def _render(token, image, trailer, scratch, metadata, memory, pointers, sizes, s
     if k >= len(pointers) or pointers[k] != start or start + sizes[k] > np.uint64(len(memory)):
         return BAD_POINTER
     payload = memory[start : start + sizes[k]]
-    trailer[0] = np.uint32(_crc32(np.uint64(0), payload.ctypes.data, np.uint32(len(payload))))
+    _put(trailer[:4], _crc32(np.uint64(0), payload.ctypes.data, np.uint32(len(payload))))
     source = payload.ctypes.data
     if entry["mode"] == JPEG_MODE:
         if 3 * height * width > len(scratch):
@@ -187,16 +195,19 @@ def render_rows(tokens, rows, metadata, memory, pointers, sizes, settings_1):
         first = np.int64(lane)
         for i in range(first, len(tokens), lanes):
             image = rows[i, :pixels].reshape(size, size, 3)
-            trailer = np.zeros(2, np.uint32)
-            trailer[1] = _render(tokens[i], image, trailer, scratch[first], metadata, memory,
-                                 pointers, sizes, settings_1[0])  # fmt: skip
-            rows[i, pixels:] = trailer.view(np.uint8)
+            trailer = rows[i, pixels:]
+            trailer[:] = 0
+            status = _render(tokens[i], image, trailer, scratch[first], metadata, memory,
+                             pointers, sizes, settings_1[0])  # fmt: skip
+            _put(trailer[4:], status)
 
 
 @_jit
 def _mix(images, weights, out):
     for i in range(len(images)):
-        partner = i ^ 1 if weights[i] else i
+        partner = i ^ 1
+        if weights[i] == 0 or partner >= len(images):
+            partner = i
         w = np.int16(weights[i])
         for y in range(images.shape[1]):
             own, other, row = images[i, y], images[partner, y], out[i, y]
@@ -232,7 +243,7 @@ def split_rows(
     images = np.lib.stride_tricks.as_strided(
         rows, (len(rows), size, size, 3), (rows.strides[0], size * 3, 3, 1)
     )
-    trailer = rows[:, pixels:].copy().view(np.uint32)
+    trailer = rows[:, pixels:].copy().view("<u4")
     return images, trailer[:, 0], trailer[:, 1]
 
 

@@ -70,7 +70,8 @@ def _class_folders(folder: Path, split: Split) -> Source:
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file; SOURCE is a folder with one folder for each class")
     present = {d.name for d in folder.iterdir() if d.is_dir()}
-    if present & {"train"} and present & {"test", "val"}:
+    # Splits rather than classes: a class may be called train, but not the only one.
+    if "train" in present and (present & {"test", "val"} or len(present) == 1):
         inner = [d for d in SPLIT_FOLDERS[split] if d in present]
         if not inner:
             raise UsageError(f"{folder} has no folder for the {split} split")
@@ -145,14 +146,37 @@ def _torchvision(name: str, split: Split) -> Source:
     if "download" in known:
         options["download"] = True
     try:
-        data: Any = kind(**options)
+        images = _Lazy(kind(**options))
+        labels = images.labels()
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UsageError(
+            f"torchvision's {name} does not give one image and one class for a name and a split: "
+            f"{error}"
+        ) from error
     except (OSError, RuntimeError) as error:
         raise StorageError(f"torchvision could not provide {name}: {error}") from error
-    classes = getattr(data, "classes", None)
-    pairs = [data[i] for i in range(len(data))]
-    labels = [int(y) for _, y in pairs]
-    names = tuple(map(str, classes or range(max(labels) + 1)))
-    return Source(names, [x for x, _ in pairs], labels)
+    classes = getattr(images.data, "classes", None) or range(max(labels) + 1)
+    return Source(tuple(map(str, classes)), images, labels)
+
+
+class _Lazy(Sequence[Image]):
+    """The images of a torchvision data set, each decoded when it is asked for."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.data[i][0]
+
+    def labels(self) -> list[int]:
+        """Its `targets` where it has one for each image; else each image is decoded for it."""
+        listed = getattr(self.data, "targets", None)
+        if listed is None or len(listed) != len(self):
+            listed = [self.data[i][1] for i in range(len(self))]
+        return [int(y) for y in listed]
 
 
 def _cache_folder() -> Path:

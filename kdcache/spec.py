@@ -23,6 +23,9 @@ OnError = Literal["fail", "skip"]
 VIEW_VERSION = 1
 TAPE_VERSION = 1
 
+# A view and a sample share 64 bits; `rng.py` gives a view 24 of them.
+MAX_VIEWS = 1 << 24
+
 # The classic evaluation crop: 224 of 256 px, so (7/8)^2 of the largest square.
 MILD_AREA = (7 / 8) ** 2
 # Up to this side images are small enough that evaluation shows them whole, and that we keep
@@ -77,7 +80,11 @@ class ViewSpec:
 
     @property
     def digest(self) -> str:
-        return digest(asdict(self))
+        return digest(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        # 1 and 1.0 are equal here and two texts in JSON; equal specs have one digest.
+        return {**asdict(self), "min_area": float(self.min_area), "mixup": float(self.mixup)}
 
 
 def evaluation_views(size_px: int) -> ViewSpec:
@@ -107,7 +114,7 @@ class TapeSpec:
     version: int = TAPE_VERSION
 
     def __post_init__(self) -> None:
-        _need(self.views >= 1, "views", "at least 1", self.views)
+        _need(1 <= self.views <= MAX_VIEWS, "views", f"1 to {MAX_VIEWS}", self.views)
         _need(self.samples >= 1, "samples", "at least 1", self.samples)
         _need(self.classes >= 2, "classes", "at least 2", self.classes)
         _need(
@@ -134,10 +141,10 @@ class TapeSpec:
 
     @property
     def digest(self) -> str:
-        return digest(asdict(self))
+        return digest(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "view": self.view.to_json()}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> TapeSpec:

@@ -94,11 +94,10 @@ class Tape:
             if spec.digest != manifest["digest"]:
                 raise ValueError("its digest is not that of its spec")
             info = dict(manifest["info"])
-            for name in _array_names(spec):
-                group[name]
+            _check_arrays(group, spec)
         except UsageError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             line = f"the manifest of {path} is damaged ({error}): make the tape anew"
             raise TapeCorrupt(line) from error
         return Tape(path, spec, info, group)
@@ -122,10 +121,9 @@ class Tape:
         return start, min(start + self.layout.shard_rows, self.spec.samples)
 
     def has(self, view: int, shard: int) -> bool:
-        """Whether all objects of a shard are in the store."""
-        return all(
-            (self.path / name / f"c/{view}/{shard}/0").is_file() for name in _array_names(self.spec)
-        )
+        """Whether all objects of a shard are in the store. An empty one is what a crash left."""
+        files = [self.path / name / f"c/{view}/{shard}/0" for name in _array_names(self.spec)]
+        return all(file.is_file() and file.stat().st_size > 0 for file in files)
 
     def missing(self) -> list[tuple[int, int]]:
         """The (view, shard) pairs that are not on the tape yet, in order."""
@@ -151,6 +149,8 @@ class Tape:
         start, stop = self.shard_range(shard)
         assert len(records) == stop - start
         arrays = {"logits": records.logits, "classes": records.classes, "tail": records.tail}
+        # Zarr would read what is there to merge it, and fail where that is damaged.
+        self._discard(view, shard)
         try:
             for name in _array_names(self.spec):
                 self._array(name)[view, start:stop] = arrays[name]
@@ -173,7 +173,9 @@ class Tape:
         try:
             names = _array_names(self.spec)
             found = {name: np.asarray(self._array(name)[view, start:stop]) for name in names}
-        except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+        except (
+            ValueError, RuntimeError, OSError, KeyError, TypeError, ArithmeticError
+        ) as error:  # fmt: skip
             raise TapeCorrupt(
                 f"{self.path}: view {view}, positions {start} to {stop - 1}: a shard is damaged "
                 f"({error}); delete {self.path / 'logits' / 'c' / str(view)} and precompute again"
@@ -198,20 +200,38 @@ def _array_names(spec: TapeSpec) -> tuple[str, ...]:
     return ("logits",) if spec.dense else ("logits", "classes", "tail")
 
 
+def _columns(spec: TapeSpec) -> dict[str, tuple[int, np.dtype[Any]]]:
+    """Width and type of each array."""
+    columns = {
+        "logits": (spec.top_k, np.dtype(spec.dtype)),
+        "classes": (spec.top_k, codec.class_dtype(spec.classes)),
+        "tail": (3, codec.tail_dtype(spec.dtype)),
+    }
+    return {name: columns[name] for name in _array_names(spec)}
+
+
+def _check_arrays(group: zarr.Group, spec: TapeSpec) -> None:
+    """Raise ValueError unless each array is what `_create_arrays` makes: zarr has no checksum for
+    its metadata, and reads past the end of a shape are short without a word."""
+    layout = Layout.of(spec)
+    for name, (width, dtype) in _columns(spec).items():
+        array = group[name]
+        if not isinstance(array, zarr.Array):
+            raise ValueError(f"{name} is not an array")
+        found = array.shape, array.dtype, array.chunks, array.shards
+        shape = (spec.views, spec.samples, width)
+        if found != (shape, dtype, (1, layout.chunk_rows, width), (1, layout.shard_rows, width)):
+            raise ValueError(f"{name} has another shape, type or layout than its spec")
+
+
 def _create_arrays(path: Path, spec: TapeSpec, info: dict[str, Any]) -> None:
     """Write the tape's metadata beside the path and rename it, so that a tape is there or not."""
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     layout = Layout.of(spec)
-    shapes = {
-        "logits": (spec.top_k, np.dtype(spec.dtype)),
-        "classes": (spec.top_k, codec.class_dtype(spec.classes)),
-        "tail": (3, codec.tail_dtype(spec.dtype)),
-    }
     group = zarr.create_group(partial)
     group.attrs[KEY] = {"spec": spec.to_json(), "digest": spec.digest, "info": info}
-    for name in _array_names(spec):
-        width, dtype = shapes[name]
+    for name, (width, dtype) in _columns(spec).items():
         group.create_array(
             name,
             shape=(spec.views, spec.samples, width),

@@ -11,6 +11,7 @@ linear in the number of indices given.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -18,8 +19,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv
 
-from kdcache.rng import SAMPLE_BITS, U64, VIEW_BITS, Purpose, below, draw
-from kdcache.spec import ViewSpec
+from kdcache.errors import UsageError
+from kdcache.rng import SAMPLE_BITS, U64, Purpose, below, draw
+from kdcache.spec import MAX_VIEWS, ViewSpec
 
 I64 = NDArray[np.int64]
 
@@ -30,6 +32,7 @@ MIX_UNIT = 256  # a mixing weight of 256 would be all of the partner; ours go up
 
 def order(spec: ViewSpec, view: int, samples: int) -> I64:
     """The sample at each position of a view: a permutation of range(samples)."""
+    _check_view(view)
     high, low, _, _ = draw(spec.seed, view, np.arange(samples), Purpose.ORDER)
     return np.argsort((high << np.uint64(32)) | low, kind="stable").astype(np.int64)
 
@@ -43,9 +46,13 @@ def position(spec: ViewSpec, view: int, samples: int) -> I64:
 
 def tokens(view: int, samples: ArrayLike) -> NDArray[np.uint64]:
     """What travels through FFCV in the place of a sample's index: view << 40 | sample."""
-    if not 0 <= view < 1 << VIEW_BITS:
-        raise ValueError(f"a view is in [0, 2^{VIEW_BITS}), not {view}")
+    _check_view(view)
     return np.ascontiguousarray(np.uint64(view << SAMPLE_BITS) | np.asarray(samples, np.uint64))
+
+
+def _check_view(view: int) -> None:
+    if not 0 <= view < MAX_VIEWS:
+        raise UsageError(f"a view must be 0 to {MAX_VIEWS - 1}, not {view}")
 
 
 @lru_cache(maxsize=1)
@@ -143,7 +150,8 @@ def mix_pairs(images: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     is the same to the bit on every device. A last odd row stays as it is. Returns a new tensor.
     """
     paired = len(images) // 2 * 2
-    x = images[:paired].reshape(paired // 2, 2, -1).to(torch.int16)
+    # The size is spelled out: for a single row there is no pair to infer it from.
+    x = images[:paired].reshape(paired // 2, 2, math.prod(images.shape[1:])).to(torch.int16)
     w = weights[:paired].reshape(paired // 2, 2, 1)
     mixed = x.flip(1).sub_(x).mul_(w).add_(127).bitwise_right_shift_(8).add_(x)
     out = torch.empty_like(images, memory_format=torch.contiguous_format)

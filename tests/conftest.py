@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache import cli
+from kdcache import cli, codec
 from kdcache.dataset import Dataset, convert, open_dataset
 from kdcache.sources import Source, open_source
+from kdcache.spec import TapeSpec, ValueType, ViewSpec
+from kdcache.tape import Tape
 
 TEACHER = "python:tests.conftest:linear_teacher"
 
@@ -71,6 +73,26 @@ def convolutional_student(num_classes: int) -> nn.Module:
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
         nn.Linear(8 * 8 * 8, num_classes),
     )  # fmt: skip
+
+
+def synthetic_tape(
+    out: Path,
+    logits_VNC: torch.Tensor,
+    *,
+    top_k: int,
+    dtype: ValueType = "float32",
+    view: ViewSpec = ViewSpec(8),  # noqa: B008
+    dataset: str = "0123456789abcdef",
+    teacher: str = "fedcba9876543210",
+) -> Tape:
+    """A whole tape of given logits [views, samples, classes], without data or teacher."""
+    views, samples, classes = logits_VNC.shape
+    spec = TapeSpec(views, samples, classes, top_k, dtype, dataset, teacher, view)
+    tape = Tape.create(out, spec, {"teacher": "synthetic"})
+    for v, shard in tape.missing():
+        rows = logits_VNC[v, slice(*tape.shard_range(shard))]
+        tape.write(v, shard, codec.encode(rows, top_k, dtype))
+    return tape
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,241 @@
+"""Where images come from: folders, and data sets with names."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torchvision.datasets as tvd
+
+from kdcache import sources
+from kdcache.errors import StorageError, UsageError
+from kdcache.sources import DEBIAN_FASHION_MNIST, FASHION_CLASSES, open_source
+
+
+def put(path: Path, value: int = 0) -> Path:
+    """A small grey image at `path`, folders included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.new("L", (4, 3), value).save(path)
+    return path
+
+
+# --- class folders
+
+
+def test_class_folders_give_classes_and_files_in_sorted_order(tmp_path: Path) -> None:
+    b2, b1 = put(tmp_path / "bees" / "2.png"), put(tmp_path / "bees" / "1.jpg")
+    a1 = put(tmp_path / "ants" / "z.png")
+    source = open_source(str(tmp_path), "train")
+    assert source.classes == ("ants", "bees")
+    assert source.images == [a1, b1, b2]
+    assert source.labels == [0, 1, 1]
+    assert source.name(2) == str(b2)
+
+
+def test_images_may_lie_deeper_and_other_files_are_left_out(tmp_path: Path) -> None:
+    deep = put(tmp_path / "ants" / "2024" / "june" / "x.PNG")
+    top = put(tmp_path / "ants" / "y.jpeg")
+    (tmp_path / "ants" / "notes.txt").write_text("no image")
+    (tmp_path / "README.md").write_text("no class")
+    assert open_source(str(tmp_path), "train").images == [deep, top]
+
+
+def test_symbolic_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
+    put(tmp_path / "store" / "ants" / "1.png")
+    folder = tmp_path / "classes"
+    folder.mkdir()
+    (folder / "ants").symlink_to(tmp_path / "store" / "ants")
+    assert open_source(str(folder), "train").images == [folder / "ants" / "1.png"]
+
+
+@pytest.mark.parametrize("test_folder", ["test", "val"])
+def test_split_folders_are_recognised(tmp_path: Path, test_folder: str) -> None:
+    train = put(tmp_path / "train" / "ants" / "1.png")
+    test = put(tmp_path / test_folder / "ants" / "2.png")
+    assert open_source(str(tmp_path), "train").images == [train]
+    assert open_source(str(tmp_path), "test").images == [test]
+    assert open_source(str(tmp_path), "test").classes == ("ants",)
+
+
+def test_the_test_folder_goes_before_the_val_folder(tmp_path: Path) -> None:
+    for name in ("train", "val", "test"):
+        put(tmp_path / name / "ants" / "1.png")
+    assert open_source(str(tmp_path), "test").images == [tmp_path / "test" / "ants" / "1.png"]
+
+
+def test_a_train_folder_alone_is_a_split_not_a_class(tmp_path: Path) -> None:
+    image = put(tmp_path / "train" / "ants" / "1.png")
+    source = open_source(str(tmp_path), "train")
+    assert (source.classes, source.images) == (("ants",), [image])
+    with pytest.raises(UsageError, match="no folder for the test split"):
+        open_source(str(tmp_path), "test")
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    for name in ("bus", "car", "train"):
+        put(tmp_path / name / "1.png")
+    assert open_source(str(tmp_path), "train").classes == ("bus", "car", "train")
+
+
+def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:
+    put(tmp_path / "ants" / "1.png")
+    (tmp_path / "bees").mkdir()
+    with pytest.raises(UsageError, match=r"class folder .*bees holds no image"):
+        open_source(str(tmp_path), "train")
+
+
+def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "1.png")
+    with pytest.raises(UsageError, match="has no class folders with images"):
+        open_source(str(tmp_path), "train")
+
+
+def test_a_missing_folder_is_refused_and_the_choices_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no such folder: .*nowhere; SOURCE is .*'digits'"):
+        open_source(str(tmp_path / "nowhere"), "train")
+
+
+def test_a_file_is_no_source(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is a file; SOURCE is a folder"):
+        open_source(str(put(tmp_path / "x.png")), "train")
+
+
+# --- data sets with names
+
+
+def test_digits_are_split_1500_to_297() -> None:
+    train, test = open_source("digits", "train"), open_source("digits", "test")
+    assert (len(train.images), len(train.labels)) == (1500, 1500)
+    assert (len(test.images), len(test.labels)) == (297, 297)
+    assert train.classes == test.classes == tuple("0123456789")
+    first = train.images[0]
+    assert isinstance(first, np.ndarray)
+    assert (first.shape, first.dtype, train.labels[0]) == ((8, 8), np.uint8, 0)
+    assert max(int(np.asarray(x).max()) for x in train.images) == 255
+    assert train.name(3) == "image 3"
+
+
+@pytest.mark.skipif(
+    not (DEBIAN_FASHION_MNIST / "t10k-images-idx3-ubyte.gz").exists(),
+    reason="the Debian package dataset-fashion-mnist is not installed",
+)
+def test_fashion_mnist_comes_from_the_debian_package() -> None:
+    source = open_source("fashion-mnist", "test")
+    assert source.classes == FASHION_CLASSES
+    assert len(source.images) == 10_000
+    assert np.bincount(source.labels).tolist() == [1000] * 10
+    assert source.labels[:3] == [9, 2, 1]
+    assert source.classes[source.labels[0]] == "Ankle boot"
+    first = source.images[0]
+    assert isinstance(first, np.ndarray)
+    assert (first.shape, first.dtype) == ((28, 28), np.uint8)
+
+
+def idx(array: np.ndarray) -> bytes:
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    return gzip.compress(header + array.tobytes())
+
+
+def test_idx_files_are_read_by_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path)
+    images = np.arange(2 * 3 * 5, dtype=np.uint8).reshape(2, 3, 5)
+    for stem, labels in (("train", [7, 1]), ("t10k", [0, 9])):
+        (tmp_path / f"{stem}-images-idx3-ubyte.gz").write_bytes(idx(images))
+        (tmp_path / f"{stem}-labels-idx1-ubyte.gz").write_bytes(idx(np.array(labels, np.uint8)))
+    assert open_source("fashion-mnist", "train").labels == [7, 1]
+    source = open_source("fashion-mnist", "test")
+    assert source.labels == [0, 9]
+    assert (np.stack([np.asarray(x) for x in source.images]) == images).all()
+
+
+def test_fashion_mnist_without_package_or_network_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path)
+    monkeypatch.setattr(tvd.FashionMNIST, "__init__", offline)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(UsageError, match=r"apt-get install dataset-fashion-mnist.*no route"):
+        open_source("fashion-mnist", "train")
+
+
+# --- torchvision
+
+
+class Tiny(tvd.VisionDataset):
+    """Two images for training and one for testing, in torchvision's manner."""
+
+    classes = ("left", "right")
+
+    def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+        super().__init__(root)
+        self.values = [10, 20] if train else [30]
+        assert download
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, i: int) -> tuple[PIL.Image.Image, int]:
+        return PIL.Image.new("RGB", (4, 4), (self.values[i],) * 3), 1 - i
+
+
+class BySplit(Tiny):
+    def __init__(self, root: str, split: str = "train", download: bool = False) -> None:
+        super().__init__(root, split == "train", download)
+
+
+@pytest.fixture
+def torchvision_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str, type[Any]], None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def add(name: str, kind: type[Any]) -> None:
+        monkeypatch.setattr(tvd, name, kind, raising=False)
+
+    return add
+
+
+@pytest.mark.parametrize("kind", [Tiny, BySplit])
+def test_torchvision_data_sets_are_found_by_name(
+    kind: type[Any], torchvision_has: Callable[[str, type[Any]], None]
+) -> None:
+    torchvision_has("Tiny", kind)
+    train, test = open_source("torchvision:Tiny", "train"), open_source("torchvision:Tiny", "test")
+    assert train.classes == ("left", "right")
+    assert (train.labels, test.labels) == ([1, 0], [1])
+    assert [np.asarray(x).max() for x in (*train.images, *test.images)] == [10, 20, 30]
+
+
+@pytest.mark.parametrize("name", ["NoSuchThing", "", "mnist", "os", "wrap_dataset_for_transforms"])
+def test_an_unknown_torchvision_name_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="torchvision has no data set"):
+        open_source(f"torchvision:{name}", "train")
+
+
+@pytest.mark.parametrize("name", ["CocoDetection", "FakeData", "VisionDataset"])
+def test_a_torchvision_data_set_that_needs_more_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(UsageError, match=f"torchvision's {name} "):
+        open_source(f"torchvision:{name}", "train")
+
+
+def test_a_failed_download_names_the_data_set(
+    torchvision_has: Callable[[str, type[Any]], None],
+) -> None:
+    class Broken(Tiny):
+        def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+            raise RuntimeError("checksum of the archive is wrong")
+
+    torchvision_has("Broken", Broken)
+    with pytest.raises(StorageError, match=r"could not provide Broken: checksum"):
+        open_source("torchvision:Broken", "train")
