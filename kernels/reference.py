@@ -60,13 +60,16 @@ def sparse_kl(
     left = student_BC.shape[1] - classes_BK.shape[1]
     if log_tail_B is not None and left > 0 and tail in ("bucket", "uniform"):
         log_r = log_tail_B.to(log_q_BC.dtype)
+        # A row whose tail has no mass must not see the student's, which may be impossible there.
+        empty_B = log_r.exp() == 0
         if tail == "bucket":
-            rest = log_q_BC.scatter(1, classes_BK, -torch.inf)
+            rest = log_q_BC.scatter(1, classes_BK, -torch.inf).masked_fill(empty_B[:, None], 0)
             loss = loss + _cross(log_r, rest.logsumexp(1))
         else:
             log_u = log_r - math.log(left)
             rest_sum = log_q_BC.sum(1) - log_q.sum(1)
-            loss = loss + log_r.exp() * log_u - log_u.exp() * rest_sum
+            spread = log_r.exp() * log_u - log_u.exp() * rest_sum
+            loss = loss + spread.masked_fill(empty_B, 0)
     return temperature**2 * loss
 
 
@@ -84,12 +87,16 @@ def tail_log_mass(tail_B3: torch.Tensor, left: int, inverse_temperature: float) 
 
     K(b) = log sum exp(b t) has K(0) = log(left), K'(0) = mean, K''(0) = variance; `tail_B3` holds
     K(1), mean and variance. The cubic through these four facts: exact at b = 1 and as b goes to 0.
+    A wide tail bends more than a cubic does, so the value is kept where any K must lie: above its
+    tangent at 0 and b K(1), below the chord from 0 to 1.
     """
     at_one, mean, variance = tail_B3.unbind(1)
     b = inverse_temperature
     start = math.log(left)
     cubic = at_one - start - mean - variance / 2
-    return start + b * (mean + b * (variance / 2 + b * cubic))
+    value = start + b * (mean + b * (variance / 2 + b * cubic))
+    lowest = torch.maximum(start + b * mean, b * at_one)
+    return torch.minimum(torch.maximum(value, lowest), start + b * (at_one - start))
 
 
 def temper(

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 import typer.models
 
+import benchmarks.page
 from kdcache.cli import app
 from kdcache.dataset import Dataset
 from kdcache.models import load
@@ -63,6 +64,10 @@ def _row(parameter: inspect.Parameter, kind: Any, info: Any) -> str:
 
 def test_the_page_of_the_command_line_is_current() -> None:
     assert CLI_PAGE.read_text() == cli_page(), "write it anew: python -m tests.test_docs"
+
+
+def test_the_page_of_the_benchmarks_is_current() -> None:
+    assert benchmarks.page.PAGE.read_text() == benchmarks.page.page(), "python -m benchmarks.page"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

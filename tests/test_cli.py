@@ -1,0 +1,327 @@
+"""Every command end to end on small data, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+import kdcache as package
+from kdcache.cli import app
+from kdcache.dataset import Dataset
+from kdcache.tape import Tape
+from tests.conftest import TEACHER, Result, synthetic_tape
+
+ROOT = Path(__file__).parents[1]
+STUDENT = "python:tests.conftest:convolutional_student"
+Run = Callable[..., Result]
+
+VIEW = ["--view-seed", "--size", "--crop", "--min-area", "--flip", "--no-flip", "--mixup"]
+MACHINE = ["--batch-size", "--workers", "--device"]
+OPTIONS = {
+    "convert": ["--split", "--max-side", "--quality", "--on-error", "--json"],
+    "precompute": [
+        "--data", "--teacher", "--out", "--views", "--top-k", "--dtype", *VIEW, *MACHINE, "--json",
+    ],
+    "train": [
+        "--mode", "--data", "--student", "--out", "--cache", "--teacher", "--val", "--epochs",
+        "--lr", "--weight-decay", "--warmup", "--temperature", "--seed", "--deterministic",
+        "--views", *VIEW, *MACHINE, "--json",
+    ],
+    "eval": ["--data", "--teacher", "--size", *MACHINE, "--json"],
+    "inspect": ["--json"],
+    "demo": ["--out", "--epochs"],
+}  # fmt: skip
+
+
+# --- the surface -----------------------------------------------------------------------------
+
+
+def test_the_commands_and_their_options_are_these() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    found = {
+        name: {o for p in command.params for o in (*p.opts, *p.secondary_opts) if o[0] == "-"}
+        for name, command in commands.items()
+    }
+    assert found == {name: set(options) for name, options in OPTIONS.items()}
+
+
+def test_help_names_every_command(kdcache: Run) -> None:
+    result = kdcache("--help")
+    assert result.code == 0
+    assert all(f"\n  {name} " in result.out for name in OPTIONS)
+    nothing = kdcache()
+    assert nothing.out + nothing.err == result.out
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_of_a_command_lists_its_options(kdcache: Run, command: str) -> None:
+    result = kdcache(command, "--help")
+    assert (result.code, result.err) == (0, "")
+    assert f" {command} " in result.out.splitlines()[0]
+    assert all(option in result.out for option in OPTIONS[command])
+
+
+def test_version(kdcache: Run) -> None:
+    assert kdcache("--version") == Result(0, f"{package.__version__}\n", "")
+
+
+def test_python_m_kdcache() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kdcache", "--version"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout) == (0, f"{package.__version__}\n")
+
+
+WITHOUT_FFCV = """
+import sys
+sys.modules["ffcv"] = None
+from pathlib import Path
+import kdcache.loss
+from kdcache import cli, codec
+from kdcache.tape import Tape
+assert len(Tape.open(Path(sys.argv[1])).read(0, 0, 4)) == 4
+assert "zarr" in sys.modules
+for line in (["--help"], ["inspect", sys.argv[1]], ["convert", "digits", "x.beton"]):
+    sys.argv = ["kdcache", *line]
+    try:
+        cli.main()
+    except SystemExit as end:
+        print("exit code", end.code)
+"""
+
+
+def test_tapes_and_losses_need_no_ffcv(tmp_path: Path) -> None:
+    synthetic_tape(tmp_path / "t", torch.zeros(1, 4, 3), top_k=3)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_FFCV, tmp_path / "t"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert "Usage: kdcache" in done.stdout
+    assert "1 of 1 views" in done.stdout
+    assert done.stdout.endswith("exit code 2\n")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("kdcache: reading images needs FFCV, which is not installed")
+    assert "make setup" in done.stderr
+
+
+HEAVY = "ffcv torch zarr numba torchvision timm matplotlib scipy"
+LIGHT_HELP = f"""
+import sys
+from kdcache import cli
+sys.argv = ["kdcache", "train", "--help"]
+try:
+    cli.main()
+finally:
+    print("loaded:", *(set("{HEAVY}".split()) & set(sys.modules)))
+"""
+
+
+def test_help_loads_nothing_heavy() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT_HELP], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.endswith("loaded:\n")
+
+
+# --- the whole way on digits -----------------------------------------------------------------
+
+
+def answer(result: Result) -> dict[str, object]:
+    """The one JSON value that a command printed."""
+    assert result.code == 0, result.err
+    value = json.loads(result.out)
+    assert isinstance(value, dict)
+    return value
+
+
+def test_convert(kdcache: Run, tmp_path: Path) -> None:
+    out = tmp_path / "d.beton"
+    found = answer(kdcache("convert", "digits", out, "--split", "test", "--json"))
+    assert (found["samples"], found["classes"], found["skipped"]) == (297, 10, 0)
+    assert found["bytes"] == out.stat().st_size
+    assert (tmp_path / "d.beton.json").exists()
+
+
+def test_convert_says_what_it_made(kdcache: Run, tmp_path: Path) -> None:
+    result = kdcache("convert", "digits", tmp_path / "d.beton", "--split", "test")
+    assert result.code == 0
+    assert "samples      297" in result.out
+
+
+PRECOMPUTE = ("precompute", "--teacher", TEACHER, "--batch-size", 100, "--min-area", 0.5)
+
+
+@pytest.fixture
+def tape(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> Path:
+    path = tmp_path / "t.zarr"
+    assert kdcache(*PRECOMPUTE, "--data", digits_test.path, "--out", path, "--views", 2).code == 0
+    return path
+
+
+def test_precompute(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "t.zarr"
+    line = (*PRECOMPUTE, "--data", digits_test.path, "--out", path, "--views", 2, "--json")
+    found = answer(kdcache(*line))
+    assert (found["views"], found["samples"], found["top_k"]) == (2, 297, "all")
+    assert found["dtype"] == "float16"
+    spec = Tape.open(path).spec
+    assert (spec.view.size_px, spec.view.crop, spec.view.min_area) == (8, "inception", 0.5)
+    assert (spec.view.flip, spec.view.mixup, spec.view.seed) == (True, 1.0, 0)
+    again = answer(kdcache(*line))
+    assert again["bytes"] == found["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--top-k", "1", "--dtype", "uint8"], {"top_k": 1, "dtype": "uint8"}),
+        (["--top-k", "all", "--dtype", "float32"], {"top_k": 10, "dtype": "float32"}),
+    ],
+)
+def test_precompute_takes_its_record_options(
+    kdcache: Run,
+    digits_test: Dataset,
+    tmp_path: Path,
+    options: list[str],
+    wanted: dict[str, object],
+) -> None:
+    out = tmp_path / "t.zarr"
+    line = (*PRECOMPUTE, "--data", digits_test.path, "--out", out, "--views", 1)
+    assert kdcache(*line, *options).code == 0
+    spec = Tape.open(out).spec.to_json()
+    assert {name: spec[name] for name in wanted} == wanted
+
+
+def test_precompute_takes_its_view_options(
+    kdcache: Run, digits_test: Dataset, tmp_path: Path
+) -> None:
+    out = tmp_path / "t.zarr"
+    line = ("precompute", "--data", digits_test.path, "--out", out, "--views", 1)
+    view = (
+        "--crop", "center", "--no-flip", "--mixup", 0.4, "--view-seed", 9, "--size", 8,
+    )  # fmt: skip
+    assert kdcache(*line, "--teacher", TEACHER, *view).code == 0
+    found = Tape.open(out).spec.view
+    assert (found.crop, found.flip, found.mixup, found.seed) == ("center", False, 0.4, 9)
+    assert found.min_area == pytest.approx((7 / 8) ** 2)
+
+
+def trained(kdcache: Run, data: Dataset, out: Path, *options: object) -> dict[str, object]:
+    return answer(
+        kdcache(
+            "train", "--data", data.path, "--val", data.path, "--student", STUDENT, "--out", out,
+            "--epochs", 2, "--batch-size", 99, "--json", *options,
+        )
+    )  # fmt: skip
+
+
+def test_train_in_three_modes_then_eval(
+    kdcache: Run, digits_test: Dataset, tape: Path, tmp_path: Path
+) -> None:
+    view = ("--min-area", 0.5)
+    labels = trained(kdcache, digits_test, tmp_path / "l", "--mode", "labels", *view)
+    online = trained(
+        kdcache, digits_test, tmp_path / "o", "--mode", "online", "--teacher", TEACHER, *view,
+        "--views", 2,
+    )  # fmt: skip
+    cached = trained(
+        kdcache, digits_test, tmp_path / "c", "--mode", "cached", "--cache", tape,
+        "--teacher", TEACHER,
+    )  # fmt: skip
+    assert [x["mode"] for x in (labels, online, cached)] == ["labels", "online", "cached"]
+    assert labels["view"] == online["view"] == cached["view"]
+    assert (labels["views"], online["views"], cached["views"]) == (None, 2, 2)
+    assert labels["weights"] != online["weights"]
+    assert "agreement" in online
+    assert "agreement" in cached
+    assert "agreement" not in labels
+    for found, name in ((labels, "l"), (online, "o"), (cached, "c")):
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        assert record["weights"] == found["weights"]
+        steps = [json.loads(x) for x in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        assert [s["step"] for s in steps] == [6]
+    result = answer(kdcache("eval", tmp_path / "c", "--data", digits_test.path, "--json"))
+    assert result == cached["evaluation"] | {"agreement": None, "kl": None}  # type: ignore[operator]
+    result = answer(
+        kdcache("eval", tmp_path / "c", "--data", digits_test.path, "--teacher", TEACHER, "--json")
+    )
+    assert result == cached["evaluation"]
+
+
+def test_a_run_teaches_the_next_student(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
+    trained(kdcache, digits_test, tmp_path / "a", "--mode", "labels")
+    trained(kdcache, digits_test, tmp_path / "b", "--mode", "online", "--teacher", tmp_path / "a")
+    record = json.loads((tmp_path / "b" / "run.json").read_text())
+    assert record["teacher"] == str(tmp_path / "a")
+
+
+def test_deterministic_runs_are_equal(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
+    runs = [
+        trained(kdcache, digits_test, tmp_path / name, "--mode", "labels", "--deterministic")
+        for name in ("a", "b")
+    ]
+    assert runs[0]["weights"] == runs[1]["weights"]
+
+
+def test_train_says_what_came_of_it(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
+    result = kdcache(
+        "train", "--mode", "labels", "--data", digits_test.path, "--val", digits_test.path,
+        "--student", STUDENT, "--out", tmp_path / "r", "--epochs", 1, "--batch-size", 99,
+    )  # fmt: skip
+    assert result.code == 0
+    assert all(word in result.out for word in ("run", "top-1", "top-5", "images_per_s", "%"))
+
+
+def test_eval_says_how_good_a_model_is(kdcache: Run, digits_test: Dataset) -> None:
+    result = kdcache("eval", TEACHER, "--data", digits_test.path, "--teacher", TEACHER)
+    assert result.code == 0
+    assert "agreement           100.00%" in result.out
+    assert "KL(teacher||model)  0.0000" in result.out
+
+
+def test_inspect(kdcache: Run, tape: Path) -> None:
+    found = answer(kdcache("inspect", tape, "--json"))
+    assert found["spec"] == Tape.open(tape).spec.to_json()
+    assert found["info"] == Tape.open(tape).info
+    summary = found["summary"]
+    assert isinstance(summary, dict)
+    assert (summary["views_complete"], summary["rows"]) == (2, 594)
+
+
+def test_inspect_says_what_a_tape_is(kdcache: Run, tape: Path) -> None:
+    result = kdcache("inspect", tape)
+    assert result.code == 0
+    text = " ".join(result.out.split())
+    assert "297 samples" in text
+    assert "8 px, inception crop (area 0.5 to 1), flip, mixup 1, seed 0" in text
+    assert "all classes, float16, 20 bytes before compression" in text
+    assert "2 of 2 views, 2 of 2 shards" in text
+    assert "nats (mean over 594 records, T = 1)" in text
+
+
+def test_inspect_of_an_incomplete_tape(kdcache: Run, tape: Path) -> None:
+    for view in (0, 1):
+        (tape / f"logits/c/{view}/0/0").unlink()
+    result = kdcache("inspect", tape)
+    assert result.code == 0
+    assert "0 of 2 views, 0 of 2 shards" in " ".join(result.out.split())
+    assert "entropy" not in result.out
+    assert answer(kdcache("inspect", tape, "--json"))["summary"]["rows"] == 0  # type: ignore[index]
+
+
+def test_json_is_one_line(kdcache: Run, tape: Path) -> None:
+    result = kdcache("inspect", tape, "--json")
+    assert result.err == ""
+    assert len(result.out.splitlines()) == 1
+
+
+# FAILS: rich's Progress prints an empty line to a stderr that is no terminal.
+def test_progress_leaves_nothing_in_a_log(kdcache: Run, digits_test: Dataset) -> None:
+    assert kdcache("eval", TEACHER, "--data", digits_test.path).err == ""

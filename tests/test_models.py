@@ -1,0 +1,393 @@
+"""Models by name: what is built, what is frozen, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kdcache import models
+from kdcache.dataset import Dataset
+from kdcache.errors import KDCacheError, MissingDependency, UsageError
+from kdcache.models import Classifier, Triple
+from kdcache.spec import ViewSpec
+from kdcache.train import Run, TrainSpec
+from tests.conftest import TEACHER, linear_teacher
+
+STUDENT = "python:tests.conftest:convolutional_student"
+HALF: Triple = (0.5, 0.5, 0.5)
+
+
+def views(size_px: int, count: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, 3, size_px, size_px)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def classifier(network: nn.Module | None = None, mean: Triple = HALF) -> Classifier:
+    return Classifier(network or linear_teacher(10), "x", mean, HALF)
+
+
+# --- what is built ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size_px", [28, 32, 64])
+@pytest.mark.parametrize("name", ["small", "medium", "large"])
+def test_our_own_networks(name: str, size_px: int) -> None:
+    model = models.load(f"kdcache:{name}", "student", num_classes=7, size_px=size_px)
+    assert model(views(size_px)).shape == (2, 7)
+    assert model.name == f"kdcache:{name}"
+    assert model.training
+    assert all(w.requires_grad for w in model.parameters())
+
+
+def test_our_own_networks_grow_with_their_names() -> None:
+    sizes = [
+        sum(w.numel() for w in models.load(
+            f"kdcache:{name}", "student", num_classes=10, size_px=28).parameters())
+        for name in ("small", "medium", "large")
+    ]  # fmt: skip
+    assert sizes == sorted(sizes)
+    assert sizes[0] * 3 < sizes[1]
+
+
+def test_a_torchvision_student() -> None:
+    model = models.load("torchvision:resnet18", "student", num_classes=11, size_px=32)
+    assert model(views(32)).shape == (2, 11)
+    torch.testing.assert_close(model.mean.flatten(), torch.tensor(models.IMAGENET_MEAN))
+
+
+def test_a_timm_student() -> None:
+    pytest.importorskip("timm")
+    model = models.load("timm:resnet10t", "student", num_classes=9, size_px=32)
+    assert model(views(32)).shape == (2, 9)
+
+
+def test_a_factorys_student_starts_from_torchs_seed() -> None:
+    prints = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        prints.append(models.load(STUDENT, "student", num_classes=10, size_px=8).fingerprint())
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_teacher_is_frozen() -> None:
+    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    assert not teacher.training
+    assert not any(w.requires_grad for w in teacher.parameters())
+
+
+def test_looking_at_a_model_leaves_its_statistics_alone() -> None:
+    torch.manual_seed(0)
+    model = models.load("kdcache:small", "student", num_classes=10, size_px=28)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(int(m.num_batches_tracked) == 0 for m in norms)
+
+
+def test_views_are_scaled_and_normalised_and_not_changed() -> None:
+    model = Classifier(nn.Flatten(), "x", (0.5, 0.25, 0.0), (0.5, 0.25, 1.0))
+    images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 3, 1, 1)
+    torch.testing.assert_close(model(images), torch.tensor([[-1.0, 3.0, 0.2]]))
+    assert images.flatten().tolist() == [0, 255, 51]
+
+
+def test_a_factory_may_bring_its_own_normalisation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factory(tmp_path, monkeypatch, "m.mean = (0.1, 0.2, 0.3)\n    m.std = (1, 1, 1)")
+    model = models.load("python:mine:build", "teacher", num_classes=10, size_px=8)
+    torch.testing.assert_close(model.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
+    torch.testing.assert_close(model.std.flatten(), torch.ones(3))
+
+
+# --- fingerprints ----------------------------------------------------------------------------
+
+
+def test_equal_weights_have_one_fingerprint() -> None:
+    assert classifier().fingerprint() == classifier().fingerprint()
+    assert classifier().eval().requires_grad_(False).fingerprint() == classifier().fingerprint()
+    moved = classifier().to(memory_format=torch.channels_last)
+    assert moved.fingerprint() == classifier().fingerprint()
+
+
+def _one_weight(model: Classifier) -> None:
+    with torch.no_grad():
+        model.network[1].weight[3, 5] += 1e-6
+
+
+def _mean(model: Classifier) -> None:
+    model.mean[0, 1] += 0.01
+
+
+def _std(model: Classifier) -> None:
+    model.std[0, 1] += 0.01
+
+
+def _type(model: Classifier) -> None:
+    model.network.double()
+
+
+def _buffer(model: Classifier) -> None:
+    model.network.register_buffer("extra", torch.zeros(1))
+
+
+@pytest.mark.parametrize("change", [_one_weight, _mean, _std, _type, _buffer])
+def test_any_change_changes_the_fingerprint(change: Callable[[Classifier], None]) -> None:
+    model = classifier()
+    before = model.fingerprint()
+    change(model)
+    assert model.fingerprint() != before
+
+
+# --- a finished run --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_folder(digits_test: Dataset, tmp_path: Path) -> Path:
+    torch.manual_seed(4)
+    student = models.load(STUDENT, "student", num_classes=10, size_px=8)
+    spec = TrainSpec("labels", ViewSpec(8), epochs=1, batch_size=8)
+    Run(tmp_path / "run").finish(spec, digits_test, student, None)
+    return tmp_path / "run"
+
+
+def test_a_run_is_a_teacher(run_folder: Path) -> None:
+    record = json.loads((run_folder / "run.json").read_text())
+    teacher = models.load(str(run_folder), "teacher", num_classes=10, size_px=8)
+    assert teacher.fingerprint() == record["weights"]
+    assert teacher.name == str(run_folder)
+    assert not teacher.training
+    assert not any(w.requires_grad for w in teacher.parameters())
+    assert models.run_record(run_folder) == record
+
+
+def _without_weights(folder: Path) -> None:
+    (folder / "student.safetensors").unlink()
+
+
+def _truncated_weights(folder: Path) -> None:
+    file = folder / "student.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def _empty_weights(folder: Path) -> None:
+    (folder / "student.safetensors").write_bytes(b"")
+
+
+def _pickled_weights(folder: Path) -> None:
+    """A pickle that would leave a mark if anything ever loaded it."""
+    payload = pickle.dumps(_Mark(folder / "pwned"))
+    (folder / "student.safetensors").write_bytes(payload)
+
+
+def _weights_of_another_network(folder: Path) -> None:
+    network = classifier(nn.Linear(3, 3))
+    models.save_weights(network, folder / "student.safetensors")
+
+
+class _Mark:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _without_weights,
+        _truncated_weights,
+        _empty_weights,
+        _pickled_weights,
+        _weights_of_another_network,
+    ],
+)
+def test_a_run_with_damaged_weights(run_folder: Path, damage: Callable[[Path], None]) -> None:
+    damage(run_folder)
+    with pytest.raises(UsageError, match=r"student\.safetensors is damaged: ") as caught:
+        models.load(str(run_folder), "teacher", num_classes=10, size_px=8)
+    assert "\n" not in str(caught.value)
+    assert not (run_folder / "pwned").exists()
+
+
+def test_no_pickle_is_read_or_written(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("unpickled")
+
+    for module, name in ((torch, "load"), (torch, "save"), (pickle, "load"), (pickle, "loads")):
+        monkeypatch.setattr(module, name, refuse)
+    models.load(str(run_folder), "teacher", num_classes=10, size_px=8)
+
+
+def test_weights_that_are_not_those_of_the_record(run_folder: Path) -> None:
+    """Whole, loadable and of the right shapes, but another run's."""
+    torch.manual_seed(5)
+    other = models.load(STUDENT, "student", num_classes=10, size_px=8)
+    models.save_weights(other, run_folder / "student.safetensors")
+    with pytest.raises(UsageError, match=r"is damaged: .* not those that run\.json names"):
+        models.load(str(run_folder), "teacher", num_classes=10, size_px=8)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "null", "7", '{"student": "kdcache:small"}', "\x00\xff",
+        '{"student": "kdcache:small", "classes": 10, "view": 3}',
+        '{"student": "kdcache:small", "classes": "ten", "view": {"size_px": 8}}',
+        '{"student": 5, "classes": 10, "view": {"size_px": 8}}',
+        '{"student": "kdcache:small", "classes": 10, "view": {"size_px": "8"}}',
+        '{"student": "kdcache:small", "classes": -1, "view": {"size_px": 8}}',
+    ],
+)  # fmt: skip
+def test_a_damaged_record(run_folder: Path, text: str) -> None:
+    (run_folder / "run.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UsageError, match=r"run\.json is damaged"):
+        models.load(str(run_folder), "teacher", num_classes=10, size_px=8)
+
+
+def test_a_run_that_names_itself_as_its_network(run_folder: Path) -> None:
+    file = run_folder / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "student": str(run_folder)}))
+    with pytest.raises(UsageError, match=r"run\.json is damaged"):
+        models.load(str(run_folder), "teacher", num_classes=10, size_px=8)
+
+
+def test_a_student_that_starts_from_a_run_stands_on_its_own(
+    run_folder: Path, digits_test: Dataset, tmp_path: Path
+) -> None:
+    """Its record names the network, not the folder of the run that it came from."""
+    student = models.load(str(run_folder), "student", num_classes=10, size_px=8)
+    assert student.training
+    spec = TrainSpec("labels", ViewSpec(8), epochs=1, batch_size=8)
+    Run(tmp_path / "second").finish(spec, digits_test, student, None)
+    shutil.rmtree(run_folder)
+    again = models.load(str(tmp_path / "second"), "teacher", num_classes=10, size_px=8)
+    assert again.fingerprint() == student.fingerprint()
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is not a finished run: it has no run\.json; a model is"):
+        models.load(str(tmp_path), "teacher", num_classes=10, size_px=8)
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+def load_error(name: str, role: models.Role = "student", size_px: int = 32) -> str:
+    with pytest.raises(KDCacheError) as caught:
+        models.load(name, role, num_classes=10, size_px=size_px)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "resnet18", "torchvision:", "timm:", "kdcache:", "python:", "http://x", "no/path"]
+)
+def test_an_unknown_form_lists_the_known_ones(name: str) -> None:
+    assert load_error(name) == f"unknown model {name!r}: a model is {models.FORMS}"
+
+
+def test_unknown_names_of_each_form() -> None:
+    assert load_error("kdcache:huge") == (
+        "unknown model 'kdcache:huge': there are small, medium, large"
+    )
+    for role in ("student", "teacher"):
+        assert load_error("torchvision:resnet19", role) == (
+            "unknown model 'torchvision:resnet19': see torchvision.models"
+        )
+    assert "unknown model 'python:no.such:f': No module named" in load_error("python:no.such:f")
+    assert "has no attribute 'no'" in load_error("python:tests.conftest:no")
+    assert "expected python:package.module:factory" in load_error("python:tests.conftest")
+
+
+def test_an_unknown_timm_model() -> None:
+    pytest.importorskip("timm")
+    assert load_error("timm:no_such_net").startswith("timm:no_such_net: ")
+
+
+def test_without_timm_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'kdcache\[timm\]'"):
+        models.load("timm:resnet10t", "student", num_classes=10, size_px=32)
+
+
+def test_our_own_networks_cannot_teach_untrained() -> None:
+    assert "kdcache:small has no trained weights: train it with" in load_error(
+        "kdcache:small", "teacher"
+    )
+
+
+def test_another_class_count() -> None:
+    message = load_error("python:tests.test_models:eleven_classes", size_px=8)
+    assert message.endswith("eleven_classes has 11 classes, the data has 10")
+
+
+def test_views_of_another_size_than_the_model_takes() -> None:
+    message = load_error(TEACHER, "teacher", size_px=9)
+    assert "cannot take views of 9 px: " in message
+
+
+def test_a_factory_that_gives_something_else() -> None:
+    message = load_error("python:tests.test_models:not_a_module")
+    assert message.endswith("not_a_module gave a str, not an nn.Module")
+    message = load_error("python:tests.test_models:feature_maps", size_px=8)
+    assert message.endswith("feature_maps does not give one row of logits for each image")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["torchvision:raft_small", "torchvision:fcn_resnet50", "torchvision:fasterrcnn_resnet50_fpn"],
+)
+def test_torchvision_models_that_do_not_classify(name: str) -> None:
+    assert name in load_error(name)
+
+
+@pytest.mark.parametrize("attribute", ["__doc__", "json", "takes_nothing", "fails"])
+def test_a_factory_that_cannot_be_called(attribute: str) -> None:
+    message = load_error(f"python:tests.test_models:{attribute}")
+    assert message.startswith(f"python:tests.test_models:{attribute} ")
+
+
+def test_a_factorys_normalisation_must_be_triples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factory(tmp_path, monkeypatch, "m.mean = 0.5")
+    assert "mean and std must be three numbers" in load_error("python:mine:build", size_px=8)
+
+
+def factory(folder: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    (folder / "mine.py").write_text(
+        "from tests.conftest import linear_teacher\n"
+        f"def build(num_classes):\n    m = linear_teacher(num_classes)\n    {line}\n    return m\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+
+def eleven_classes(num_classes: int) -> nn.Module:
+    return linear_teacher(num_classes + 1)
+
+
+def not_a_module(num_classes: int) -> str:
+    return str(num_classes)
+
+
+def feature_maps(num_classes: int) -> nn.Module:
+    return nn.Conv2d(3, num_classes, 3)
+
+
+def takes_nothing() -> nn.Module:
+    return linear_teacher(10)
+
+
+def fails(num_classes: int) -> nn.Module:
+    raise RuntimeError(f"no weights for {num_classes} classes\nand a second line")

@@ -1,0 +1,410 @@
+"""The tape: what is written comes back, or an error says what and where."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from kdcache import codec, tape
+from kdcache.codec import Records
+from kdcache.errors import (
+    KDCacheError,
+    StorageError,
+    TapeCorrupt,
+    TapeIncomplete,
+    TapeMismatch,
+    UsageError,
+)
+from kdcache.spec import TapeSpec, ValueType, ViewSpec
+from kdcache.tape import Layout, Tape
+from tests.conftest import synthetic_tape
+
+VIEWS, SAMPLES, CLASSES = 2, 150, 30
+SPEC = TapeSpec(VIEWS, SAMPLES, CLASSES, 4, "float16", "data", "teacher", ViewSpec(8))
+KINDS: list[tuple[int, ValueType]] = [
+    (4, "float16"), (4, "float32"), (4, "uint8"), (CLASSES, "float16"), (CLASSES, "float32"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks in a shard and several shards in a view, for tapes of a few hundred rows."""
+    monkeypatch.setattr(tape, "CHUNK_BYTES", 256)
+    monkeypatch.setattr(tape, "SHARD_BYTES", 1024)
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(VIEWS, SAMPLES, CLASSES)
+
+
+def arrays(records: Records) -> Iterator[np.ndarray[Any, Any]]:
+    yield from (x for x in (records.logits, records.classes, records.tail) if x is not None)
+
+
+def equal(a: Records, b: Records) -> bool:
+    return all(
+        x.dtype == y.dtype and x.tobytes() == y.tobytes()
+        for x, y in zip(arrays(a), arrays(b), strict=True)
+    )
+
+
+def read_all(path: Path) -> list[Records]:
+    """Every record as a user gets it: opened, read, decoded."""
+    found = Tape.open(path)
+    records = [found.read(v, 0, found.spec.samples) for v in range(found.spec.views)]
+    for part in records:
+        codec.decode(part, found.spec.classes)
+    return records
+
+
+def shard_files(path: Path) -> list[Path]:
+    return sorted(f for f in path.rglob("*") if f.is_file() and f.name != "zarr.json")
+
+
+# --- write and read --------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize(("top_k", "dtype"), KINDS)
+def test_what_is_written_comes_back(
+    tmp_path: Path, logits: torch.Tensor, top_k: int, dtype: ValueType
+) -> None:
+    made = synthetic_tape(tmp_path / "t", logits, top_k=top_k, dtype=dtype)
+    assert made.shards_per_view > 2
+    found = Tape.open(tmp_path / "t")
+    rows = made.layout.shard_rows
+    for view in range(VIEWS):
+        truth = codec.encode(logits[view], top_k, dtype)
+        for start, stop in ((0, SAMPLES), (0, 1), (149, 150), (rows - 1, rows + 1), (3, 97)):
+            assert equal(found.read(view, start, stop), truth[start:stop])
+
+
+@pytest.mark.parametrize(("top_k", "dtype"), KINDS)
+def test_plain_zarr_reads_the_arrays_as_documented(
+    tmp_path: Path, logits: torch.Tensor, top_k: int, dtype: ValueType
+) -> None:
+    synthetic_tape(tmp_path / "t", logits, top_k=top_k, dtype=dtype)
+    group = zarr.open(tmp_path / "t", mode="r")
+    assert isinstance(group, zarr.Group)
+    wanted: dict[str, tuple[tuple[int, ...], str]] = {"logits": ((VIEWS, SAMPLES, top_k), dtype)}
+    if top_k < CLASSES:
+        tail = "float32" if dtype == "float32" else "float16"
+        wanted |= {"classes": ((VIEWS, SAMPLES, top_k), "uint16")}
+        wanted |= {"tail": ((VIEWS, SAMPLES, 3), tail)}
+    found = {name: (array.shape, str(array.dtype)) for name, array in group.arrays()}
+    assert found == wanted
+    truth = codec.encode(logits[1], top_k, dtype)
+    np.testing.assert_array_equal(group["logits"][1], truth.logits)
+
+
+def test_the_manifest_comes_first_and_says_what_the_tape_is(tmp_path: Path) -> None:
+    made = Tape.create(tmp_path / "t", SPEC, {"teacher": "somebody"})
+    attributes = json.loads((tmp_path / "t" / "zarr.json").read_text())["attributes"]["kdcache"]
+    assert attributes == {
+        "spec": SPEC.to_json(), "digest": SPEC.digest, "info": {"teacher": "somebody"},
+    }  # fmt: skip
+    assert shard_files(tmp_path / "t") == []
+    assert made.missing() == [(0, 0), (1, 0)]
+    assert [f.name for f in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_tape_is_made_in_folders_that_do_not_exist_yet(tmp_path: Path) -> None:
+    assert Tape.create(tmp_path / "a" / "b" / "t", SPEC, {}).spec == SPEC
+    (tmp_path / "empty").mkdir()
+    assert Tape.create(tmp_path / "empty", SPEC, {}).spec == SPEC
+
+
+def test_what_a_killed_creation_left_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "t.partial" / "logits").mkdir(parents=True)
+    (tmp_path / "t.partial" / "logits" / "zarr.json").write_text("{")
+    assert Tape.create(tmp_path / "t", SPEC, {}).spec == SPEC
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_missing_and_has_follow_the_shards(tmp_path: Path, logits: torch.Tensor) -> None:
+    made = Tape.create(tmp_path / "t", SPEC, {})
+    everything = [(v, s) for v in range(VIEWS) for s in range(made.shards_per_view)]
+    assert made.missing() == everything
+    start, stop = made.shard_range(1)
+    made.write(1, 1, codec.encode(logits[1, start:stop], 4, "float16"))
+    assert made.has(1, 1)
+    assert not made.has(0, 1)
+    assert made.missing() == [s for s in everything if s != (1, 1)]
+    with pytest.raises(TapeIncomplete, match=r"lacks 9 of 10 shards, the first is view 0 shard 0"):
+        made.require_complete()
+
+
+def test_an_incomplete_tape_reads_what_it_has(tmp_path: Path, logits: torch.Tensor) -> None:
+    made = Tape.create(tmp_path / "t", SPEC, {})
+    truth = codec.encode(logits[0], 4, "float16")
+    made.write(0, 0, truth)
+    assert equal(made.read(0, 10, 20), truth[10:20])
+    with pytest.raises(TapeIncomplete, match="lacks view 1 shard 0"):
+        made.read(1, 0, 1)
+    with pytest.raises(TapeIncomplete, match="lacks view 2 shard 0"):
+        made.read(2, 0, 1)
+
+
+@pytest.mark.parametrize("name", ["logits", "classes", "tail"])
+def test_a_deleted_object_is_a_missing_shard(
+    tmp_path: Path, logits: torch.Tensor, name: str
+) -> None:
+    synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    (tmp_path / "t" / name / "c" / "1" / "0" / "0").unlink()
+    found = Tape.open(tmp_path / "t")
+    assert found.missing() == [(1, 0)]
+    with pytest.raises(TapeIncomplete, match=r"view 1 shard 0.*run the same `kdcache precompute`"):
+        found.require_complete()
+    with pytest.raises(TapeIncomplete, match="lacks view 1 shard 0"):
+        found.read(1, 0, 5)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_writing_again_gives_the_same_bytes(tmp_path: Path, logits: torch.Tensor) -> None:
+    """Also over a shard that was damaged or left in part."""
+    made = synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    files = shard_files(tmp_path / "t")
+    before = [f.read_bytes() for f in files]
+    for f in files:
+        f.write_bytes(b"not a shard")
+    for view in range(VIEWS):
+        for shard in range(made.shards_per_view):
+            rows = logits[view, slice(*made.shard_range(shard))]
+            made.write(view, shard, codec.encode(rows, 4, "float16"))
+    assert [f.read_bytes() for f in files] == before
+
+
+# --- what else may lie at the path -----------------------------------------------------------
+
+
+def test_opening_another_spec_names_every_difference(tmp_path: Path) -> None:
+    Tape.create(tmp_path / "t", SPEC, {})
+    other = replace(SPEC, views=5, dtype="uint8", view=replace(SPEC.view, seed=3, mixup=0.5))
+    with pytest.raises(TapeMismatch) as caught:
+        Tape.create(tmp_path / "t", other, {})
+    assert "views: 5 here, 2 there" in str(caught.value)
+    assert "dtype: uint8 here, float16 there" in str(caught.value)
+    assert "mixup: 0.5 here, 1 there" in str(caught.value)
+    assert "seed: 3 here, 0 there" in str(caught.value)
+    assert "choose another path, or the same options" in str(caught.value)
+    assert Tape.open(tmp_path / "t").spec == SPEC
+
+
+def test_the_same_spec_opens_what_is_there(tmp_path: Path, logits: torch.Tensor) -> None:
+    synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16", dataset="data")
+    spec = Tape.open(tmp_path / "t").spec
+    assert Tape.create(tmp_path / "t", spec, {"teacher": "renamed"}).missing() == []
+
+
+def test_no_tape(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no tape at .*: make one with `kdcache precompute`"):
+        Tape.open(tmp_path / "none")
+
+
+def _a_file(path: Path) -> None:
+    path.write_text("hello")
+
+
+def _a_folder_with_a_file(path: Path) -> None:
+    path.mkdir()
+    (path / "thesis.txt").write_text("two years of work")
+
+
+def _another_zarr_group(path: Path) -> None:
+    zarr.create_group(path).attrs["mine"] = 1
+
+
+def _a_zarr_array(path: Path) -> None:
+    zarr.create_array(path, shape=(3,), dtype="int8")
+
+
+@pytest.mark.parametrize(
+    "make", [_a_file, _a_folder_with_a_file, _another_zarr_group, _a_zarr_array]
+)
+def test_something_else_at_the_path_is_left_alone(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "t")
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    for use in (lambda: Tape.open(tmp_path / "t"), lambda: Tape.create(tmp_path / "t", SPEC, {})):
+        with pytest.raises(UsageError, match="exists and is not a tape; choose another path"):
+            use()
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+
+
+def test_a_tape_cannot_be_made_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match=r"cannot write .*Not a directory"):
+        Tape.create(tmp_path / "file" / "t", SPEC, {})
+
+
+# --- damage ----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize(("top_k", "dtype"), KINDS)
+def test_no_flipped_byte_of_a_shard_passes_in_silence(
+    tmp_path: Path, logits: torch.Tensor, top_k: int, dtype: ValueType
+) -> None:
+    synthetic_tape(tmp_path / "t", logits, top_k=top_k, dtype=dtype)
+    truth = read_all(tmp_path / "t")
+    dice = random.Random(0)
+    for _ in range(20):
+        file = dice.choice(shard_files(tmp_path / "t"))
+        whole = file.read_bytes()
+        place, value = dice.randrange(len(whole)), dice.randrange(1, 256)
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ value]) + whole[place + 1 :])
+        with pytest.raises(TapeCorrupt, match="positions 0 to 149: a shard is damaged") as caught:
+            read_all(tmp_path / "t")
+        assert f"{tmp_path / 't'}: view {file.parts[-3]}, " in str(caught.value)
+        file.write_bytes(whole)
+    assert all(map(equal, read_all(tmp_path / "t"), truth))
+
+
+def test_an_empty_object_is_a_missing_shard(tmp_path: Path, logits: torch.Tensor) -> None:
+    """The store renames without fsync, so that is what a power cut may leave; zarr reads fill."""
+    made = synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    (tmp_path / "t" / "tail" / "c" / "0" / "0" / "0").write_bytes(b"")
+    assert made.missing() == [(0, 0)]
+    with pytest.raises(TapeIncomplete, match="lacks view 0 shard 0"):
+        made.read(0, 0, 5)
+
+
+@pytest.mark.parametrize("keep", [0.01, 0.5, 0.99])
+def test_a_truncated_shard_is_corrupt(tmp_path: Path, logits: torch.Tensor, keep: float) -> None:
+    synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    file = tmp_path / "t" / "classes" / "c" / "0" / "0" / "0"
+    file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
+    with pytest.raises(TapeCorrupt, match="view 0, positions 5 to 9: a shard is damaged"):
+        Tape.open(tmp_path / "t").read(0, 5, 10)
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("name", [".", "logits", "classes", "tail"])
+def test_no_flipped_byte_of_the_metadata_changes_a_record(
+    tmp_path: Path, logits: torch.Tensor, name: str
+) -> None:
+    synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    truth = read_all(tmp_path / "t")
+    file = tmp_path / "t" / name / "zarr.json"
+    whole = file.read_bytes()
+    dice = random.Random(1)
+    for place in dice.sample(range(len(whole)), 60):
+        flipped = whole[place] ^ (1 << dice.randrange(8))
+        file.write_bytes(whole[:place] + bytes([flipped]) + whole[place + 1 :])
+        try:
+            assert all(map(equal, read_all(tmp_path / "t"), truth))
+        except KDCacheError:
+            pass
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("logits", "150,", "140,"),  # plain zarr would read 140 rows without a word
+        ("tail", "    3\n", "    2\n"),
+        ("classes", '"separator": "/"', '"separator": "."'),
+        ("logits", '"separator": "/"', '"separator": "."'),
+        ("tail", '"separator": "/"', '"separator": "."'),
+        ("classes", '"fill_value": 65535', '"fill_value": 67535'),
+        (".", '"samples": 150', '"samples": 158'),
+        (".", '"seed": 0', '"seed": 1'),
+        (".", '"version": 1', '"version": 2'),
+    ],
+)
+def test_these_flips_of_metadata_are_noticed(
+    tmp_path: Path, logits: torch.Tensor, name: str, old: str, new: str
+) -> None:
+    synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    file = tmp_path / "t" / name / "zarr.json"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+    with pytest.raises(KDCacheError):
+        read_all(tmp_path / "t")
+
+
+def test_a_missing_array_is_a_damaged_manifest(tmp_path: Path, logits: torch.Tensor) -> None:
+    synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    shutil.rmtree(tmp_path / "t" / "tail")
+    with pytest.raises(TapeCorrupt, match=r"the manifest of .* is damaged .*make the tape anew"):
+        Tape.open(tmp_path / "t")
+
+
+def test_a_tape_of_a_later_version_says_so(tmp_path: Path) -> None:
+    Tape.create(tmp_path / "t", SPEC, {})
+    file = tmp_path / "t" / "zarr.json"
+    manifest = json.loads(file.read_text())
+    manifest["attributes"]["kdcache"]["spec"]["version"] = 2
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match="reads tapes of version 1, the tape has version 2"):
+        Tape.open(tmp_path / "t")
+
+
+def test_a_full_disk_leaves_no_part_of_a_shard(
+    tmp_path: Path, logits: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Tape.create(tmp_path / "t", SPEC, {})
+    whole = Tape._array
+
+    def full(self: Tape, name: str) -> Any:
+        if name == "tail":
+            raise OSError(28, "No space left on device")
+        return whole(self, name)
+
+    records = codec.encode(logits[0], 4, "float16")
+    with monkeypatch.context() as patch:
+        patch.setattr(Tape, "_array", full)
+        with pytest.raises(StorageError, match=r"No space left on device; free space and run"):
+            made.write(0, 0, records)
+    assert shard_files(tmp_path / "t") == []
+    made.write(0, 0, records)
+    assert equal(made.read(0, 0, SAMPLES), records)
+
+
+# --- layout ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 999, 1500, 60_000, 1_281_167])
+@pytest.mark.parametrize("classes", [10, 100, 1000, 21_841])
+@pytest.mark.parametrize("dense", [True, False])
+def test_layouts_are_whole_pairs_of_sane_size(samples: int, classes: int, dense: bool) -> None:
+    k = classes if dense else min(16, classes - 1)
+    spec = TapeSpec(3, samples, classes, k, "float16", "d", "t", ViewSpec(8))
+    layout = Layout.of(spec)
+    row = codec.spec_record_bytes(spec)
+    assert layout.chunk_rows % 2 == 0
+    assert layout.shard_rows % layout.chunk_rows == 0
+    assert layout.chunk_rows == 2 or layout.chunk_rows < 2 * samples
+    assert layout.chunk_rows * row < 2 * tape.CHUNK_BYTES
+    assert layout.shard_rows * row <= tape.SHARD_BYTES
+    assert layout.shard_rows < samples + layout.chunk_rows
+    if samples * row > 2 * tape.SHARD_BYTES:
+        assert layout.shard_rows * row > tape.SHARD_BYTES // 2
+
+
+def test_shards_cover_every_position_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tape, "CHUNK_BYTES", 256)
+    monkeypatch.setattr(tape, "SHARD_BYTES", 1024)
+    for samples in (1, 2, 31, 64, 65, 150):
+        made = Tape.create(tmp_path / str(samples), replace(SPEC, samples=samples), {})
+        ranges = [range(*made.shard_range(s)) for s in range(made.shards_per_view)]
+        assert [p for r in ranges for p in r] == list(range(samples))
+
+
+def test_stored_bytes_are_those_of_the_files(tmp_path: Path, logits: torch.Tensor) -> None:
+    made = synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    assert made.stored_bytes() == sum(
+        f.stat().st_size for f in (tmp_path / "t").rglob("*") if f.is_file()
+    )

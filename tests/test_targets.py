@@ -1,0 +1,205 @@
+"""Targets of a batch: the tape's rows wherever they lie, the labels as they are mixed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import ArrayLike
+
+from kdcache import codec, models, tape
+from kdcache.dataset import Dataset
+from kdcache.errors import TapeCorrupt, TapeIncomplete
+from kdcache.loader import Loader
+from kdcache.loss import distillation_loss
+from kdcache.precompute import precompute, tape_spec
+from kdcache.records import Batch, Target
+from kdcache.spec import ValueType, ViewSpec
+from kdcache.tape import Tape
+from kdcache.targets import CachedTargets, LabelTargets, OnlineTargets
+from tests.conftest import TEACHER, synthetic_tape
+
+VIEWS, SAMPLES, CLASSES = 3, 150, 30
+
+
+def batch_of(view: int, positions: ArrayLike) -> Batch:
+    """A batch of which only view and positions matter."""
+    p = np.asarray(positions, np.int64)
+    n = len(p)
+    empty = torch.zeros(n, dtype=torch.int64)
+    return Batch(
+        view, p, p, torch.zeros(n, 3, 1, 1, dtype=torch.uint8), empty, empty, empty.short()
+    )
+
+
+def same(a: Target, b: Target) -> bool:
+    pairs = ((a.logits_BK, b.logits_BK), (a.classes_BK, b.classes_BK), (a.tail_B3, b.tail_B3))
+    return all(
+        (x is None and y is None) or (x is not None and y is not None and torch.equal(x, y))
+        for x, y in pairs
+    )
+
+
+@pytest.fixture(params=[(4, "float16"), (4, "uint8"), (CLASSES, "float32")])
+def recording(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Tape:
+    """A tape of many small blocks."""
+    monkeypatch.setattr(tape, "CHUNK_BYTES", 256)
+    monkeypatch.setattr(tape, "SHARD_BYTES", 1024)
+    torch.manual_seed(0)
+    top_k, dtype = request.param
+    logits = torch.randn(VIEWS, SAMPLES, CLASSES)
+    return synthetic_tape(tmp_path / "t", logits, top_k=top_k, dtype=dtype)
+
+
+def rows_of(recording: Tape, view: int, positions: ArrayLike) -> Target:
+    records = recording.read(view, 0, SAMPLES)[np.asarray(positions, np.int64)]
+    return codec.decode(records, CLASSES)
+
+
+PAIRS = np.arange(SAMPLES).reshape(-1, 2)
+ORDERS = {
+    "contiguous": np.arange(40, 90),
+    "all": np.arange(SAMPLES),
+    "one": np.array([77]),
+    "last": np.array([SAMPLES - 1]),
+    "backwards": np.arange(SAMPLES)[::-1],
+    "every third pair": PAIRS[1::3].reshape(-1),
+    "shuffled": np.random.default_rng(0).permutation(SAMPLES),
+    "shuffled pairs": PAIRS[np.random.default_rng(1).permutation(len(PAIRS))].reshape(-1),
+    "both ends": np.array([SAMPLES - 1, 0]),
+    "with repeats": np.array([5, 149, 5, 80, 5]),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_cached_targets_are_the_tapes_rows_in_any_order(recording: Tape, order: str) -> None:
+    assert recording.layout.chunk_rows < 40
+    targets = CachedTargets(recording)
+    for view in (0, 2, 1):
+        found = targets(batch_of(view, ORDERS[order]))
+        assert found.num_classes == CLASSES
+        assert same(found, rows_of(recording, view, ORDERS[order]))
+
+
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_cached_targets_follow_a_training_run(recording: Tape, batch_size: int) -> None:
+    """Views front to back, around the end to view 0 again."""
+    targets = CachedTargets(recording)
+    truth = [recording.read(view, 0, SAMPLES) for view in range(VIEWS)]
+    for view in (0, 1, 2, 0):
+        for start in range(0, SAMPLES, batch_size):
+            stop = min(start + batch_size, SAMPLES)
+            found = targets(batch_of(view, np.arange(start, stop)))
+            assert same(found, codec.decode(truth[view][start:stop], CLASSES))
+
+
+def test_reading_ahead_holds_a_bounded_number_of_blocks(recording: Tape) -> None:
+    targets = CachedTargets(recording)
+    for start in range(0, SAMPLES, 10):
+        targets(batch_of(1, np.arange(start, start + 10)))
+        assert len(targets._blocks) <= 10 // targets.block_rows + 3
+
+
+def test_an_incomplete_tape_is_refused_at_once(recording: Tape) -> None:
+    (recording.path / "logits" / "c" / "1" / "0" / "0").unlink()
+    with pytest.raises(TapeIncomplete, match="the first is view 1 shard 0"):
+        CachedTargets(recording)
+
+
+def test_a_damaged_shard_is_an_error_where_it_is_needed(recording: Tape) -> None:
+    file = recording.path / "logits" / "c" / "2" / "0" / "0"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    targets = CachedTargets(recording)
+    targets(batch_of(0, np.arange(10)))
+    with pytest.raises(TapeCorrupt, match=r"view 2, positions 0 to \d+: a shard is damaged"):
+        targets(batch_of(2, np.arange(10)))
+
+
+# --- cached and online -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
+def test_the_tape_says_what_the_live_teacher_says(
+    digits_test: Dataset, tmp_path: Path, dtype: ValueType
+) -> None:
+    """float32 to rounding, the others within the codec's bound."""
+    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    view = ViewSpec(8, min_area=0.4)
+    spec = tape_spec(digits_test, teacher, view, views=2, top_k=None, dtype=dtype)
+    cached = CachedTargets(precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=64))
+    online = OnlineTargets(teacher)
+    with Loader(digits_test, view, 50) as loader:
+        for batch in loader.batches(1):
+            live, taped = online(batch).logits_BK, cached(batch).logits_BK
+            gap = -live
+            bound = {"float32": 0 * gap, "float16": gap / 2048, "uint8": gap.sqrt() / 31.8 + 8e-4}
+            assert ((live - taped).abs() <= bound[dtype] + 1e-4).all()
+
+
+# --- labels ----------------------------------------------------------------------------------
+
+
+def labelled(labels: list[int], partners: list[int], weights: list[int]) -> Batch:
+    n = len(labels)
+    p = np.arange(n)
+    images = torch.zeros(n, 3, 1, 1, dtype=torch.uint8)
+    return Batch(
+        0, p, p, images, torch.tensor(labels), torch.tensor(partners),
+        torch.tensor(weights, dtype=torch.int16),
+    )  # fmt: skip
+
+
+def mass(target: Target) -> torch.Tensor:
+    """The distribution [B, C] that a target of labels stands for."""
+    assert target.classes_BK is not None
+    p = torch.softmax(target.logits_BK, 1)
+    return torch.zeros(len(p), target.num_classes).scatter_add(1, target.classes_BK, p)
+
+
+def test_labels_are_mixed_as_the_pixels_are() -> None:
+    found = LabelTargets(4)(labelled([0, 1, 2, 3], [1, 0, 2, 3], [64, 64, 100, 0]))
+    wanted = [[0.75, 0.25, 0, 0], [0.25, 0.75, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    torch.testing.assert_close(mass(found), torch.tensor(wanted))
+    assert found.tail_B3 is None
+    assert (found.logits_BK.amax(1) == 0).all()
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.2, 1.0, 20.0])
+def test_labels_of_real_batches_sum_to_one(digits: Dataset, mixup: float) -> None:
+    targets = LabelTargets(10)
+    with Loader(digits, ViewSpec(8, mixup=mixup), 100) as loader:
+        for batch in loader.batches(0, slice(0, 500)):
+            p = mass(targets(batch))
+            torch.testing.assert_close(p.sum(1), torch.ones(len(batch)))
+            own = p.gather(1, batch.labels_B[:, None])[:, 0]
+            share = 1 - batch.weights_B.float() / 256
+            alone = batch.labels_B == batch.partners_B
+            torch.testing.assert_close(own, torch.where(alone, torch.ones_like(own), share))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_label_losses_have_finite_gradients(temperature: float) -> None:
+    """At weight 0 the partner's logit is -inf; a same-class pair names one class twice."""
+    target = LabelTargets(4)(labelled([0, 1, 2, 3], [1, 0, 2, 0], [0, 0, 128, 1]))
+    student = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = distillation_loss(student, target, temperature=temperature)
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+
+
+def test_at_temperature_one_mixed_labels_give_mixups_cross_entropy() -> None:
+    """Up to the entropy of the labels, which no gradient sees."""
+    batch = labelled([0, 1], [1, 0], [64, 64])
+    student = torch.tensor([[2.0, -1.0, 0.3], [0.1, 0.7, -2.0]])
+    log_q = torch.log_softmax(student, 1)
+    cross = -(0.75 * log_q.gather(1, batch.labels_B[:, None]) +
+              0.25 * log_q.gather(1, batch.partners_B[:, None])).mean()  # fmt: skip
+    entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    found = distillation_loss(student, LabelTargets(3)(batch))
+    torch.testing.assert_close(found, cross - entropy)
