@@ -23,7 +23,7 @@ from rich.text import Text
 
 from kdcache import __version__
 from kdcache.errors import KDCacheError, TapeMismatch, UsageError
-from kdcache.spec import Crop, Mode, OnError, Split, TapeSpec, ValueType, ViewSpec
+from kdcache.spec import Crop, Mode, OnError, Split, TapeSpec, ValueType, ViewSpec, evaluation_views
 
 if TYPE_CHECKING:
     from kdcache.dataset import Dataset
@@ -251,25 +251,24 @@ def train(
     network = models.load(student, "student", **options)
     teacher_model = models.load(teacher, "teacher", **options) if teacher else None
     targets = _targets(tape, teacher_model, len(dataset.classes), temperature)
-    run = training.Run(out)
     total = epochs * (len(dataset) // batch_size) * batch_size
-    with _progress(f"train {mode}", total, "images") as update:
+    with training.Run(out) as run, _progress(f"train {mode}", total, "images") as update:
 
         def on_step(step: training.Step) -> None:
             run.log(asdict(step))
             update(step.step * batch_size, f"loss {step.loss:.3f}")
 
         training.train(spec, dataset, network, targets, workers=workers, on_step=on_step)
-    seconds = time.perf_counter() - start
-    result: Evaluation | None = None
-    if val_data:
-        result = evaluate.evaluate(
-            network, val_data, size_px=spec.view.size_px, teacher=teacher_model, workers=workers
-        )
-    record = run.finish(
-        spec, dataset, network, result,
-        cache=str(cache) if cache else None, teacher=teacher, seconds=seconds,
-    )  # fmt: skip
+        seconds = time.perf_counter() - start
+        result: Evaluation | None = None
+        if val_data:
+            result = evaluate.evaluate(
+                network, val_data, size_px=spec.view.size_px, teacher=teacher_model, workers=workers
+            )
+        record = run.finish(
+            spec, dataset, network, result,
+            cache=str(cache) if cache else None, teacher=teacher, seconds=seconds,
+        )  # fmt: skip
     answer = {
         "run": str(out), "student": network.name, "images_per_s": round(total / seconds),
         "seconds": round(seconds, 2), **_percentages(result),
@@ -294,9 +293,10 @@ def eval_command(
 
     dataset = datasets.open_dataset(data)
     is_run = Path(model).is_dir()
-    size_px = size or (
-        models.run_record(Path(model))["view"]["size_px"] if is_run else dataset.natural_size_px
-    )
+    if size is None and is_run:
+        size = models.run_record(Path(model))["view"]["size_px"]
+    size_px = dataset.natural_size_px if size is None else size
+    evaluation_views(size_px)  # refuses a size that cannot be
     options: Any = {
         "num_classes": len(dataset.classes), "size_px": size_px, "device": _device(device)
     }  # fmt: skip
@@ -319,11 +319,12 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a tape is, how complete, and what the teacher answered."""
-    from kdcache import codec, report
+    from kdcache import codec
+    from kdcache import summary as summaries
     from kdcache.tape import Tape
 
     tape = Tape.open(cache)
-    summary = report.summarise(tape)
+    summary = summaries.summarise(tape)
     spec = tape.spec
     if as_json:
         _print({"spec": spec.to_json(), "info": tape.info, "summary": asdict(summary)}, True)
@@ -454,7 +455,7 @@ def _device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r}: {str(error).splitlines()[0]}") from error
     return name
@@ -508,7 +509,8 @@ def _progress(name: str, total: int, unit: str) -> Iterator[Any]:
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
         _Rate(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    with Progress(*columns, console=err_console, transient=True) as progress:
+    silent = not err_console.is_terminal
+    with Progress(*columns, console=err_console, transient=True, disable=silent) as progress:
         task = progress.add_task(name, total=total, unit=unit, note="")
 
         def update(done: int, note: str = "") -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from kdcache import dataset, evaluate, models, report
+from kdcache import dataset, evaluate, models, picture
 from kdcache.errors import UsageError
 from kdcache.tape import Tape
 
@@ -33,6 +33,8 @@ def run(
 ) -> None:
     """Do it all in `folder`, which is emptied first if an earlier demo made it."""
     start = time.perf_counter()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file: choose another --out")
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARK).exists():
             raise UsageError(f"{folder} exists and no demo made it: choose another --out")
@@ -75,17 +77,17 @@ def run(
     rows = [_measure(folder, name, at["test.beton"], at["teacher"]) for name in STUDENTS]
     rows.append(_measure(folder, "teacher", at["test.beton"], at["teacher"]))
     (folder / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
-    picture = folder / "views.png"
+    drawing = folder / "views.png"
     data = dataset.open_dataset(Path(at["train.beton"]))
     first = [int(np.argmax(data.labels == c)) for c in range(PICTURE_SAMPLES)]
-    report.draw_views(
-        Tape.open(Path(at["tape.zarr"])), data, picture, samples=first,
+    picture.draw_views(
+        Tape.open(Path(at["tape.zarr"])), data, drawing, samples=first,
         views=list(range(min(3, epochs))),
     )  # fmt: skip
     console.rule("[bold]Result", align="left")
     console.print(_table(rows))
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
-    console.print(f"picture {picture}, in all {minutes} min {seconds} s", soft_wrap=True)
+    console.print(f"picture {drawing}, in all {minutes} min {seconds} s", soft_wrap=True)
 
 
 def _measure(folder: Path, name: str, test: str, teacher: str) -> dict[str, Any]:

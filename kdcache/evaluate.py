@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from kdcache.codec import dense_target
 from kdcache.dataset import Dataset
-from kdcache.kernels import reference
 from kdcache.loader import Loader
+from kdcache.loss import distillation_losses
 from kdcache.models import Classifier
 from kdcache.spec import evaluation_views
 
@@ -60,7 +61,7 @@ def evaluate(
                 if teacher is not None:
                     teacher_logits = teacher(batch.images_BCHW).float()
                     found["agreement"] = (logits.argmax(1) == teacher_logits.argmax(1)).sum()
-                    found["kl"] = reference.dense_kl(logits, teacher_logits, 1.0).sum()
+                    found["kl"] = distillation_losses(logits, dense_target(teacher_logits)).sum()
                 for name, value in found.items():
                     sums[name] = sums[name] + value.double().cpu()
                 rows += len(batch)

@@ -7,6 +7,8 @@ Sole importer of `kdcache.kernels`. Works in any training loop:
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from kdcache.errors import UsageError
@@ -39,19 +41,29 @@ def distillation_losses(
     if target.classes_BK is None:
         loss_B = reference.dense_kl(logits_BC, target.logits_BK, temperature)
     else:
-        log_p_BK, log_tail_B = reference.temper(
-            target.logits_BK, target.tail_B3, target.num_classes, temperature
-        )
+        log_p_BK, log_tail_B = log_probabilities(target, temperature)
         loss_B = reference.sparse_kl(
             logits_BC, target.classes_BK, log_p_BK, log_tail_B, temperature, tail
         )
     return loss_B
 
 
+def log_probabilities(
+    target: Target, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The target at T: log-probabilities of its named classes [B, K], and of its tail [B]."""
+    log_p_BK, log_tail_B = reference.temper(
+        target.logits_BK, target.tail_B3, target.num_classes, temperature
+    )
+    return log_p_BK, log_tail_B
+
+
 def check_temperature(temperature: float, *, sparse: bool) -> None:
     """Refuse a temperature at which targets (sparse: with a tail) are not defined."""
     if not temperature > 0:
         raise UsageError(f"temperature must be above 0, not {temperature}")
+    if temperature == math.inf:
+        raise UsageError("temperature must be finite")
     if sparse and temperature < 1:
         raise UsageError(
             f"temperature must be at least 1 for top-k targets, not {temperature}: a tape made "

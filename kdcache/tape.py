@@ -27,7 +27,7 @@ import zarr.errors
 from kdcache import codec
 from kdcache.codec import Records
 from kdcache.errors import StorageError, TapeCorrupt, TapeIncomplete, TapeMismatch, UsageError
-from kdcache.spec import TapeSpec, differences
+from kdcache.spec import TapeSpec, differences, digest
 
 KEY = "kdcache"
 CHUNK_BYTES = 1 << 18
@@ -91,9 +91,9 @@ class Tape:
             raise UsageError(f"{path} exists and is not a tape; choose another path") from None
         try:
             spec = TapeSpec.from_json(manifest["spec"])
-            if spec.digest != manifest["digest"]:
-                raise ValueError("its digest is not that of its spec")
             info = dict(manifest["info"])
+            if manifest["digest"] != digest([spec.to_json(), info]):
+                raise ValueError("its digest is not that of its contents")
             _check_arrays(group, spec)
         except UsageError:
             raise
@@ -230,7 +230,8 @@ def _create_arrays(path: Path, spec: TapeSpec, info: dict[str, Any]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     layout = Layout.of(spec)
     group = zarr.create_group(partial)
-    group.attrs[KEY] = {"spec": spec.to_json(), "digest": spec.digest, "info": info}
+    manifest = {"spec": spec.to_json(), "info": info}
+    group.attrs[KEY] = {**manifest, "digest": digest([spec.to_json(), info])}
     for name, (width, dtype) in _columns(spec).items():
         group.create_array(
             name,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,11 +24,12 @@ from kdcache.dataset import Dataset
 from kdcache.errors import NonFinite, StorageError, UsageError
 from kdcache.evaluate import Evaluation
 from kdcache.loader import Loader
-from kdcache.loss import distillation_loss
+from kdcache.loss import check_temperature, distillation_loss
 from kdcache.models import Classifier
 from kdcache.records import TargetSource
 from kdcache.spec import Mode, ViewSpec
 
+LOG_FILE = "log.jsonl"
 LOG_EVERY_STEPS = 50
 GRADIENT_NORM = 1.0  # the paper clips the global norm there, in every recipe
 
@@ -59,12 +61,18 @@ class TrainSpec:
             (self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}"),
             (self.batch_size >= 1, f"batch size must be at least 1, not {self.batch_size}"),
             (self.lr > 0, f"lr must be above 0, not {self.lr}"),
+            (self.lr <= 1000, f"lr must be at most 1000, not {self.lr}"),
             (self.weight_decay >= 0, f"weight decay must be at least 0, not {self.weight_decay}"),
+            (
+                self.weight_decay <= 1000,
+                f"weight decay must be at most 1000, not {self.weight_decay}",
+            ),
             (0 <= self.warmup < 1, f"warmup must be in [0, 1), not {self.warmup}"),
-            (self.temperature > 0, f"temperature must be above 0, not {self.temperature}"),
+            (0 <= self.seed < 1 << 64, f"seed must be in [0, 2^64), not {self.seed}"),
         ):
             if not ok:
                 raise UsageError(line)
+        check_temperature(self.temperature, sparse=False)
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,8 @@ def train(
 ) -> None:
     """Train the student in place. The last samples of a view that fill no batch are left out.
 
-    Raises NonFinite when the loss is NaN or infinite, and what loader and targets raise.
+    Raises NonFinite when the loss or a weight is NaN or infinite, and what loader and targets
+    raise.
     """
     batches = len(dataset) // spec.batch_size
     if batches == 0:
@@ -150,6 +159,8 @@ def train(
                     now = time.perf_counter()
                     on_step(Step(step, steps, epoch, value, rate, images / (now - since)))
                     images, since = 0, now
+    if not all(bool(w.isfinite().all()) for w in student.parameters()):
+        raise NonFinite("the last step made a weight NaN or infinite: lower --lr")
 
 
 def _finite(loss: torch.Tensor, step: int) -> float:
@@ -160,7 +171,10 @@ def _finite(loss: torch.Tensor, step: int) -> float:
 
 
 class Run:
-    """A run's folder. It is a finished run once run.json is there, which is written last."""
+    """A run's folder. It is a finished run once run.json is there, which is written last.
+
+    A resource: use it with `with`. A run that fails leaves its log, or nothing if that is empty.
+    """
 
     def __init__(self, folder: Path) -> None:
         if folder.exists():
@@ -170,7 +184,17 @@ class Run:
         except OSError as error:
             raise StorageError(f"cannot make {folder}: {error.strerror}") from error
         self.folder = folder
-        self._log = (folder / "log.jsonl").open("w")
+        self._log = (folder / LOG_FILE).open("w")
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._log.close()
+        if (self.folder / LOG_FILE).stat().st_size == 0 and not (
+            self.folder / models.RUN_FILE
+        ).exists():
+            shutil.rmtree(self.folder)
 
     def log(self, record: dict[str, Any]) -> None:
         self._log.write(json.dumps(record) + "\n")

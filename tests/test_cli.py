@@ -322,6 +322,5 @@ def test_json_is_one_line(kdcache: Run, tape: Path) -> None:
     assert len(result.out.splitlines()) == 1
 
 
-# FAILS: rich's Progress prints an empty line to a stderr that is no terminal.
 def test_progress_leaves_nothing_in_a_log(kdcache: Run, digits_test: Dataset) -> None:
     assert kdcache("eval", TEACHER, "--data", digits_test.path).err == ""

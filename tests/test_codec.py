@@ -10,11 +10,11 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from kdcache.kernels import reference
 
 from kdcache import codec
 from kdcache.codec import Records
 from kdcache.errors import TapeCorrupt
+from kdcache.kernels import reference
 from kdcache.records import Target
 from kdcache.spec import TapeSpec, ValueType, ViewSpec
 

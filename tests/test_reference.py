@@ -8,10 +8,11 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from kdcache.kernels import reference
-from kdcache.kernels.reference import Tail
 from numpy.typing import NDArray
 from torch.nn import functional
+
+from kdcache.kernels import reference
+from kdcache.kernels.reference import Tail
 
 F64 = NDArray[np.float64]
 TEMPERATURES = [0.5, 1.0, 2.0, 4.0, 20.0]

@@ -1,73 +1,25 @@
-"""What a tape holds, in figures and in a picture.
+"""A picture of a tape: samples, the views made of them, and what the teacher said of each view.
 
-In: a tape (and its data, for the picture). Out: a `Summary`, or a PNG that shows samples, the views
-made of them, and what the teacher said of each view. Needs matplotlib for the picture only.
+In: a tape and its data. Out: a PNG. Needs matplotlib.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kdcache import codec
+from kdcache.dataset import Dataset
 from kdcache.errors import MissingDependency
-from kdcache.kernels import reference
+from kdcache.loader import Loader
+from kdcache.loss import log_probabilities
+from kdcache.spec import evaluation_views
 from kdcache.tape import Tape
-
-if TYPE_CHECKING:
-    from kdcache.dataset import Dataset
-
-SUMMARY_ROWS = 65_536
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Means over up to 65,536 records of each complete view, at T = 1.
-
-    entropy and its tail are in nats, the tail taken as evenly spread; tail_mass is a share of 1
-    """
-
-    views_complete: int
-    shards: int
-    shards_missing: int
-    stored_bytes: int
-    bytes_per_record: float
-    rows: int
-    entropy: float | None
-    largest_probability: float | None
-    tail_mass: float | None
-
-
-def summarise(tape: Tape) -> Summary:
-    """Completeness, size and the teacher's statistics. Raises TapeCorrupt for a damaged shard."""
-    spec = tape.spec
-    missing = tape.missing()
-    shards = spec.views * tape.shards_per_view
-    complete = sorted(set(range(spec.views)) - {v for v, _ in missing})
-    sums, rows = np.zeros(3), 0
-    for view in complete:
-        stop = min(spec.samples, SUMMARY_ROWS)
-        target = codec.decode(tape.read(view, 0, stop), spec.classes)
-        log_p, log_tail = reference.temper(target.logits_BK, target.tail_B3, spec.classes, 1.0)
-        entropy = -(log_p.exp() * log_p).sum(1)
-        mass = torch.zeros(len(log_p))
-        if log_tail is not None:
-            mass = log_tail.exp()
-            entropy = entropy - mass * (log_tail - float(np.log(spec.classes - spec.top_k)))
-        largest = log_p.amax(1).exp()
-        sums += [float(entropy.sum()), float(largest.sum()), float(mass.sum())]
-        rows += stop
-    stored = tape.stored_bytes()
-    recorded = spec.samples * len(complete)
-    means = sums / rows if rows else [None] * 3
-    return Summary(
-        len(complete), shards, len(missing), stored, stored / max(1, recorded), rows, *means
-    )
+from kdcache.views import MIX_UNIT, position
 
 
 def draw_views(
@@ -81,10 +33,6 @@ def draw_views(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependency("pictures need matplotlib: pip install 'kdcache[plot]'") from error
-    from kdcache.loader import Loader
-    from kdcache.spec import evaluation_views
-    from kdcache.views import MIX_UNIT, position
-
     spec = tape.spec
     names = dataset.classes
     figure = Figure(figsize=(1.9 + 4.1 * len(views), 1.75 * len(samples) + 0.5), dpi=130)
@@ -109,7 +57,7 @@ def draw_views(
                 axis = figure.add_subplot(grid[row, 1 + 2 * column])
                 _show(axis, batch.images_BCHW[i], f"view {view}" if row == 0 else "", mixed)
                 target = codec.decode(tape.read(view, place, place + 1), spec.classes)
-                log_p, _ = reference.temper(target.logits_BK, target.tail_B3, spec.classes, 1.0)
+                log_p, _ = log_probabilities(target)
                 p, k = log_p[0].exp().topk(min(top, log_p.shape[1]))
                 classes = k if target.classes_BK is None else target.classes_BK[0][k]
                 _bars(

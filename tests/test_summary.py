@@ -11,12 +11,13 @@ import PIL.Image
 import pytest
 import torch
 
-from kdcache import models, report
+from kdcache import models, summary
 from kdcache.dataset import Dataset
 from kdcache.errors import MissingDependency, TapeCorrupt
+from kdcache.picture import draw_views
 from kdcache.precompute import precompute, tape_spec
-from kdcache.report import draw_views, summarise
 from kdcache.spec import ViewSpec
+from kdcache.summary import summarise
 from kdcache.tape import Tape
 from tests.conftest import TEACHER, synthetic_tape
 
@@ -68,7 +69,7 @@ def test_only_complete_views_count(tmp_path: Path) -> None:
 def test_few_rows_of_a_long_view_are_enough(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "SUMMARY_ROWS", 5)
+    monkeypatch.setattr(summary, "SUMMARY_ROWS", 5)
     found = summarise(synthetic_tape(tmp_path / "t", logits_of([0.5, 0.5]), top_k=2))
     assert found.rows == 10
     assert found.largest_probability == pytest.approx(0.5)
