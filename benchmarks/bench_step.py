@@ -90,9 +90,13 @@ def main() -> None:
         teacher = fresh.eval().requires_grad_(False)
         spec = tape_spec(data, teacher, VIEW, views=1, top_k=None, dtype="float16")
         tape = precompute(data, teacher, spec, folder / "tape.zarr", batch_size=BATCH)
+
+        def cached() -> TargetSource:
+            return targets.CachedTargets(tape, data.fingerprint, VIEW)
+
         contestants = {
             "train, labels": training(data, lambda: targets.LabelTargets(10), device),
-            "train, cached": training(data, lambda: targets.CachedTargets(tape), device),
+            "train, cached": training(data, cached, device),
             "train, online": training(data, lambda: targets.OnlineTargets(teacher), device),
             "precompute": recording(data, teacher, folder),
             "teacher, bare": bare_teacher(data, teacher, device),

@@ -46,7 +46,10 @@ err_console = Console(stderr=True, highlight=False)
 DataOption = Annotated[Path, typer.Option("--data", help="The .beton file to read.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 WorkersOption = Annotated[
-    int | None, typer.Option(min=1, help="Threads that decode.  [default: all cores]")
+    int | None,
+    typer.Option(
+        min=1, help="Threads that decode.  [default: all cores; half with a network on the CPU]"
+    ),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 ...  [default: cuda where there is one]")
@@ -169,6 +172,7 @@ def precompute(
     k = _top_k(top_k, len(dataset.classes))
     given = _given_view(view_seed, size, crop, min_area, flip, mixup)
     view = _view_spec(given, dataset)
+    _require_classes(teacher, dataset)
     model = models.load(
         teacher, "teacher", num_classes=len(dataset.classes), size_px=view.size_px,
         device=_device(device),
@@ -198,7 +202,10 @@ def train(
     student: Annotated[str, typer.Option(help="The model to train.")],
     out: Annotated[Path, typer.Option(help="The run's folder; it must not exist.")],
     cache: Annotated[Path | None, typer.Option(help="The tape, for --mode cached.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="The model, for --mode online.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="For --mode online; with --val also the judge of cached."),
+    ] = None,
     val: Annotated[Path | None, typer.Option(help="A .beton file to measure accuracy on.")] = None,
     epochs: Annotated[int, typer.Option(help="Times through the data.")] = 10,
     batch_size: BatchOption = 256,
@@ -244,13 +251,16 @@ def train(
         temperature=temperature, seed=seed, deterministic=deterministic,
         views=tape.spec.views if tape else views,
     )  # fmt: skip
+    if mode == "labels" and temperature != 1:
+        raise UsageError("--temperature goes with a teacher, not with --mode labels")
     training.set_determinism(spec)
     options: Any = {
         "num_classes": len(dataset.classes), "size_px": spec.view.size_px, "device": _device(device)
     }  # fmt: skip
     network = models.load(student, "student", **options)
+    _require_classes(teacher, dataset)
     teacher_model = models.load(teacher, "teacher", **options) if teacher else None
-    targets = _targets(tape, teacher_model, len(dataset.classes), temperature)
+    targets = _targets(tape, teacher_model, dataset, temperature)
     total = epochs * (len(dataset) // batch_size) * batch_size
     with training.Run(out) as run, _progress(f"train {mode}", total, "images") as update:
 
@@ -300,7 +310,9 @@ def eval_command(
     options: Any = {
         "num_classes": len(dataset.classes), "size_px": size_px, "device": _device(device)
     }  # fmt: skip
+    _require_classes(model, dataset)
     network = models.load(model, "teacher", **options)
+    _require_classes(teacher, dataset)
     teacher_model = models.load(teacher, "teacher", **options) if teacher else None
     with _progress("eval", len(dataset), "images") as update:
         result = evaluate.evaluate(
@@ -339,9 +351,11 @@ def inspect(
         "record": f"{kept}, {spec.dtype}, {codec.spec_record_bytes(spec)} bytes before compression",
         "complete": f"{summary.views_complete} of {spec.views} views, "
         f"{summary.shards - summary.shards_missing} of {summary.shards} shards",
-        "size": f"{_size(summary.stored_bytes)}, {summary.bytes_per_record:.1f} bytes a record, "
-        f"{_size(round(summary.bytes_per_record * spec.samples))} a view",
+        "size": _size(summary.stored_bytes),
     }
+    if summary.bytes_per_record:
+        view_bytes = _size(round(summary.bytes_per_record * spec.samples))
+        answer["size"] += f", {summary.bytes_per_record:.1f} bytes a record, {view_bytes} a view"
     if summary.rows:
         answer |= {
             "entropy": f"{summary.entropy:.3f} nats (mean over {summary.rows} records, T = 1)",
@@ -418,35 +432,39 @@ def _tape_for_training(
         raise TapeMismatch(
             f"{cache} has {spec.classes} classes, {dataset.path} has {len(dataset.classes)}"
         )
-    if spec.dataset != dataset.fingerprint:
-        raise TapeMismatch(
-            f"{cache} was made from other data ({spec.dataset}) than {dataset.path} "
-            f"({dataset.fingerprint}): use the data it was made from, or precompute a tape for this"
-        )
-    wanted = replace(spec.view, **given)
-    if wanted != spec.view:
-        name = next(n for n in given if getattr(wanted, n) != getattr(spec.view, n))
-        raise TapeMismatch(
-            f"{cache} was made with {name} {getattr(spec.view, name)}, not {given[name]}: in "
-            "cached mode the view options come from the tape, so leave them out"
-        )
+    tape.require_plays(dataset.fingerprint, replace(spec.view, **given))
     if views is not None and views != spec.views:
         raise TapeMismatch(f"{cache} has {spec.views} views, not {views}: leave --views out")
-    tape.require_complete()
     return tape
 
 
 def _targets(
-    tape: Tape | None, teacher: Classifier | None, classes: int, temperature: float
+    tape: Tape | None, teacher: Classifier | None, dataset: Dataset, temperature: float
 ) -> TargetSource:
     from kdcache import loss, targets
 
     if tape:
         loss.check_temperature(temperature, sparse=not tape.spec.dense)
-        return targets.CachedTargets(tape)
+        return targets.CachedTargets(tape, dataset.fingerprint, tape.spec.view)
     if teacher:
         return targets.OnlineTargets(teacher)
-    return targets.LabelTargets(classes)
+    return targets.LabelTargets(len(dataset.classes))
+
+
+def _require_classes(model: str | None, dataset: Dataset) -> None:
+    """A run that was trained on as many classes of other names or order would answer nonsense."""
+    from kdcache import models
+
+    if not model or not Path(model).is_dir():
+        return
+    trained = models.run_record(Path(model)).get("class_names")
+    if trained is not None and len(trained) == len(dataset.classes):
+        for there, here in zip(trained, dataset.classes, strict=True):
+            if there != here:
+                raise UsageError(
+                    f"{model} was trained on other classes than {dataset.path}: {there!r} there, "
+                    f"{here!r} here"
+                )
 
 
 def _device(name: str | None) -> str:

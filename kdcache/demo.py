@@ -77,6 +77,8 @@ def run(
     rows = [_measure(folder, name, at["test.beton"], at["teacher"]) for name in STUDENTS]
     rows.append(_measure(folder, "teacher", at["test.beton"], at["teacher"]))
     (folder / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
+    console.rule("[bold]Result", align="left")
+    console.print(_table(rows))
     drawing = folder / "views.png"
     data = dataset.open_dataset(Path(at["train.beton"]))
     first = [int(np.argmax(data.labels == c)) for c in range(PICTURE_SAMPLES)]
@@ -84,8 +86,6 @@ def run(
         Tape.open(Path(at["tape.zarr"])), data, drawing, samples=first,
         views=list(range(min(3, epochs))),
     )  # fmt: skip
-    console.rule("[bold]Result", align="left")
-    console.print(_table(rows))
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
     console.print(f"picture {drawing}, in all {minutes} min {seconds} s", soft_wrap=True)
 

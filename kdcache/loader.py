@@ -67,7 +67,10 @@ class Loader:
         self.spec = spec
         self.batch_size = batch_size
         self.device = torch.device(device)
-        self.workers = min(workers or cores, numba.config.NUMBA_NUM_THREADS)
+        if workers is None:
+            # On the CPU the network wants the cores too.
+            workers = max(1, cores // 2) if self.device.type == "cpu" else cores
+        self.workers = min(workers, numba.config.NUMBA_NUM_THREADS)
         # FFCV decodes whole pairs, so an odd batch size is served by cutting a double batch.
         self._stride = 2 * batch_size if spec.mixup and batch_size % 2 else batch_size
         self._ffcv = _Engine(

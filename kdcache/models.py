@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -165,7 +167,10 @@ def _from_torchvision(name: str, role: Role, num_classes: int) -> Classifier:
     try:
         if role == "teacher":
             weights = torchvision.models.get_model_weights(name).DEFAULT
-            network = torchvision.models.get_model(name, weights=weights)
+            count = len(weights.meta["categories"])
+            network = torchvision.models.get_model(name, weights=None, num_classes=count)
+            state = weights.get_state_dict(check_hash=True, weights_only=True)
+            network.load_state_dict(state)
             preprocess = weights.transforms()
             mean, std = tuple(preprocess.mean), tuple(preprocess.std)
         else:
@@ -175,8 +180,9 @@ def _from_torchvision(name: str, role: Role, num_classes: int) -> Classifier:
         raise UsageError(f"unknown model 'torchvision:{name}': see torchvision.models") from error
     except (TypeError, AttributeError) as error:
         raise UsageError(f"torchvision:{name} does not classify images: {_line(error)}") from error
-    except OSError as error:
-        raise UsageError(f"the weights of torchvision:{name} cannot be had: {error}") from error
+    except (OSError, RuntimeError) as error:
+        line = f"the weights of torchvision:{name} cannot be had: {_line(error)}"
+        raise UsageError(line) from error
     return Classifier(network, f"torchvision:{name}", mean, std)
 
 
@@ -202,6 +208,8 @@ def _from_factory(path: str, num_classes: int) -> Classifier:
     The module may carry `mean` and `std` triples; otherwise ImageNet's are taken.
     """
     module_name, _, attribute = path.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # an installed command does not look there by itself
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,11 +46,7 @@ def tape_spec(
     spec = TapeSpec(
         views, len(dataset), classes, k, dtype, dataset.fingerprint, teacher.fingerprint(), view
     )
-    return _with_top_k(spec, codec.effective_top_k(classes, k, dtype))
-
-
-def _with_top_k(spec: TapeSpec, top_k: int) -> TapeSpec:
-    return TapeSpec.from_json({**spec.to_json(), "top_k": top_k})
+    return replace(spec, top_k=codec.effective_top_k(classes, k, dtype))
 
 
 def precompute(
@@ -69,7 +66,7 @@ def precompute(
     device = teacher.mean.device
     tape = Tape.create(out, spec, _info(dataset, teacher, batch_size))
     todo = tape.missing()
-    rows = spec.views * spec.samples - sum(_rows(tape, shard) for _, shard in todo)
+    rows = spec.views * spec.samples - sum(tape.rows(shard) for _, shard in todo)
     progress(rows)
     if not todo:
         return tape
@@ -103,11 +100,6 @@ def ask(teacher: Classifier, batch: Batch) -> torch.Tensor:
         f"the teacher {teacher.name} gave NaN or infinity for sample {batch.samples_B[row]} in "
         f"view {batch.view}: nothing was recorded for its shard"
     )
-
-
-def _rows(tape: Tape, shard: int) -> int:
-    start, stop = tape.shard_range(shard)
-    return stop - start
 
 
 def _info(dataset: Dataset, teacher: Classifier, batch_size: int) -> dict[str, object]:

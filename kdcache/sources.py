@@ -77,6 +77,11 @@ def _class_folders(folder: Path, split: Split) -> Source:
             raise UsageError(f"{folder} has no folder for the {split} split")
         folder = folder / inner[0]
         present = {d.name for d in folder.iterdir() if d.is_dir()}
+    elif split == "test":
+        raise UsageError(
+            f"{folder} has no folders train/ and test/ (or val/): give the folder of the test "
+            "images without --split"
+        )
     extensions = PIL.Image.registered_extensions()
     suffixes = {s for s, kind in extensions.items() if kind in PIL.Image.OPEN}
     classes, images, labels = tuple(sorted(present)), [], []
@@ -143,6 +148,8 @@ def _torchvision(name: str, split: Split) -> Source:
         options["train"] = split == "train"
     elif "split" in known:
         options["split"] = split
+    elif split == "test":
+        raise UsageError(f"torchvision's {name} has no test split")
     if "download" in known:
         options["download"] = True
     try:

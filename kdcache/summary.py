@@ -19,7 +19,7 @@ SUMMARY_ROWS = 65_536
 
 @dataclass(frozen=True)
 class Summary:
-    """Means over up to 65,536 records of each complete view, at T = 1.
+    """Means over up to 65,536 records of the complete views, at T = 1.
 
     entropy and its tail are in nats, the tail taken as evenly spread; tail_mass is a share of 1
     """
@@ -28,7 +28,7 @@ class Summary:
     shards: int
     shards_missing: int
     stored_bytes: int
-    bytes_per_record: float
+    bytes_per_record: float | None
     rows: int
     entropy: float | None
     largest_probability: float | None
@@ -43,7 +43,7 @@ def summarise(tape: Tape) -> Summary:
     complete = sorted(set(range(spec.views)) - {v for v, _ in missing})
     sums, rows = np.zeros(3), 0
     for view in complete:
-        stop = min(spec.samples, SUMMARY_ROWS)
+        stop = min(spec.samples, max(1, SUMMARY_ROWS // len(complete)))
         target = codec.decode(tape.read(view, 0, stop), spec.classes)
         log_p, log_tail = log_probabilities(target)
         entropy = -(log_p.exp() * log_p).sum(1)
@@ -55,8 +55,7 @@ def summarise(tape: Tape) -> Summary:
         sums += [float(entropy.sum()), float(largest.sum()), float(mass.sum())]
         rows += stop
     stored = tape.stored_bytes()
-    recorded = spec.samples * len(complete)
     means = sums / rows if rows else [None] * 3
-    return Summary(
-        len(complete), shards, len(missing), stored, stored / max(1, recorded), rows, *means
-    )
+    recorded = spec.views * spec.samples - sum(tape.rows(shard) for _, shard in missing)
+    per_record = stored / recorded if recorded else None
+    return Summary(len(complete), shards, len(missing), stored, per_record, rows, *means)

@@ -14,6 +14,7 @@ Cost: reading decompresses each inner chunk once when positions are read in orde
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ import zarr.errors
 from kdcache import codec
 from kdcache.codec import Records
 from kdcache.errors import StorageError, TapeCorrupt, TapeIncomplete, TapeMismatch, UsageError
-from kdcache.spec import TapeSpec, differences, digest
+from kdcache.spec import TapeSpec, ViewSpec, differences, digest
 
 KEY = "kdcache"
 CHUNK_BYTES = 1 << 18
@@ -111,6 +112,20 @@ class Tape:
                 "or the same options"
             )
 
+    def require_plays(self, dataset: str, view: ViewSpec) -> None:
+        """Raise TapeMismatch unless the tape is of this view spec and of the data's fingerprint."""
+        if self.spec.dataset != dataset:
+            raise TapeMismatch(
+                f"{self.path} was made from other data ({self.spec.dataset}) than this "
+                f"({dataset}): use the data it was made from, or precompute a tape for this"
+            )
+        different = differences(view, self.spec.view)
+        if different:
+            raise TapeMismatch(
+                f"{self.path} holds other views ({'; '.join(different)}): in cached mode the view "
+                "options come from the tape, so leave them out"
+            )
+
     @property
     def shards_per_view(self) -> int:
         return -(-self.spec.samples // self.layout.shard_rows)
@@ -119,6 +134,10 @@ class Tape:
         """Positions [start, stop) of a shard."""
         start = shard * self.layout.shard_rows
         return start, min(start + self.layout.shard_rows, self.spec.samples)
+
+    def rows(self, shard: int) -> int:
+        start, stop = self.shard_range(shard)
+        return stop - start
 
     def has(self, view: int, shard: int) -> bool:
         """Whether all objects of a shard are in the store. An empty one is what a crash left."""
@@ -149,9 +168,9 @@ class Tape:
         start, stop = self.shard_range(shard)
         assert len(records) == stop - start
         arrays = {"logits": records.logits, "classes": records.classes, "tail": records.tail}
-        # Zarr would read what is there to merge it, and fail where that is damaged.
-        self._discard(view, shard)
         try:
+            # Zarr would read what is there to merge it, and fail where that is damaged.
+            self._discard(view, shard)
             for name in _array_names(self.spec):
                 self._array(name)[view, start:stop] = arrays[name]
         except OSError as error:
@@ -184,7 +203,11 @@ class Tape:
 
     def stored_bytes(self) -> int:
         """Bytes of the tape's files."""
-        return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
+        sizes = []
+        for file in self.path.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # a precompute may be at work
+                sizes.append(file.stat().st_size if file.is_file() else 0)
+        return sum(sizes)
 
     def _array(self, name: str) -> zarr.Array[Any]:
         array = self._group[name]

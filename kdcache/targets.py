@@ -13,9 +13,11 @@ import torch
 
 from kdcache import codec
 from kdcache.codec import Records
+from kdcache.errors import TapeCorrupt
 from kdcache.models import Classifier
 from kdcache.precompute import ask
 from kdcache.records import Batch, Target
+from kdcache.spec import ViewSpec
 from kdcache.tape import Tape
 from kdcache.views import MIX_UNIT
 
@@ -31,9 +33,14 @@ class OnlineTargets:
 
 
 class CachedTargets:
-    """Reads the tape; epoch e plays view e mod V. A thread reads ahead by one block."""
+    """Reads the tape. A thread reads ahead by one block.
 
-    def __init__(self, tape: Tape) -> None:
+    Raises TapeMismatch unless the tape was made of this view spec and of the data with this
+    fingerprint, TapeIncomplete when it lacks a shard.
+    """
+
+    def __init__(self, tape: Tape, fingerprint: str, view: ViewSpec) -> None:
+        tape.require_plays(fingerprint, view)
         tape.require_complete()
         self.tape = tape
         self.block_rows = tape.layout.chunk_rows
@@ -53,7 +60,12 @@ class CachedTargets:
         records = Records.concatenate(parts)
         if (np.diff(numbers) < 0).any():
             records = records[np.argsort(np.argsort(numbers, kind="stable"))]
-        target = codec.decode(records, self.tape.spec.classes)
+        try:
+            target = codec.decode(records, self.tape.spec.classes)
+        except TapeCorrupt as error:
+            at = f"{batch.positions_B.min()} to {batch.positions_B.max()}"
+            line = f"{self.tape.path}: view {batch.view}, positions {at}: {error}"
+            raise TapeCorrupt(line) from error
         return target.to(batch.images_BCHW.device)
 
     def _start(self, key: tuple[int, int]) -> Future[Records]:

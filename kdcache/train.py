@@ -41,7 +41,7 @@ class TrainSpec:
     views         how many different views the epochs cycle through; None: every epoch a new one
     warmup        share of all steps over which the learning rate rises from 0
     weight_decay  as in AdamW: decoupled, times the learning rate
-    seed          of the student's first weights
+    seed          of the student's first weights, and of its dropout
     """
 
     mode: Mode
@@ -68,7 +68,8 @@ class TrainSpec:
                 f"weight decay must be at most 1000, not {self.weight_decay}",
             ),
             (0 <= self.warmup < 1, f"warmup must be in [0, 1), not {self.warmup}"),
-            (0 <= self.seed < 1 << 64, f"seed must be in [0, 2^64), not {self.seed}"),
+            (0 <= self.seed < 1 << 63, f"seed must be in [0, 2^63), not {self.seed}"),
+            (self.views is None or self.views >= 1, f"views must be at least 1, not {self.views}"),
         ):
             if not ok:
                 raise UsageError(line)
@@ -128,6 +129,7 @@ def train(
     Raises NonFinite when the loss or a weight is NaN or infinite, and what loader and targets
     raise.
     """
+    torch.manual_seed(spec.seed + 1)  # of dropout, whatever was drawn on the way here
     batches = len(dataset) // spec.batch_size
     if batches == 0:
         raise UsageError(

@@ -31,10 +31,17 @@ MIX_UNIT = 256  # a mixing weight of 256 would be all of the partner; ours go up
 
 
 def order(spec: ViewSpec, view: int, samples: int) -> I64:
-    """The sample at each position of a view: a permutation of range(samples)."""
+    """The sample at each position of a view: a permutation of range(samples), read-only."""
     _check_view(view)
-    high, low, _, _ = draw(spec.seed, view, np.arange(samples), Purpose.ORDER)
-    return np.argsort((high << np.uint64(32)) | low, kind="stable").astype(np.int64)
+    return _order(spec.seed, view, samples)
+
+
+@lru_cache(maxsize=2)  # precompute asks once for each shard of a view
+def _order(seed: int, view: int, samples: int) -> I64:
+    high, low, _, _ = draw(seed, view, np.arange(samples), Purpose.ORDER)
+    found = np.argsort((high << np.uint64(32)) | low, kind="stable").astype(np.int64)
+    found.flags.writeable = False
+    return found
 
 
 def position(spec: ViewSpec, view: int, samples: int) -> I64:

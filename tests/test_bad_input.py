@@ -398,12 +398,12 @@ def test_a_tape_of_other_data(bench: Bench, digits: Dataset, photos: Dataset) ->
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--view-seed", 1], "was made with seed 0, not 1"),
-        (["--size", 9], "was made with size_px 8, not 9"),
-        (["--crop", "center"], "was made with crop inception, not center"),
-        (["--min-area", 0.5], "was made with min_area 0.05, not 0.5"),
-        (["--no-flip"], "was made with flip True, not False"),
-        (["--mixup", 0], "was made with mixup 1.0, not 0"),
+        (["--view-seed", 1], "seed: 1 here, 0 there"),
+        (["--size", 9], "size_px: 9 here, 8 there"),
+        (["--crop", "center"], "crop: center here, inception there"),
+        (["--min-area", 0.5], "min_area: 0.5 here, 0.05 there"),
+        (["--no-flip"], "flip: False here, True there"),
+        (["--mixup", 0], "mixup: 0 here, 1 there"),
         (["--views", 3], "has 2 views, not 3: leave --views out"),
         (["--temperature", 0.5], "temperature must be at least 1 for top-k targets, not 0.5"),
     ],

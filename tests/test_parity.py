@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from kdcache import models, targets
 from kdcache.dataset import Dataset
+from kdcache.errors import TapeMismatch
 from kdcache.precompute import precompute, tape_spec
 from kdcache.records import TargetSource
 from kdcache.spec import ViewSpec
@@ -34,6 +36,16 @@ def weights_after(
     return dict(student.network.state_dict())
 
 
+def test_a_tape_of_other_views_is_refused(digits: Dataset, tmp_path: Path) -> None:
+    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    spec = tape_spec(digits, teacher, VIEW, views=1, top_k=None, dtype="float32")
+    tape = precompute(digits, teacher, spec, tmp_path / "t.zarr")
+    with pytest.raises(TapeMismatch, match="seed: 6 here, 5 there"):
+        targets.CachedTargets(tape, digits.fingerprint, replace(VIEW, seed=6))
+    with pytest.raises(TapeMismatch, match="was made from other data"):
+        targets.CachedTargets(tape, "0" * 16, VIEW)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_cached_equals_online_to_the_bit(
     digits: Dataset, tmp_path: Path, temperature: float
@@ -44,7 +56,8 @@ def test_cached_equals_online_to_the_bit(
     tape = precompute(digits, teacher, spec, tmp_path / "t.zarr", batch_size=128, workers=1)
     losses: tuple[list[float], list[float]] = ([], [])
     online = weights_after(digits, targets.OnlineTargets(teacher), "online", temperature, losses[0])
-    cached = weights_after(digits, targets.CachedTargets(tape), "cached", temperature, losses[1])
+    replay = targets.CachedTargets(tape, digits.fingerprint, VIEW)
+    cached = weights_after(digits, replay, "cached", temperature, losses[1])
     assert losses[0] == losses[1]
     assert all(torch.equal(online[name], cached[name]) for name in online)
 
@@ -56,5 +69,6 @@ def test_the_parity_test_can_fail(digits: Dataset, tmp_path: Path) -> None:
     spec = tape_spec(digits, teacher, other, views=VIEWS, top_k=None, dtype="float32")
     tape = precompute(digits, teacher, spec, tmp_path / "t.zarr", batch_size=128)
     online = weights_after(digits, targets.OnlineTargets(teacher), "online", 1.0, [])
-    cached = weights_after(digits, targets.CachedTargets(tape), "cached", 1.0, [])
+    replay = targets.CachedTargets(tape, digits.fingerprint, other)
+    cached = weights_after(digits, replay, "cached", 1.0, [])
     assert not all(torch.equal(online[name], cached[name]) for name in online)

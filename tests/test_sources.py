@@ -239,3 +239,9 @@ def test_a_failed_download_names_the_data_set(
     torchvision_has("Broken", Broken)
     with pytest.raises(StorageError, match=r"could not provide Broken: checksum"):
         open_source("torchvision:Broken", "train")
+
+
+def test_a_folder_without_splits_has_no_test_images(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(UsageError, match="has no folders train/ and test/"):
+        open_source(str(tmp_path), "test")

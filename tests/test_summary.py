@@ -71,7 +71,7 @@ def test_few_rows_of_a_long_view_are_enough(
 ) -> None:
     monkeypatch.setattr(summary, "SUMMARY_ROWS", 5)
     found = summarise(synthetic_tape(tmp_path / "t", logits_of([0.5, 0.5]), top_k=2))
-    assert found.rows == 10
+    assert found.rows == 4
     assert found.largest_probability == pytest.approx(0.5)
 
 

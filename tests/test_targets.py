@@ -78,7 +78,7 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 def test_cached_targets_are_the_tapes_rows_in_any_order(recording: Tape, order: str) -> None:
     assert recording.layout.chunk_rows < 40
-    targets = CachedTargets(recording)
+    targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view)
     for view in (0, 2, 1):
         found = targets(batch_of(view, ORDERS[order]))
         assert found.num_classes == CLASSES
@@ -88,7 +88,7 @@ def test_cached_targets_are_the_tapes_rows_in_any_order(recording: Tape, order: 
 @pytest.mark.parametrize("batch_size", [7, 64])
 def test_cached_targets_follow_a_training_run(recording: Tape, batch_size: int) -> None:
     """Views front to back, around the end to view 0 again."""
-    targets = CachedTargets(recording)
+    targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view)
     truth = [recording.read(view, 0, SAMPLES) for view in range(VIEWS)]
     for view in (0, 1, 2, 0):
         for start in range(0, SAMPLES, batch_size):
@@ -98,7 +98,7 @@ def test_cached_targets_follow_a_training_run(recording: Tape, batch_size: int) 
 
 
 def test_reading_ahead_holds_a_bounded_number_of_blocks(recording: Tape) -> None:
-    targets = CachedTargets(recording)
+    targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view)
     for start in range(0, SAMPLES, 10):
         targets(batch_of(1, np.arange(start, start + 10)))
         assert len(targets._blocks) <= 10 // targets.block_rows + 3
@@ -107,13 +107,13 @@ def test_reading_ahead_holds_a_bounded_number_of_blocks(recording: Tape) -> None
 def test_an_incomplete_tape_is_refused_at_once(recording: Tape) -> None:
     (recording.path / "logits" / "c" / "1" / "0" / "0").unlink()
     with pytest.raises(TapeIncomplete, match="the first is view 1 shard 0"):
-        CachedTargets(recording)
+        CachedTargets(recording, recording.spec.dataset, recording.spec.view)
 
 
 def test_a_damaged_shard_is_an_error_where_it_is_needed(recording: Tape) -> None:
     file = recording.path / "logits" / "c" / "2" / "0" / "0"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    targets = CachedTargets(recording)
+    targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view)
     targets(batch_of(0, np.arange(10)))
     with pytest.raises(TapeCorrupt, match=r"view 2, positions 0 to \d+: a shard is damaged"):
         targets(batch_of(2, np.arange(10)))
@@ -130,7 +130,8 @@ def test_the_tape_says_what_the_live_teacher_says(
     teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
     view = ViewSpec(8, min_area=0.4)
     spec = tape_spec(digits_test, teacher, view, views=2, top_k=None, dtype=dtype)
-    cached = CachedTargets(precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=64))
+    tape = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=64)
+    cached = CachedTargets(tape, digits_test.fingerprint, tape.spec.view)
     online = OnlineTargets(teacher)
     with Loader(digits_test, view, 50) as loader:
         for batch in loader.batches(1):
