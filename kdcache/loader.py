@@ -41,6 +41,9 @@ from kdcache.rng import SAMPLE_BITS
 from kdcache.spec import ViewSpec
 
 BATCHES_AHEAD = 2
+# Numba has one object for this type while it is held. A loader of FFCV's own in this process sets
+# it to constant (see _Memory); ours set it back.
+_BYTES = numba.uint8[::1]
 _SAMPLE_MASK = np.uint64((1 << SAMPLE_BITS) - 1)
 
 
@@ -266,6 +269,7 @@ class _Engine:
     def __init__(
         self, dataset: Dataset, batch_size: int, workers: int, decoders: dict[str, Operation]
     ) -> None:
+        _BYTES.mutable = True
         self.reader = Reader(str(dataset.path))
         self.memory_manager = _Memory(self.reader)
         self.batch_size = batch_size
