@@ -20,16 +20,17 @@ ON_DEVICE = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if ON_DEVICE else "cpu"
 kernel = pytest.mark.skipif(not (INTERPRETED or ON_DEVICE), reason="run in a process of its own")
 # The interpreter is numpy, which warns of what a GPU does silently: log 0, padding's inf - inf.
-pytestmark = [pytest.mark.gpu] if ON_DEVICE else [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+QUIET = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = pytest.mark.gpu if ON_DEVICE else QUIET
 
 if INTERPRETED or ON_DEVICE:
-    from kdcache.kernels import dense, rows, sparse
+    from kdcache.kernels import dense, dispatch, rows, sparse
 
 
 @pytest.mark.skipif(INTERPRETED or ON_DEVICE, reason="this is the interpreter, or a GPU")
 def test_under_the_interpreter() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "--no-header"],
+        [sys.executable, "-m", "pytest", __file__, "-q", "-m", "not slow"],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-5000:]
@@ -46,6 +47,20 @@ def _fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
             return memory.fill_(torch.nan) if memory.is_floating_point() else memory
 
         monkeypatch.setattr(owner, name, filled)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of long rows on rows of several hundred: many tiles, little work."""
+    loop = dispatch.Entry(dispatch.ANY, "loop", 256, 1, 4, "")
+    grad = dispatch.Entry(dispatch.ANY, "grad", 128, 2, 4, "")
+    tables = {"sparse": (loop,), "dense": (loop,), "backward": (grad,)}
+    monkeypatch.setattr(dispatch, "TABLES", tables)
+
+
+def _choose(tiles: bool, request: pytest.FixtureRequest) -> None:
+    if tiles:
+        request.getfixturevalue("small_tiles")
 
 
 def recompute(p: Problem, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +99,6 @@ def test_sparse(C: int, tail: str) -> None:
 def test_sparse_long_rows(tail: str) -> None:
     check(problem(2, 21841, 16, tail=tail, labels=True, dtype=torch.bfloat16))
     check(problem(2, 17003, 7, tail=tail, tempered=True, T=0.5, index=torch.int32))
-    check(problem(1, 32000, 64, tail=tail, weights=True, dtype=torch.float16))
 
 
 @kernel
@@ -102,41 +116,60 @@ def test_large_logits_in_every_dtype(dtype: torch.dtype, tail: str) -> None:
     for scale in (1e3, 3e4):
         for T in (0.5, 20.0):
             check(problem(T=T, tail=tail, scale=scale, dtype=dtype, tempered=True))
-    check(problem(2, 17003, T=0.5, tail=tail, scale=3e4, dtype=dtype, tempered=True))
 
 
 @kernel
-@pytest.mark.parametrize("C", [100, 17003])
-def test_large_dense_logits(C: int) -> None:
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tail", TAILS)
+def test_large_logits_in_tiles(dtype: torch.dtype, tail: str) -> None:
+    for C, T in ((700, 0.5), (1003, 20.0)):
+        check(problem(2, C, T=T, tail=tail, scale=3e4, dtype=dtype, tempered=True))
+        check(problem(2, C, T=T, tail=tail, dtype=dtype, labels=True, weights=True))
+
+
+@kernel
+@pytest.mark.parametrize("C", [100, 1003])
+@pytest.mark.parametrize("tiles", [False, True])
+def test_large_dense_logits(C: int, tiles: bool, request: pytest.FixtureRequest) -> None:
+    _choose(tiles, request)
     check(problem(2, C, None, T=0.5, scale=3e4, dtype=torch.float16))
     p = problem(2, C, None, T=2.0)
     check(Problem(p.student_BC + 3e4, p.values - 3e4, *p.arguments[2:]))
 
 
 @kernel
-@pytest.mark.parametrize("C", [100, 17003])
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("tail", ["renormalise", "none", "bucket"])
-def test_masked_student_logits_and_fewer_named_classes(tail: str, C: int) -> None:
-    check(problem(2, C, tail=tail, tempered=True, masked=20, pads=3))
-    check(problem(2, C, K=None, masked=20))
+def test_masked_student_logits_and_fewer_named_classes(
+    tail: str, tiles: bool, request: pytest.FixtureRequest
+) -> None:
+    _choose(tiles, request)
+    for C, masked in ((100, 20), (1003, 500)):
+        check(problem(2, C, tail=tail, tempered=True, masked=masked, pads=3))
+        check(problem(2, C, K=None, masked=masked))
 
 
 @kernel
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("K", [8, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("C", "stride", "shift"), [
-    (1000, 1024, 0), (1001, 1008, 0), (1003, 1003, 1), (100, 131, 0), (17003, 17008, 0),
+    (1000, 1024, 0), (1001, 1008, 0), (1003, 1003, 1), (100, 131, 0),
 ])  # fmt: skip
 def test_rows_of_any_stride_and_alignment(
-    C: int, stride: int, shift: int, dtype: torch.dtype, K: int | None
-) -> None:
+    C: int, stride: int, shift: int, dtype: torch.dtype, K: int | None, tiles: bool,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    _choose(tiles, request)
     check(problem(3, C, K, stride=stride, shift=shift, dtype=dtype, labels=True))
 
 
 @kernel
-@pytest.mark.parametrize("C", [100, 17003])
-def test_a_tail_that_all_but_vanishes(C: int) -> None:
-    p = problem(2, C, tail="bucket", tempered=True, T=1.0)
+@pytest.mark.parametrize("tiles", [False, True])
+def test_a_tail_that_all_but_vanishes(tiles: bool, request: pytest.FixtureRequest) -> None:
+    _choose(tiles, request)
+    p = problem(2, 700, tail="bucket", tempered=True, T=1.0)
     for gap in (20, 120, 1000):
         z = p.student_BC.clone()
         z.scatter_add_(1, p.classes_BK, torch.full(p.classes_BK.shape, float(gap)))
@@ -167,7 +200,7 @@ def test_no_rows(C: int, K: int | None) -> None:
 
 @kernel
 @pytest.mark.parametrize("K", [8, None])
-@pytest.mark.parametrize("C", [100, 1003, 17003])
+@pytest.mark.parametrize("C", [100, 1003, pytest.param(17003, marks=pytest.mark.slow)])
 def test_twice_is_the_same_to_the_bit(C: int, K: int | None) -> None:
     p = problem(4, C, K, labels=True, dtype=torch.bfloat16).to(DEVICE)
     factor = torch.ones(4, device=DEVICE)
