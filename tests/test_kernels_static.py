@@ -2,7 +2,7 @@
 
 No spills; 128-bit loads and stores of logits and gradient; registers, shared memory, exponentials
 and instructions within tests/kernel_budgets.json. `python -m tests.test_kernels_static [PART]`
-writes the budgets (of the cases whose name has PART) anew: for a new Triton, with a look at the diff.
+writes the budgets (of cases whose name has PART) anew: for a new Triton; look at the difference.
 """
 
 from __future__ import annotations
