@@ -2,8 +2,8 @@
 
 A row of 21841 bf16 logits begins at any multiple of 2 bytes. The kernels see each row from the
 16-byte line below its start (`VEC` elements a line), read whole lines, and mask by column. The
-gradient's row stride is congruent to the logits' modulo VEC, so both sit alike in their lines:
-equal to C for contiguous logits, a multiple of VEC for rows padded to one.
+gradient's row stride is congruent to the logits' modulo 8, so both sit alike in their lines: equal
+to C for contiguous logits, a multiple of 8 for rows padded to one.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import torch
 
 LINE_BYTES = 16
+MOST_IN_LINE = 8
 
 
-def gradient_stride(classes: int, row_stride: int, itemsize: int) -> int:
+def gradient_stride(classes: int, row_stride: int) -> int:
     """The smallest stride that holds a row and sits in its lines as the logits' does."""
-    return classes + (row_stride - classes) % (LINE_BYTES // itemsize)
+    return classes + (row_stride - classes) % MOST_IN_LINE
 
 
 def row_stride(x_BC: torch.Tensor) -> int:
@@ -24,7 +25,7 @@ def row_stride(x_BC: torch.Tensor) -> int:
 
 def empty_gradient(student_BC: torch.Tensor) -> torch.Tensor:
     B, C = student_BC.shape
-    stride = gradient_stride(C, row_stride(student_BC), student_BC.element_size())
+    stride = gradient_stride(C, row_stride(student_BC))
     return student_BC.new_empty(B * stride).as_strided((B, C), (stride, 1))
 
 

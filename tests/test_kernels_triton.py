@@ -30,7 +30,7 @@ if INTERPRETED or ON_DEVICE:
 @pytest.mark.skipif(INTERPRETED or ON_DEVICE, reason="this is the interpreter, or a GPU")
 def test_under_the_interpreter() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-q", "-m", "not slow"],
+        [sys.executable, "-m", "pytest", __file__, "-q", "-m", "not slow", "--noconftest"],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-5000:]
@@ -163,6 +163,16 @@ def test_rows_of_any_stride_and_alignment(
 ) -> None:  # fmt: skip
     _choose(tiles, request)
     check(problem(3, C, K, stride=stride, shift=shift, dtype=dtype, labels=True))
+
+
+@kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [1000, 1004, 1008, 1009])
+def test_a_dense_teacher_of_another_dtype(stride: int, dtype: torch.dtype) -> None:
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    p = problem(3, 1000, None, stride=stride, dtype=dtype)
+    rounded = p.values.to(other)
+    check(Problem(p.student_BC, rounded, *p.arguments[2:]))
 
 
 @kernel
