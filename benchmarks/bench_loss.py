@@ -60,6 +60,12 @@ class Case:
 
 
 def eager_dense(z: torch.Tensor, t: Target) -> torch.Tensor:
+    """As torchdistill and most recipes have it."""
+    p = F.softmax(t.logits_BK / T, 1)
+    return F.kl_div(F.log_softmax(z.float() / T, 1), p, reduction="batchmean") * T**2
+
+
+def eager_dense_log(z: torch.Tensor, t: Target) -> torch.Tensor:
     log_q, log_p = F.log_softmax(z.float() / T, 1), F.log_softmax(t.logits_BK / T, 1)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * T**2
 
@@ -108,9 +114,11 @@ def contestants(case: Case, device: str) -> dict[str, tuple[Step, str]]:
         "eager sparse": (eager_sparse, "renormalise"),
         "eager densify": (densify, "renormalise"),
         "eager dense": (eager_dense, "dense"),
+        "eager dense, log target": (eager_dense_log, "dense"),
         "compile sparse": (torch.compile(eager_sparse, dynamic=False), "renormalise"),
         "compile densify": (torch.compile(densify, dynamic=False), "renormalise"),
         "compile dense": (torch.compile(eager_dense, dynamic=False), "dense"),
+        "compile dense, log target": (torch.compile(eager_dense_log, dynamic=False), "dense"),
     }
     if device == "cuda":
         one_pass = ours(tail="renormalise", gradient_in_forward=True)

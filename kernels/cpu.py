@@ -31,6 +31,8 @@ F32 = np.float32
 I32 = np.int32
 # Below this share the tail's own maximum replaces the row's, lest its exponentials underflow.
 SMALL_TAIL = 1e-20
+# Several, so that a thread which a neighbour disturbs has fewer rows to do.
+LANES_PER_THREAD = 8
 
 
 @intrinsic
@@ -120,14 +122,19 @@ def _sum(x):
 
 
 @njit(fastmath=FLAGS, inline="always")
+def _sum_below_of(x, top):
+    total = F32(0.0)
+    for j in range(x.size):
+        total += x[j] - top
+    return total
+
+
+@njit(fastmath=FLAGS)
 def _sum_below(x, top):
     # In pieces: one float32 sum of 20,000 large terms loses more than the bounds allow.
     total = 0.0
     for start in range(0, x.size, 1024):
-        piece = F32(0.0)
-        for j in range(start, min(start + 1024, x.size)):
-            piece += x[j] - top
-        total += piece
+        total += _sum_below_of(x[start : start + 1024], top)
     return total
 
 
@@ -187,177 +194,183 @@ def _rest(x, e, top, scale):
 @njit(fastmath=FLAGS, parallel=True, error_model="numpy", boundscheck=False, cache=True)
 def _sparse(
     z, stride, width, values, classes, tail, labels, weights,
-    temperature, label_weight, mode, tempered, coefficient, want_gradient, loss, gradient,
+    temperature, label_weight, mode, tempered, coefficient, want_gradient, lanes, loss, gradient,
 ):  # fmt: skip
     rows, kept = values.shape
     inverse_t = 1.0 / temperature
     scale = F32(inverse_t * LOG2E)
     bad = 0
-    for r in prange(rows):
-        x = z[r * stride : r * stride + width]
-        e = gradient[r] if want_gradient else np.empty(width, np.float32)
-        label = labels[r] if labels.size > 0 else -1
-        wrong = label >= width
-        for k in range(kept):
-            wrong |= classes[r, k] < 0 or classes[r, k] >= width
-        if wrong:
-            bad += 1
-            continue
+    for lane in prange(lanes):
+        # Scratch for a lane of rows: an allocation a row would cost as much as its exponentials.
         log_p = np.empty(kept, np.float64)
-        if tempered:
-            log_r = _take_log_p(values[r], tail[r], mode == RENORMALISE, log_p)
-        else:
-            empty = tail[r, :0] if mode == RENORMALISE else tail[r]
-            log_r = _temper(values[r], empty, width - kept, inverse_t, log_p)
         p = np.empty(kept, np.float32)
-        live = 0
-        p_sum = 0.0
-        for k in range(kept):
-            live += log_p[k] > -np.inf
-            p[k] = _exp(log_p[k])
-            p_sum += p[k]
-        left = width - live
-        tail_p = math.exp(log_r) if mode >= UNIFORM and left > 0 else 0.0
-
-        top = _row_max(x)
-        total = _exponentials(x, top, scale, e)
         gap = np.empty(kept, np.float32)
-        for k in range(kept):
-            gap[k] = x[classes[r, k]] - top
-        # Everything of the tail is relative to rest_top and rest_sum.
-        rest_top, rest_sum = top, total
-        if mode == BUCKET:
+        spare = np.empty(0 if want_gradient else width, np.float32)
+        once = np.empty(width if label_weight > 0 else 0, np.float32)
+        for r in range(rows * lane // lanes, rows * (lane + 1) // lanes):
+            x = z[r * stride : r * stride + width]
+            e = gradient[r] if want_gradient else spare
+            label = labels[r] if labels.size > 0 else -1
+            wrong = label >= width
             for k in range(kept):
-                if log_p[k] > -np.inf:
-                    e[classes[r, k]] = 0.0
-            rest_sum = _sum(e)
-            total = rest_sum
+                wrong |= classes[r, k] < 0 or classes[r, k] >= width
+            if wrong:
+                bad += 1
+                continue
+            if tempered:
+                log_r = _take_log_p(values[r], tail[r], mode == RENORMALISE, log_p)
+            else:
+                empty = tail[r, :0] if mode == RENORMALISE else tail[r]
+                log_r = _temper(values[r], empty, width - kept, inverse_t, log_p)
+            live = 0
+            p_sum = 0.0
             for k in range(kept):
-                if log_p[k] > -np.inf:
-                    total += _exp2(gap[k] * scale)
-            if rest_sum < SMALL_TAIL:
+                live += log_p[k] > -np.inf
+                p[k] = _exp(log_p[k])
+                p_sum += p[k]
+            left = width - live
+            tail_p = math.exp(log_r) if mode >= UNIFORM and left > 0 else 0.0
+
+            top = _row_max(x)
+            total = _exponentials(x, top, scale, e)
+            for k in range(kept):
+                gap[k] = x[classes[r, k]] - top
+            # Everything of the tail is relative to rest_top and rest_sum.
+            rest_top, rest_sum = top, total
+            if mode == BUCKET:
                 for k in range(kept):
                     if log_p[k] > -np.inf:
-                        e[classes[r, k]] = -1.0
-                rest_top, rest_sum = _rest(x, e, top, scale)
-        log_total = math.log(np.float64(total))
+                        e[classes[r, k]] = 0.0
+                rest_sum = _sum(e)
+                total = rest_sum
+                for k in range(kept):
+                    if log_p[k] > -np.inf:
+                        total += _exp2(gap[k] * scale)
+                if rest_sum < SMALL_TAIL:
+                    for k in range(kept):
+                        if log_p[k] > -np.inf:
+                            e[classes[r, k]] = -1.0
+                    rest_top, rest_sum = _rest(x, e, top, scale)
+            log_total = math.log(np.float64(total))
 
-        kl = 0.0
-        named_log_q = 0.0
-        for k in range(kept):
-            log_q = gap[k] * inverse_t - log_total
-            named_log_q += log_q if log_p[k] > -np.inf else 0.0
-            kl += p[k] * (log_p[k] - log_q) if p[k] > 0 else 0.0
-        mass = p_sum + tail_p
-        each = 0.0
-        rest_mass = mass
-        if mode == UNIFORM and tail_p > 0:
-            each = tail_p / left
-            all_log_q = _sum_below(x, top) * inverse_t - width * log_total
-            kl += tail_p * (log_r - math.log(left)) - each * (all_log_q - named_log_q)
-        if mode == BUCKET:
-            log_rest = -np.inf
-            if rest_sum > 0:
-                log_rest = (np.float64(rest_top) - top) * inverse_t
-                log_rest += math.log(np.float64(rest_sum)) - log_total
-            if tail_p > 0:
-                kl += tail_p * (log_r - log_rest)
-            rest_mass = mass * math.exp(log_rest) - tail_p
-
-        hard = label_weight if label >= 0 else 0.0
-        soft_weight = (1.0 - label_weight) * temperature * temperature
-        cross_entropy = 0.0
-        # At T = 1 the exponentials of the label's softmax are there already.
-        again = hard > 0 and (temperature != 1.0 or mode == BUCKET)
-        once = np.empty(width if again else 0, np.float32)
-        total_once = total
-        if again:
-            total_once = _exponentials(x, top, F32(LOG2E), once)
-        if hard > 0:
-            cross_entropy = math.log(np.float64(total_once)) - (np.float64(x[label]) - top)
-        weight = np.float64(weights[r]) if weights.size > 0 else 1.0
-        weight *= coefficient
-        loss[r] = weight * (soft_weight * kl + hard * cross_entropy)
-        if want_gradient:
-            soft = weight * (1.0 - label_weight) * temperature
-            hard *= weight
-            s = F32(soft * rest_mass / rest_sum) if rest_sum > 0 else F32(0.0)
-            flat = F32(soft * each)
-            s_once = F32(hard / total_once)
-            if again:
-                for j in range(width):
-                    e[j] = e[j] * s - flat + once[j] * s_once
-            else:
-                if hard > 0:
-                    s += s_once
-                for j in range(width):
-                    e[j] = e[j] * s - flat
+            kl = 0.0
+            named_log_q = 0.0
             for k in range(kept):
-                if log_p[k] > -np.inf:
-                    q = np.float64(_exp2(gap[k] * scale)) / total
-                    g = soft * (q * mass - p[k])
-                    if hard > 0:
-                        g += s_once * _exp2(gap[k] * F32(LOG2E))
-                    e[classes[r, k]] = g
+                log_q = gap[k] * inverse_t - log_total
+                named_log_q += log_q if log_p[k] > -np.inf else 0.0
+                kl += p[k] * (log_p[k] - log_q) if p[k] > 0 else 0.0
+            mass = p_sum + tail_p
+            each = 0.0
+            rest_mass = mass
+            if mode == UNIFORM and tail_p > 0:
+                each = tail_p / left
+                all_log_q = _sum_below(x, top) * inverse_t - width * log_total
+                kl += tail_p * (log_r - math.log(left)) - each * (all_log_q - named_log_q)
+            if mode == BUCKET:
+                log_rest = -np.inf
+                if rest_sum > 0:
+                    log_rest = (np.float64(rest_top) - top) * inverse_t
+                    log_rest += math.log(np.float64(rest_sum)) - log_total
+                if tail_p > 0:
+                    kl += tail_p * (log_r - log_rest)
+                rest_mass = mass * math.exp(log_rest) - tail_p
+
+            hard = label_weight if label >= 0 else 0.0
+            soft_weight = (1.0 - label_weight) * temperature * temperature
+            cross_entropy = 0.0
+            # At T = 1 the exponentials of the label's softmax are there already.
+            again = hard > 0 and (temperature != 1.0 or mode == BUCKET)
+            total_once = total
+            if again:
+                total_once = _exponentials(x, top, F32(LOG2E), once)
             if hard > 0:
-                e[label] -= F32(hard)
+                cross_entropy = math.log(np.float64(total_once)) - (np.float64(x[label]) - top)
+            weight = np.float64(weights[r]) if weights.size > 0 else 1.0
+            weight *= coefficient
+            loss[r] = weight * (soft_weight * kl + hard * cross_entropy)
+            if want_gradient:
+                soft = weight * (1.0 - label_weight) * temperature
+                hard *= weight
+                s = F32(soft * rest_mass / rest_sum) if rest_sum > 0 else F32(0.0)
+                flat = F32(soft * each)
+                s_once = F32(hard / total_once)
+                if again:
+                    for j in range(width):
+                        e[j] = e[j] * s - flat + once[j] * s_once
+                else:
+                    if hard > 0:
+                        s += s_once
+                    for j in range(width):
+                        e[j] = e[j] * s - flat
+                for k in range(kept):
+                    if log_p[k] > -np.inf:
+                        q = np.float64(_exp2(gap[k] * scale)) / total
+                        g = soft * (q * mass - p[k])
+                        if hard > 0:
+                            g += s_once * _exp2(gap[k] * F32(LOG2E))
+                        e[classes[r, k]] = g
+                if hard > 0:
+                    e[label] -= F32(hard)
     return bad
 
 
 @njit(fastmath=FLAGS, parallel=True, error_model="numpy", boundscheck=False, cache=True)
 def _dense(
     z, stride, width, t, t_stride, labels, weights,
-    temperature, label_weight, coefficient, want_gradient, loss, gradient,
+    temperature, label_weight, coefficient, want_gradient, lanes, loss, gradient,
 ):  # fmt: skip
     inverse_t = 1.0 / temperature
     scale = F32(inverse_t * LOG2E)
     bad = 0
-    for r in prange(loss.size):
-        x = z[r * stride : r * stride + width]
-        y = t[r * t_stride : r * t_stride + width]
-        label = labels[r] if labels.size > 0 else -1
-        if label >= width:
-            bad += 1
-            continue
-        e = gradient[r] if want_gradient else np.empty(width, np.float32)
+    rows = loss.size
+    for lane in prange(lanes):
         p = np.empty(width, np.float32)
-        top, y_top = _row_max(x), _row_max(y)
-        total = _exponentials(x, top, scale, e)
-        y_total = _exponentials(y, y_top, scale, p)
-        cross = F32(0.0)
-        for j in range(width):
-            gap = (y[j] - y_top) - (x[j] - top)
-            cross += p[j] * gap if p[j] > 0 else F32(0.0)
-        kl = np.float64(cross) / y_total * inverse_t
-        kl += math.log(np.float64(total)) - math.log(np.float64(y_total))
+        spare = np.empty(0 if want_gradient else width, np.float32)
+        once = np.empty(width if label_weight > 0 else 0, np.float32)
+        for r in range(rows * lane // lanes, rows * (lane + 1) // lanes):
+            x = z[r * stride : r * stride + width]
+            y = t[r * t_stride : r * t_stride + width]
+            label = labels[r] if labels.size > 0 else -1
+            if label >= width:
+                bad += 1
+                continue
+            e = gradient[r] if want_gradient else spare
+            top, y_top = _row_max(x), _row_max(y)
+            total = _exponentials(x, top, scale, e)
+            y_total = _exponentials(y, y_top, scale, p)
+            cross = F32(0.0)
+            for j in range(width):
+                gap = (y[j] - y_top) - (x[j] - top)
+                cross += p[j] * gap if p[j] > 0 else F32(0.0)
+            kl = np.float64(cross) / y_total * inverse_t
+            kl += math.log(np.float64(total)) - math.log(np.float64(y_total))
 
-        hard = label_weight if label >= 0 else 0.0
-        soft_weight = (1.0 - label_weight) * temperature * temperature
-        again = hard > 0 and temperature != 1.0
-        once = np.empty(width if again else 0, np.float32)
-        total_once = total
-        cross_entropy = 0.0
-        if again:
-            total_once = _exponentials(x, top, F32(LOG2E), once)
-        if hard > 0:
-            cross_entropy = math.log(np.float64(total_once)) - (np.float64(x[label]) - top)
-        weight = np.float64(weights[r]) if weights.size > 0 else 1.0
-        weight *= coefficient
-        loss[r] = weight * (soft_weight * kl + hard * cross_entropy)
-        if want_gradient:
-            soft = weight * (1.0 - label_weight) * temperature
-            hard *= weight
-            s, y_s, s_once = F32(soft / total), F32(soft / y_total), F32(hard / total_once)
+            hard = label_weight if label >= 0 else 0.0
+            soft_weight = (1.0 - label_weight) * temperature * temperature
+            again = hard > 0 and temperature != 1.0
+            total_once = total
+            cross_entropy = 0.0
             if again:
-                for j in range(width):
-                    e[j] = e[j] * s - p[j] * y_s + once[j] * s_once
-            else:
-                if hard > 0:
-                    s += s_once
-                for j in range(width):
-                    e[j] = e[j] * s - p[j] * y_s
+                total_once = _exponentials(x, top, F32(LOG2E), once)
             if hard > 0:
-                e[label] -= F32(hard)
+                cross_entropy = math.log(np.float64(total_once)) - (np.float64(x[label]) - top)
+            weight = np.float64(weights[r]) if weights.size > 0 else 1.0
+            weight *= coefficient
+            loss[r] = weight * (soft_weight * kl + hard * cross_entropy)
+            if want_gradient:
+                soft = weight * (1.0 - label_weight) * temperature
+                hard *= weight
+                s, y_s, s_once = F32(soft / total), F32(soft / y_total), F32(hard / total_once)
+                if again:
+                    for j in range(width):
+                        e[j] = e[j] * s - p[j] * y_s + once[j] * s_once
+                else:
+                    if hard > 0:
+                        s += s_once
+                    for j in range(width):
+                        e[j] = e[j] * s - p[j] * y_s
+                if hard > 0:
+                    e[label] -= F32(hard)
     return bad
 
 
@@ -386,12 +399,14 @@ def rows(
     labels = _NO_LABELS if labels_B is None else _array(labels_B, torch.int64)
     weights = _NO_WEIGHTS if weights_B is None else _array(weights_B, torch.float32)
     out = loss_B.numpy(), gradient_BC.numpy()
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    numba.set_num_threads(threads)
+    lanes = min(B, LANES_PER_THREAD * threads)
     if classes_BK is None:
         t, t_stride = _lines(values)
         bad = _dense(
             z, stride, C, t, t_stride, labels, weights,
-            temperature, label_weight, coefficient, gradient, *out,
+            temperature, label_weight, coefficient, gradient, lanes, *out,
         )  # fmt: skip
     else:
         kept = _array(values, torch.float32)
@@ -399,7 +414,8 @@ def rows(
         summary = summary.reshape(B, summary.size // max(B, 1))
         bad = _sparse(
             z, stride, C, kept, _array(classes_BK, torch.int64), summary, labels, weights,
-            temperature, label_weight, TAILS[tail], tempered, coefficient, gradient, *out,
+            temperature, label_weight, TAILS[tail], tempered, coefficient, gradient, lanes,
+            *out,
         )  # fmt: skip
     if bad:
         raise IndexError(f"{bad} of {B} rows name a class or a label outside 0 to {C - 1}")

@@ -97,16 +97,17 @@ def test_sparse(C: int, tail: str) -> None:
 @kernel
 @pytest.mark.parametrize("tail", TAILS)
 def test_sparse_long_rows(tail: str) -> None:
-    check(problem(2, 21841, 16, tail=tail, labels=True, dtype=torch.bfloat16))
-    check(problem(2, 17003, 7, tail=tail, tempered=True, T=0.5, index=torch.int32))
+    check(problem(1, 21841, 16, tail=tail, labels=True, dtype=torch.bfloat16))
+    check(problem(1, 17003, 7, tail=tail, tempered=True, T=0.5, index=torch.int32))
 
 
 @kernel
 @pytest.mark.parametrize("C", [1, 2, 10, 100, 1003, 21841])
 def test_dense(C: int) -> None:
-    check(problem(3, C, None, T=0.5))
-    check(problem(3, C, None, T=20.0, labels=True, weights=True))
-    check(problem(3, C, None, T=1.0, dtype=torch.bfloat16))
+    rows = 1 if C > 1003 else 3
+    check(problem(rows, C, None, T=0.5))
+    check(problem(rows, C, None, T=20.0, labels=True, weights=True))
+    check(problem(rows, C, None, T=1.0, dtype=torch.bfloat16))
 
 
 @kernel
@@ -123,9 +124,8 @@ def test_large_logits_in_every_dtype(dtype: torch.dtype, tail: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tail", TAILS)
 def test_large_logits_in_tiles(dtype: torch.dtype, tail: str) -> None:
-    for C, T in ((700, 0.5), (1003, 20.0)):
-        check(problem(2, C, T=T, tail=tail, scale=3e4, dtype=dtype, tempered=True))
-        check(problem(2, C, T=T, tail=tail, dtype=dtype, labels=True, weights=True))
+    check(problem(2, 700, T=0.5, tail=tail, scale=3e4, dtype=dtype, tempered=True))
+    check(problem(1, 1003, T=20.0, tail=tail, dtype=dtype, labels=True, weights=True))
 
 
 @kernel
@@ -162,7 +162,7 @@ def test_rows_of_any_stride_and_alignment(
     request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
     _choose(tiles, request)
-    check(problem(3, C, K, stride=stride, shift=shift, dtype=dtype, labels=True))
+    check(problem(2, C, K, stride=stride, shift=shift, dtype=dtype, labels=True))
 
 
 @kernel
