@@ -29,7 +29,7 @@ class Entry:
 ANY = 1 << 30
 
 SPARSE_FORWARD = (
-    Entry(32, "row", 32, 32, 4, "many rows a program: one row would leave lanes idle; 64 spill"),
+    Entry(32, "row", 32, 16, 4, "many rows a program; 32 give sm_90 a stack"),
     Entry(128, "row", 128, 16, 4, "many rows a program"),
     Entry(256, "row", 256, 8, 4, "many rows a program"),
     Entry(512, "row", 512, 1, 1, "one warp a row: no shared memory, no barrier"),
