@@ -7,6 +7,7 @@ without FFCV.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdcache import __version__
-from kdcache.errors import KDCacheError, TapeMismatch, UsageError
+from kdcache.errors import KDCacheError, MissingDependency, TapeMismatch, UsageError
 from kdcache.spec import Crop, Mode, OnError, Split, TapeSpec, ValueType, ViewSpec, evaluation_views
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ app = typer.Typer(
 out_console = Console(highlight=False)
 err_console = Console(stderr=True, highlight=False)
 
+
+bench = typer.Typer(
+    help="Measure on this machine, from a checkout.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(bench, name="bench")
 
 DataOption = Annotated[Path, typer.Option("--data", help="The .beton file to read.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
@@ -374,6 +380,32 @@ def demo(
     from kdcache import demo as demonstration
 
     demonstration.run(out, epochs, lambda line: app(line, standalone_mode=False), out_console)
+
+
+@bench.command("loss")
+def bench_loss(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="ROWSxCLASSES; may be given again.  [default: those of the docs]"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved measurements of each form.")] = 100,
+    threads: Annotated[int, typer.Option(help="On the CPU.")] = 2,
+    save: Annotated[bool, typer.Option("--save", help="Keep the result lines.")] = False,
+) -> None:
+    """Time of the distillation loss, forward and backward, against other ways to compute it."""
+    try:
+        from benchmarks.bench_loss import main as measure
+    except ModuleNotFoundError as error:
+        raise MissingDependency(
+            f"no module {error.name!r}: benchmarks are not part of an installed kdcache; run this "
+            "in a checkout's top folder, as python -m kdcache bench loss"
+        ) from error
+    arguments = ["--rounds", str(rounds), "--threads", str(threads), *["--save"] * save]
+    for one in shape or ():
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", one):
+            raise UsageError(f"--shape is ROWSxCLASSES, such as 512x1000, not {one!r}")
+        arguments += ["--shape", one]
+    measure(arguments)
 
 
 def _given_view(

@@ -1,51 +1,151 @@
 """The distillation loss of a batch: student logits against a `Target`.
 
-Sole importer of `kdcache.kernels`. Works in any training loop:
-
     loss = distillation_loss(student(x), target, temperature=2.0)
+
+Works in any training loop, under torch.compile and under autocast. It takes a fused form by the
+logits' device (`kernels/ops.py`), in float32 whatever the logits' dtype; float64 logits get the
+definition itself, `kernels/reference.py`. Sole importer of `kdcache.kernels`.
 """
 
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
+from torch import nn
 
 from kdcache.errors import UsageError
-from kdcache.kernels import reference
-from kdcache.kernels.reference import Tail
-from kdcache.records import Target
+from kdcache.kernels import ops, reference
+from kdcache.kernels.reference import Reduction, Tail
+from kdcache.records import Target, TemperedTarget
 
 
 def distillation_loss(
-    logits_BC: torch.Tensor, target: Target, *, temperature: float = 1.0, tail: Tail = "bucket"
+    logits_BC: torch.Tensor,
+    target: Target | TemperedTarget,
+    *,
+    temperature: float = 1.0,
+    tail: Tail = "bucket",
+    label_weight: float = 0.0,
+    labels: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    reduction: Reduction = "mean",
+    gradient_in_forward: bool = False,
+    expected_gradient: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean over the batch of T^2 KL(target || softmax(logits / T)): a scalar.
+    """(1 - a) T^2 KL(target || softmax(logits / T)) + a CE(labels, softmax(logits)), reduced.
 
-    Raises UsageError when the class counts differ, when T is not positive, or when T < 1 is asked
-    of a target with a tail (its summary holds for T >= 1).
+    tail                 what is assumed of the classes that a target does not name:
+                         bucket, uniform, renormalise or none (`kernels/README.md`)
+    label_weight         a, from 0 to 1
+    labels               [B] classes; a negative one means that the row has none
+    weights              [B] a factor for each row
+    reduction            mean (sum / B, whatever the weights; 0 where B = 0), sum, or none: [B]
+    gradient_in_forward  CUDA, eager: saves backward's reading of the logits where the gradient of
+                         this loss will be `expected_gradient` (one number on the device, such as
+                         the loss scale; 1 by default), and costs a pass where it is not
+
+    Raises UsageError when classes, rows or devices differ, when T is not positive, when T < 1 is
+    asked of a target with a tail (its summary holds for T >= 1), and when labels are missing.
     """
-    return distillation_losses(logits_BC, target, temperature=temperature, tail=tail).mean()
+    if logits_BC.dim() != 2 or logits_BC.shape[1] != target.num_classes:
+        raise UsageError(
+            f"the student's logits are {list(logits_BC.shape)}, its targets have "
+            f"{target.num_classes} classes"
+        )
+    for name, value, known in (("tail", tail, Tail), ("reduction", reduction, Reduction)):
+        if value not in get_args(known):
+            raise UsageError(f"{name} must be one of {', '.join(get_args(known))}, not {value!r}")
+    if not 0 <= label_weight <= 1:
+        raise UsageError(f"label_weight must be from 0 to 1, not {label_weight}")
+    if label_weight > 0 and labels is None:
+        raise UsageError(f"label_weight {label_weight} needs labels=")
+    if labels is not None and labels.is_floating_point():
+        raise UsageError(f"labels must be class numbers, not {labels.dtype}")
+    values, tail_values = _teacher(target, temperature)
+    if values.requires_grad:
+        raise UsageError("the target requires a gradient, and gets none: detach it")
+    _check_rows(
+        logits_BC, target=values, classes=target.classes_BK, tail=tail_values, labels=labels,
+        weights=weights,
+    )  # fmt: skip
+    loss_B: torch.Tensor = ops.rows(
+        logits_BC, values, target.classes_BK, tail_values,
+        labels if label_weight > 0 else None, weights, temperature, label_weight, tail,
+        isinstance(target, TemperedTarget), reduction == "mean",
+        gradient_in_forward, expected_gradient,
+    )  # fmt: skip
+    return loss_B if reduction == "none" else loss_B.sum()
 
 
 def distillation_losses(
     logits_BC: torch.Tensor, target: Target, *, temperature: float = 1.0, tail: Tail = "bucket"
 ) -> torch.Tensor:
-    """The same for each row [B]."""
-    if logits_BC.shape[1] != target.num_classes:
-        raise UsageError(
-            f"the student has {logits_BC.shape[1]} classes, its targets have {target.num_classes}"
-        )
+    """T^2 KL of each row [B]."""
+    return distillation_loss(
+        logits_BC, target, temperature=temperature, tail=tail, reduction="none"
+    )
+
+
+class DistillationLoss(nn.Module):
+    """`distillation_loss` with its options fixed: loss(logits, target, labels, weights)."""
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        *,
+        tail: Tail = "bucket",
+        label_weight: float = 0.0,
+        reduction: Reduction = "mean",
+        gradient_in_forward: bool = False,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.tail = tail
+        self.label_weight = label_weight
+        self.reduction = reduction
+        self.gradient_in_forward = gradient_in_forward
+
+    def forward(
+        self,
+        logits_BC: torch.Tensor,
+        target: Target | TemperedTarget,
+        labels: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return distillation_loss(
+            logits_BC, target, temperature=self.temperature, tail=self.tail,
+            label_weight=self.label_weight, labels=labels, weights=weights,
+            reduction=self.reduction, gradient_in_forward=self.gradient_in_forward,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, tail={self.tail}, label_weight={self.label_weight}"
+
+
+def _check_rows(logits_BC: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """The kernels read memory by these shapes."""
+    for name, x in others.items():
+        if x is None:
+            continue
+        if len(x) != len(logits_BC):
+            raise UsageError(f"{name} has {len(x)} rows, the student's logits {len(logits_BC)}")
+        if x.device != logits_BC.device:
+            raise UsageError(f"{name} is on {x.device}, the student's logits on {logits_BC.device}")
+
+
+def _teacher(
+    target: Target | TemperedTarget, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if isinstance(target, TemperedTarget):
+        if target.temperature != temperature:
+            raise UsageError(
+                f"the target is at temperature {target.temperature}, the loss at {temperature}"
+            )
+        return target.log_p_BK, target.log_tail_B
     check_temperature(temperature, sparse=target.tail_B3 is not None)
-    loss_B: torch.Tensor
-    if target.classes_BK is None:
-        loss_B = reference.dense_kl(logits_BC, target.logits_BK, temperature)
-    else:
-        log_p_BK, log_tail_B = log_probabilities(target, temperature)
-        loss_B = reference.sparse_kl(
-            logits_BC, target.classes_BK, log_p_BK, log_tail_B, temperature, tail
-        )
-    return loss_B
+    return target.logits_BK, target.tail_B3
 
 
 def log_probabilities(

@@ -67,6 +67,23 @@ class Target:
         )
 
 
+@dataclass(frozen=True)
+class TemperedTarget:
+    """A target at one temperature, of a user's own making; it need not sum to 1.
+
+    log_p_BK     log-probabilities at `temperature` of the named classes; -inf names none
+    classes_BK   uint16, int32 or int64, no class twice in a row
+    log_tail_B   log of the mass of all other classes; None when there is none
+    num_classes  C
+    """
+
+    log_p_BK: torch.Tensor
+    classes_BK: torch.Tensor
+    log_tail_B: torch.Tensor | None
+    temperature: float
+    num_classes: int
+
+
 class TargetSource(Protocol):
     """Gives the targets of a batch; the training loop does not know which kind it has."""
 

@@ -2,9 +2,11 @@
 
 Notation, for one row: z student logits, t teacher logits, T temperature, q = softmax(z / T),
 p = softmax(t / T). Every loss is T^2 KL(p || q), so that its gradient keeps its scale as T changes
-(Hinton et al. 2015, section 2); rows are returned, the caller averages. Computation is in float32,
-or in float64 when the student's logits are; the maximum is subtracted before scaling by 1/T, so
-large logits lose nothing. A class with p = 0 contributes nothing, even where q = 0.
+(Hinton et al. 2015, section 2). Computation is in float32, or in float64 when the student's logits
+are; the maximum is subtracted before scaling by 1/T, so large logits lose nothing. A class with
+p = 0 contributes nothing, even where q = 0.
+
+`rows` is the whole definition, one number a row; `reduce` makes one number of them.
 """
 
 from __future__ import annotations
@@ -15,6 +17,54 @@ from typing import Literal
 import torch
 
 Tail = Literal["bucket", "uniform", "renormalise", "none"]
+Reduction = Literal["mean", "sum", "none"]
+
+
+def rows(
+    student_BC: torch.Tensor,
+    values: torch.Tensor,
+    classes_BK: torch.Tensor | None,
+    tail_values: torch.Tensor | None,
+    labels_B: torch.Tensor | None,
+    weights_B: torch.Tensor | None,
+    temperature: float,
+    label_weight: float,
+    tail: Tail,
+    tempered: bool = False,
+) -> torch.Tensor:
+    """w ((1 - a) T^2 KL + a CE) of each row [B]; a is `label_weight`, CE the label's at T = 1.
+
+    values, classes_BK, tail_values   the teacher, in one of three forms:
+        logits [B, C], None, None                        a dense teacher
+        logits [B, K], classes, None or summary [B, 3]   kept logits and tail, as in `temper`
+        log-probabilities at T [B, K], classes, None or log r [B]   where `tempered`
+    labels_B   int64; a row whose label is negative has no cross-entropy term
+    weights_B  w, a factor for each row
+    """
+    if classes_BK is None:
+        loss_B = dense_kl(student_BC, values, temperature)
+    else:
+        log_p_BK, log_tail_B = values, tail_values
+        if not tempered:
+            log_p_BK, log_tail_B = temper(values, tail_values, student_BC.shape[1], temperature)
+        loss_B = sparse_kl(student_BC, classes_BK, log_p_BK, log_tail_B, temperature, tail)
+    if labels_B is not None:
+        ce_B = label_cross_entropy(student_BC, labels_B)
+        loss_B = (1 - label_weight) * loss_B + label_weight * ce_B
+    return loss_B if weights_B is None else loss_B * weights_B.to(loss_B.dtype)
+
+
+def reduce(loss_B: torch.Tensor, reduction: Reduction) -> torch.Tensor:
+    """Mean over the rows (not over their weights; 0 of no rows), sum, or the rows themselves."""
+    if reduction == "none":
+        return loss_B
+    return loss_B.sum() / (max(len(loss_B), 1) if reduction == "mean" else 1)
+
+
+def label_cross_entropy(student_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    """-log softmax(z)[label] of each row [B], at T = 1; 0 where the label is negative."""
+    log_q = log_softmax(student_BC, 1.0).gather(1, labels_B.clamp(min=0).long()[:, None])[:, 0]
+    return torch.where(labels_B < 0, torch.zeros_like(log_q), -log_q)
 
 
 def log_softmax(logits_BC: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -42,34 +92,37 @@ def sparse_kl(
 ) -> torch.Tensor:
     """T^2 KL of each row [B] when the teacher names only K classes and the mass r of the others.
 
-    log_p_BK and log_tail_B are log-probabilities at temperature T; no tail means r = 0. What is
-    assumed of the C - K classes that are not named:
+    log_p_BK and log_tail_B are log-probabilities at temperature T; no tail means r = 0. An entry
+    with log p = -inf names no class: it pads a row that has fewer than K. No class is named twice.
+    What is assumed of the classes that are not named:
 
     bucket       nothing: they are one outcome, sum_K p (log p - log q) + r (log r - log Q)
                  with Q the student's mass there. A lower bound of the dense loss.
-    uniform      each has r / (C - K)
+    uniform      each has an equal share of r
     renormalise  they have none, and p is divided by its sum
     none         they are left out, and p stays as it is (unbiased sparse samples)
     """
     log_q_BC = log_softmax(student_BC, temperature)
+    classes_BK = classes_BK.long()
     log_p = log_p_BK.to(log_q_BC.dtype)
+    live = log_p > -torch.inf
     if tail == "renormalise":
         log_p = log_p - log_p.logsumexp(1, keepdim=True)
-    log_q = log_q_BC.gather(1, classes_BK)
-    loss = _cross(log_p, log_q).sum(1)
-    left = student_BC.shape[1] - classes_BK.shape[1]
-    if log_tail_B is not None and left > 0 and tail in ("bucket", "uniform"):
-        log_r = log_tail_B.to(log_q_BC.dtype)
+    loss = _cross(log_p, log_q_BC.gather(1, classes_BK)).sum(1)
+    if log_tail_B is not None and tail in ("bucket", "uniform"):
+        count = torch.zeros_like(log_q_BC).scatter_add(1, classes_BK, live.to(log_q_BC.dtype))
+        named = count > 0
+        left = (~named).sum(1)
+        log_r = log_tail_B.to(log_q_BC.dtype).masked_fill(left == 0, -torch.inf)
         # A row whose tail has no mass must not see the student's, which may be impossible there.
-        empty_B = log_r.exp() == 0
+        empty = (log_r.exp() == 0)[:, None]
         if tail == "bucket":
-            rest = log_q_BC.scatter(1, classes_BK, -torch.inf).masked_fill(empty_B[:, None], 0)
-            loss = loss + _cross(log_r, rest.logsumexp(1))
+            rest = log_q_BC.masked_fill(named, -torch.inf).masked_fill(empty, 0).logsumexp(1)
+            loss = loss + _cross(log_r, rest)
         else:
-            log_u = log_r - math.log(left)
-            rest_sum = log_q_BC.sum(1) - log_q.sum(1)
-            spread = log_r.exp() * log_u - log_u.exp() * rest_sum
-            loss = loss + spread.masked_fill(empty_B, 0)
+            log_u = (log_r - left.clamp(min=1).log())[:, None]
+            each = _cross(log_u.expand_as(log_q_BC), log_q_BC)
+            loss = loss + each.masked_fill(named | empty, 0).sum(1)
     return temperature**2 * loss
 
 

@@ -30,13 +30,15 @@ def cli_page() -> str:
     """docs/cli.md from the commands' own declarations."""
     note = "Generated from the commands: `kdcache COMMAND --help` says the same."
     parts = ["# The command line", note]
-    for command in app.registered_commands:
+    groups = [(None, app), *((g.name, g.typer_instance) for g in app.registered_groups)]
+    for group, command in [(name, c) for name, one in groups for c in one.registered_commands]:
         function: Any = command.callback
         hints = get_type_hints(function, include_extras=True)
         parameters = inspect.signature(function).parameters.values()
         pairs = [(p, *get_args(hints[p.name])) for p in parameters]
         positional = [i.metavar or p.name.upper() for p, _, i in pairs if _is_argument(i)]
-        parts.append(" ".join([f"## kdcache {command.name or function.__name__}", *positional]))
+        names = ["## kdcache", *filter(None, [group]), command.name or function.__name__]
+        parts.append(" ".join([*names, *positional]))
         parts.append(inspect.cleandoc(function.__doc__))
         rows = [_row(*pair) for pair in pairs if not _is_argument(pair[2])]
         parts.append("\n".join(["| option | default | meaning |", "| --- | --- | --- |", *rows]))

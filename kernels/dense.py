@@ -1,0 +1,283 @@
+"""Triton: raw student logits against raw teacher logits. Forward, backward, both in one.
+
+As `sparse.py`, with a second row in place of the named classes: the same tiles, stores and label.
+A class of no teacher mass contributes nothing, even where the student has -inf.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kdcache.kernels import dispatch, layout
+from kdcache.kernels.rows import (
+    LOG2E,
+    LOW,
+    edges,
+    factors,
+    label_of,
+    launch,
+    load_row,
+    start_of,
+    store_row,
+)  # fmt: skip
+
+STATS = 8
+
+
+@triton.jit
+def _gradient(z, t, y_here, top, t_top, s, t_s, s_once, hard, scale, HARD: tl.constexpr):
+    g = tl.exp2((z - top[:, None]) * scale) * s[:, None]
+    g -= tl.exp2((t - t_top[:, None]) * scale) * t_s[:, None]
+    if HARD:
+        g += tl.exp2((z - top[:, None]) * LOG2E) * s_once[:, None]
+        g -= tl.where(y_here, hard[:, None], 0.0)
+    return g
+
+
+@triton.jit
+def _store_all(
+    z_ptr, t_ptr, g_ptr, row, base, t_base, off, start, in_R, z, t, y, top, total, t_top, t_total,
+    once, soft, hard, scale,
+    C: tl.constexpr, ZS: tl.constexpr, GS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
+    HARD: tl.constexpr,
+):  # fmt: skip
+    s, t_s, s_once = soft / total, soft / t_total, hard / once
+    col = start + tl.arange(0, BLOCK)
+    at_y = tl.where(y >= 0, y + off, -1)[:, None]
+    g = _gradient(z, t, col[None, :] == at_y, top, t_top, s, t_s, s_once, hard, scale, HARD)
+    g_base, _ = start_of(row, GS, VEC)
+    PEEL: tl.constexpr = ZS % VEC != 0
+    store_row(g_ptr, g_base, off, col, in_R, g, C, VEC, PEEL)
+    if PEEL:
+        at, own = edges(off, start, in_R, C, VEC, BLOCK)
+        ze = tl.load(z_ptr + base[:, None] + at, mask=own, other=0.0).to(tl.float32)
+        te = tl.load(t_ptr + t_base[:, None] + at, mask=own, other=0.0).to(tl.float32)
+        ge = _gradient(ze, te, at == at_y, top, t_top, s, t_s, s_once, hard, scale, HARD)
+        tl.store(g_ptr + g_base[:, None] + at, ge.to(g_ptr.dtype.element_ty), mask=own)
+
+
+@triton.jit
+def _store_loss(
+    z_ptr, y_ptr, w_ptr, go_ptr, loss_ptr, stats_ptr, B, row, in_R, kl, top, total, t_top, t_total,
+    once, T, label_weight, coefficient,
+    C: tl.constexpr, ZS: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr,
+    HAS_GO: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """The loss, the numbers for backward; returns the label and the gradient's factors."""
+    y = tl.full([row.shape[0]], -1, tl.int32)
+    ce = tl.zeros_like(top)
+    wrong = row < 0
+    if HARD:
+        y, zy, wrong = label_of(y_ptr, z_ptr, row, in_R, C, ZS)
+        ce = tl.where(y >= 0, tl.log(once) - (zy - top), 0.0)
+    w, soft, hard = factors(
+        w_ptr, go_ptr, row, in_R, y, T, label_weight, coefficient, WEIGHTED, 0, HAS_GO
+    )
+    loss = w * ((1.0 - label_weight) * T * T * kl + label_weight * ce)
+    tl.store(loss_ptr + row, tl.where(wrong, float("nan"), loss), mask=in_R)
+    if not GRADIENT:
+        tl.store(stats_ptr + row, top, mask=in_R)
+        tl.store(stats_ptr + B + row, total, mask=in_R)
+        tl.store(stats_ptr + 2 * B + row, t_top, mask=in_R)
+        tl.store(stats_ptr + 3 * B + row, t_total, mask=in_R)
+        tl.store(stats_ptr + 4 * B + row, once, mask=in_R)
+    return y, soft, hard
+
+
+@triton.jit
+def row_kernel(
+    z_ptr, t_ptr, y_ptr, w_ptr, go_ptr, loss_ptr, stats_ptr, g_ptr,
+    B, T, inverse_t, scale, label_weight, coefficient,
+    C: tl.constexpr, ZS: tl.constexpr, TS: tl.constexpr, GS: tl.constexpr, VEC: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr,
+    HAS_GO: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    in_R = row < B
+    base, off = start_of(row, ZS, VEC)
+    t_base, _ = start_of(row, TS, VEC)
+    col = tl.arange(0, BLOCK)
+    z = load_row(z_ptr, base, off, col, in_R, C, VEC)
+    t = load_row(t_ptr, t_base, off, col, in_R, C, VEC)
+    top = tl.where(in_R, tl.max(z, axis=1), 0.0)
+    t_top = tl.where(in_R, tl.max(t, axis=1), 0.0)
+    total = tl.sum(tl.exp2((z - top[:, None]) * scale), axis=1)
+    e = tl.exp2((t - t_top[:, None]) * scale)
+    t_total = tl.sum(e, axis=1)
+    gap = (t - t_top[:, None]) - (z - top[:, None])
+    cross = tl.sum(tl.where(e > 0, e * gap, 0.0), axis=1)
+    kl = cross / t_total * inverse_t + tl.log(total) - tl.log(t_total)
+    once = tl.full([ROWS], 1.0, tl.float32)
+    if HARD:
+        once = tl.sum(tl.exp2((z - top[:, None]) * LOG2E), axis=1)
+    y, soft, hard = _store_loss(
+        z_ptr, y_ptr, w_ptr, go_ptr, loss_ptr, stats_ptr, B, row, in_R, kl, top, total, t_top,
+        t_total, once, T, label_weight, coefficient, C, ZS, HARD, WEIGHTED, HAS_GO, GRADIENT,
+    )  # fmt: skip
+    if GRADIENT:
+        _store_all(
+            z_ptr, t_ptr, g_ptr, row, base, t_base, off, 0, in_R, z, t, y, top, total, t_top,
+            t_total, once, soft, hard, scale, C, ZS, GS, VEC, BLOCK, HARD,
+        )  # fmt: skip
+
+
+@triton.jit
+def loop_kernel(
+    z_ptr, t_ptr, y_ptr, w_ptr, loss_ptr, stats_ptr,
+    B, T, inverse_t, scale, label_weight, coefficient,
+    C: tl.constexpr, ZS: tl.constexpr, TS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
+    HARD: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) + tl.arange(0, 1)).to(tl.int64)
+    in_R = row < B
+    base, off = start_of(row, ZS, VEC)
+    t_base, _ = start_of(row, TS, VEC)
+    GROUPS: tl.constexpr = BLOCK // 8
+    m = tl.full([GROUPS], LOW, tl.float32)
+    t_m = tl.full([GROUPS], LOW, tl.float32)
+    d = tl.zeros([GROUPS], tl.float32)
+    d_once = tl.zeros([GROUPS], tl.float32)
+    t_d = tl.zeros([GROUPS], tl.float32)
+    cross = tl.zeros([GROUPS], tl.float32)
+    REACH: tl.constexpr = C if ZS % VEC == 0 else C + VEC - 1
+    for start in range(0, REACH, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        z = tl.reshape(load_row(z_ptr, base, off, col, in_R, C, VEC), [GROUPS, 8])
+        t = tl.reshape(load_row(t_ptr, t_base, off, col, in_R, C, VEC), [GROUPS, 8])
+        high = tl.maximum(m, tl.max(z, axis=1))
+        t_high = tl.maximum(t_m, tl.max(t, axis=1))
+        d = d * tl.exp2((m - high) * scale) + tl.sum(tl.exp2((z - high[:, None]) * scale), axis=1)
+        if HARD:
+            d_once *= tl.exp2((m - high) * LOG2E)
+            d_once += tl.sum(tl.exp2((z - high[:, None]) * LOG2E), axis=1)
+        e = tl.exp2((t - t_high[:, None]) * scale)
+        gap = (t - t_high[:, None]) - (z - high[:, None])
+        # sum e (t - z) cancels where both are large, so it too is kept relative to the maxima.
+        decay = tl.exp2((t_m - t_high) * scale)
+        cross = decay * (cross + tl.where(t_d > 0, t_d * ((t_m - t_high) - (m - high)), 0.0))
+        cross += tl.sum(tl.where(e > 0, e * gap, 0.0), axis=1)
+        t_d = t_d * decay + tl.sum(e, axis=1)
+        m = high
+        t_m = t_high
+    one = tl.zeros([1], tl.float32)
+    top, t_top = tl.max(m, axis=0), tl.max(t_m, axis=0)
+    total = tl.sum(d * tl.exp2((m - top) * scale), axis=0) + one
+    once = tl.sum(d_once * tl.exp2((m - top) * LOG2E), axis=0) + one
+    decay = tl.exp2((t_m - t_top) * scale)
+    t_total = tl.sum(t_d * decay, axis=0) + one
+    moved = tl.where(t_d > 0, t_d * ((t_m - t_top) - (m - top)), 0.0)
+    cross_sum = tl.sum(tl.where(decay > 0, decay * (cross + moved), 0.0), axis=0) + one
+    kl = cross_sum / t_total * inverse_t + tl.log(total) - tl.log(t_total)
+    _store_loss(
+        z_ptr, y_ptr, w_ptr, w_ptr, loss_ptr, stats_ptr, B, row, in_R, kl, top + one, total,
+        t_top + one, t_total, once, T, label_weight, coefficient, C, ZS, HARD, WEIGHTED, False,
+        False,
+    )  # fmt: skip
+
+
+@triton.jit
+def grad_kernel(
+    z_ptr, t_ptr, y_ptr, w_ptr, go_ptr, stats_ptr, g_ptr,
+    B, T, inverse_t, scale, label_weight, coefficient,
+    C: tl.constexpr, ZS: tl.constexpr, TS: tl.constexpr, GS: tl.constexpr, VEC: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr,
+    GO_STRIDE: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    start = tl.program_id(1) * BLOCK
+    in_R = row < B
+    base, off = start_of(row, ZS, VEC)
+    t_base, _ = start_of(row, TS, VEC)
+    top = tl.load(stats_ptr + row, mask=in_R, other=0.0)
+    total = tl.load(stats_ptr + B + row, mask=in_R, other=1.0)
+    t_top = tl.load(stats_ptr + 2 * B + row, mask=in_R, other=0.0)
+    t_total = tl.load(stats_ptr + 3 * B + row, mask=in_R, other=1.0)
+    once = tl.load(stats_ptr + 4 * B + row, mask=in_R, other=1.0)
+    y = tl.full([ROWS], -1, tl.int32)
+    if HARD:
+        y = tl.load(y_ptr + row, mask=in_R, other=-1).to(tl.int32)
+    _, soft, hard = factors(
+        w_ptr, go_ptr, row, in_R, y, T, label_weight, coefficient, WEIGHTED, GO_STRIDE, True
+    )
+    col = start + tl.arange(0, BLOCK)
+    z = load_row(z_ptr, base, off, col, in_R, C, VEC)
+    t = load_row(t_ptr, t_base, off, col, in_R, C, VEC)
+    _store_all(
+        z_ptr, t_ptr, g_ptr, row, base, t_base, off, start, in_R, z, t, y, top, total, t_top,
+        t_total, once, soft, hard, scale, C, ZS, GS, VEC, BLOCK, HARD,
+    )  # fmt: skip
+
+
+def _arguments(student_BC, values, _classes, _tail, labels_B, weights_B, temperature,
+               label_weight, _name, _tempered, coefficient):  # fmt: skip
+    z, t = layout.rows_in_place(student_BC), layout.rows_in_place(values)
+    tensors = dict(
+        z_ptr=z, t_ptr=t, y_ptr=z if labels_B is None else labels_B.contiguous(),
+        w_ptr=z if weights_B is None else weights_B.contiguous(),
+    )  # fmt: skip
+    numbers = dict(
+        B=z.shape[0], T=temperature, inverse_t=1 / temperature,
+        scale=LOG2E.value / temperature, label_weight=label_weight, coefficient=coefficient,
+    )  # fmt: skip
+    constants = dict(
+        C=z.shape[1], ZS=layout.row_stride(z), TS=layout.row_stride(t), VEC=layout.vector(z, t),
+        HARD=labels_B is not None, WEIGHTED=weights_B is not None,
+    )  # fmt: skip
+    return tensors, numbers, constants
+
+
+def forward(*problem):
+    """coefficient * loss [B], and the numbers that `backward` needs [STATS, B]."""
+    tensors, numbers, constants = _arguments(*problem)
+    z = tensors["z_ptr"]
+    loss_B = torch.empty(len(z), dtype=torch.float32, device=z.device)
+    stats = torch.empty(STATS, len(z), dtype=torch.float32, device=z.device)
+    if len(z) == 0:
+        return loss_B, stats
+    entry = dispatch.entry("dense", layout.reach(constants))
+    common = tensors | numbers | constants | dict(loss_ptr=loss_B, stats_ptr=stats)
+    if entry.kernel == "loop":
+        launch(loop_kernel, (len(z),), entry, **common)
+    else:
+        launch(row_kernel, (triton.cdiv(len(z), entry.rows),), entry, **common, go_ptr=loss_B,
+               g_ptr=loss_B, GS=constants["ZS"], ROWS=entry.rows, HAS_GO=False,
+               GRADIENT=False)  # fmt: skip
+    return loss_B, stats
+
+
+def backward(gradient_B, stats, *problem):
+    """The gradient [B, C] of sum(gradient_B * loss_B), in the logits' dtype."""
+    tensors, numbers, constants = _arguments(*problem)
+    z = tensors["z_ptr"]
+    g = layout.empty_gradient(problem[0])
+    if g.numel() == 0:
+        return g
+    reach = layout.reach(constants)
+    entry = dispatch.entry("backward", reach)
+    grid = triton.cdiv(len(z), entry.rows), triton.cdiv(reach, entry.block)
+    launch(grad_kernel, grid, entry, **tensors, **numbers, **constants, go_ptr=gradient_B,
+           stats_ptr=stats, g_ptr=g, GS=g.stride(0), ROWS=entry.rows,
+           GO_STRIDE=gradient_B.stride(0))  # fmt: skip
+    return g
+
+
+def forward_with_gradient(*arguments):
+    """The loss [B] and its sum's gradient times `expected` (the last argument; None: 1)."""
+    *problem, expected = arguments
+    tensors, numbers, constants = _arguments(*problem)
+    z = tensors["z_ptr"]
+    entry = dispatch.entry("dense", layout.reach(constants))
+    if entry.kernel == "loop":
+        loss_B, stats = forward(*problem)
+        ones = torch.ones((), device=z.device) if expected is None else expected
+        return loss_B, backward(ones.expand(len(loss_B)), stats, *problem)
+    loss_B = torch.empty(len(z), dtype=torch.float32, device=z.device)
+    g = layout.empty_gradient(problem[0])
+    if len(z):
+        launch(row_kernel, (triton.cdiv(len(z), entry.rows),), entry, **tensors, **numbers,
+               **constants, go_ptr=loss_B if expected is None else expected, loss_ptr=loss_B,
+               stats_ptr=loss_B, g_ptr=g, GS=g.stride(0), ROWS=entry.rows,
+               HAS_GO=expected is not None, GRADIENT=True)  # fmt: skip
+    return loss_B, g

@@ -1,0 +1,114 @@
+"""What the sparse and the dense Triton kernels share: where a row is, the label, the stores.
+
+Shapes in kernels: R rows of a program, N columns of a tile, K named classes. `col` counts from
+the line below a row's start (layout.py): class + `off`. VEC divides BLOCK.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Below any logit that matters, and finite, so that differences stay finite.
+LOW = tl.constexpr(-1e30)
+
+
+@triton.jit
+def start_of(row, STRIDE: tl.constexpr, VEC: tl.constexpr):
+    """The first line of each row, and how far into it the row begins."""
+    first = row * STRIDE
+    base = first // VEC * VEC
+    return base, (first - base).to(tl.int32)
+
+
+@triton.jit
+def load_row(ptr, base, off, col, in_R, C: tl.constexpr, VEC: tl.constexpr):
+    """float32 [R, N] of whole lines; -inf outside the row."""
+    lines = (off + C + VEC - 1) // VEC
+    mask = in_R[:, None] & (col[None, :] // VEC < lines[:, None])
+    x = tl.load(ptr + base[:, None] + col[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+    inside = (col[None, :] >= off[:, None]) & (col[None, :] < off[:, None] + C)
+    return tl.where(inside & in_R[:, None], x, float("-inf"))
+
+
+@triton.jit
+def store_row(ptr, base, off, col, in_R, g, C: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr):
+    """The whole lines of a row. Where rows begin on a line, the gradient is padded to one."""
+    if PEEL:
+        begin, end = (off + VEC - 1) // VEC, (off + C) // VEC
+    else:
+        begin, end = off, (off + C + VEC - 1) // VEC
+    line = col[None, :] // VEC
+    mask = in_R[:, None] & (line >= begin[:, None]) & (line < end[:, None])
+    tl.store(ptr + base[:, None] + col[None, :], g.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def edges(off, start, in_R, C: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns [R, 2 VEC] of the first and the last line of a row, and which of them are its own."""
+    lane = tl.arange(0, 2 * VEC)[None, :]
+    end = (off + C)[:, None]
+    col = tl.where(lane < VEC, lane, end // VEC * VEC + lane - VEC)
+    inside = (col >= off[:, None]) & (col < end) & (col >= start) & (col < start + BLOCK)
+    return col, inside & in_R[:, None]
+
+
+@triton.jit
+def label_of(y_ptr, z_ptr, row, in_R, C: tl.constexpr, STRIDE: tl.constexpr):
+    """Label (-1: none), its logit, and whether it is no class."""
+    y = tl.load(y_ptr + row, mask=in_R, other=-1).to(tl.int64)
+    fine = (y >= 0) & (y < C)
+    zy = tl.load(z_ptr + row * STRIDE + y, mask=in_R & fine, other=0.0).to(tl.float32)
+    wrong = y >= C
+    return tl.where(fine, y, -1).to(tl.int32), zy, wrong
+
+
+@triton.jit
+def factors(
+    w_ptr, go_ptr, row, in_R, y, T, label_weight, coefficient,
+    WEIGHTED: tl.constexpr, GO_STRIDE: tl.constexpr, HAS_GO: tl.constexpr,
+):  # fmt: skip
+    """What the loss of a row is multiplied by (w), and its gradient: soft part, label's part."""
+    w = tl.zeros_like(row).to(tl.float32) + coefficient
+    if WEIGHTED:
+        w *= tl.load(w_ptr + row, mask=in_R, other=0.0).to(tl.float32)
+    up = w
+    if HAS_GO:
+        up = w * tl.load(go_ptr + row * GO_STRIDE, mask=in_R, other=0.0).to(tl.float32)
+    return w, up * (1.0 - label_weight) * T, tl.where(y >= 0, up * label_weight, 0.0)
+
+
+@triton.jit
+def rescale_kernel(
+    g_ptr, go_ptr, expected_ptr, C: tl.constexpr, STRIDE: tl.constexpr, GO_STRIDE: tl.constexpr,
+    HAS_EXPECTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """g *= gradient / expected, row by row; a row where they agree is left alone."""
+    row = tl.program_id(0).to(tl.int64)
+    ratio = tl.load(go_ptr + row * GO_STRIDE).to(tl.float32)
+    if HAS_EXPECTED:
+        ratio = ratio / tl.load(expected_ptr).to(tl.float32)
+    if ratio != 1.0:
+        for start in range(0, C, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            at = g_ptr + row * STRIDE + col
+            g = tl.load(at, mask=col < C, other=0.0).to(tl.float32)
+            tl.store(at, (g * ratio).to(g_ptr.dtype.element_ty), mask=col < C)
+
+
+def launch(kernel, grid, entry, **arguments):
+    with torch.cuda.device_of(arguments["z_ptr"]):
+        # Triton 3.10 changes the default of FP fusion, and with it the machine code.
+        kernel[grid](**arguments, BLOCK=entry.block, num_warps=entry.warps, enable_fp_fusion=True)
+
+
+def rescale(g, gradient_B, expected):
+    """g *= gradient_B / expected in place, decided on the device."""
+    if g.numel() == 0:
+        return
+    with torch.cuda.device_of(g):
+        rescale_kernel[(g.shape[0],)](
+            g, gradient_B, gradient_B if expected is None else expected, C=g.shape[1],
+            STRIDE=g.stride(0), GO_STRIDE=gradient_B.stride(0), HAS_EXPECTED=expected is not None,
+            BLOCK=2048, num_warps=8,
+        )  # fmt: skip

@@ -1,0 +1,204 @@
+"""Problems for the losses, and the bounds that every fused form keeps.
+
+The truth is float64 autograd of `reference.rows` on the exact stored inputs. With eps = 2^-23,
+p and q the target's and the student's probabilities, A the target's mass, x = z / T:
+
+    loss      8 eps (N + A),  N the sum of the absolute terms that the loss adds up
+    gradient  4 eps / T [(A q + tail)(4 + |x - max x|) + p (4 + |log p| of a p that is computed)]
+
+each times the row's factor, plus the same of the label's term. Twice as much on a GPU, whose
+exp2 and log2 are approximate; one rounding more where the gradient is stored in 16 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from kdcache.kernels import reference
+
+EPS = 2.0**-23
+TAILS = ("renormalise", "none", "uniform", "bucket")
+
+
+@dataclass(frozen=True)
+class Problem:
+    student_BC: torch.Tensor
+    values: torch.Tensor
+    classes_BK: torch.Tensor | None
+    tail_values: torch.Tensor | None
+    labels_B: torch.Tensor | None
+    weights_B: torch.Tensor | None
+    temperature: float
+    label_weight: float
+    tail: str
+    tempered: bool
+
+    @property
+    def arguments(self) -> tuple[object, ...]:
+        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
+
+    def to(self, device: str) -> Problem:
+        moved = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
+
+
+def problem(
+    B: int = 5, C: int = 100, K: int | None = 8, *, T: float = 4.0, tail: str = "bucket",
+    tempered: bool = False, labels: bool = False, weights: bool = False, scale: float = 3.0,
+    dtype: torch.dtype = torch.float32, index: torch.dtype = torch.int64, stride: int | None = None,
+    shift: int = 0, pads: int = 0, masked: int = 0, seed: int = 0,
+) -> Problem:  # fmt: skip
+    """K None: a dense teacher. stride, shift: of the student's rows in their memory. pads: named
+    classes that are -inf; masked: student logits that are -inf, on classes without mass."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g)
+
+    teacher = normal(B, C) * 3
+    if masked:
+        teacher[:, -masked:] = -torch.inf
+    memory = torch.full((B * (stride or C) + shift,), torch.nan, dtype=dtype)
+    z = memory[shift:].as_strided((B, C), (stride or C, 1), shift)
+    z.copy_((normal(B, C) * scale).clamp(-6e4, 6e4))
+    if masked:
+        z[:, -masked:] = -torch.inf
+    values, classes, rest = teacher, None, None
+    if K is not None:
+        top, classes = (teacher - teacher.amax(1, keepdim=True)).topk(K, dim=1)
+        out = teacher.scatter(1, classes, -torch.inf)
+        if tempered:
+            whole = (teacher / T).logsumexp(1)
+            values = (top + teacher.amax(1, keepdim=True)) / T - whole[:, None]
+            rest = (out / T).logsumexp(1) - whole
+            if pads:
+                values[:, -pads:] = -torch.inf
+                classes[:, -pads:] = classes[:, :1]
+        else:
+            left = torch.where(out.isinf(), 0, out - teacher.amax(1, keepdim=True))
+            count = max(C - K, 1)
+            mean = left.sum(1) / count
+            variance = (left.square().sum(1) / count - mean**2).clamp(min=0)
+            at_one = (out - teacher.amax(1, keepdim=True)).logsumexp(1)
+            values, rest = top, torch.stack([at_one, mean, variance], 1) if K < C else None
+        classes = classes.to(index)
+    y = torch.randint(0, max(C - masked, 1), (B,), generator=g)
+    if B > 1:
+        y[-1] = -1
+        if classes is not None:
+            y[0] = classes[0, 0].long()
+    w = torch.rand(B, generator=g) + 0.5
+    return Problem(
+        z, values, classes, rest, y if labels else None, w if weights else None, T,
+        0.3 if labels else 0.0, tail, tempered,
+    )  # fmt: skip
+
+
+def truth(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss [B] and its sum's gradient [B, C], in float64."""
+    z = p.student_BC.detach().double().requires_grad_()
+    upcast = {
+        n: v.double() for n, v in vars(p).items() if torch.is_tensor(v) and v.is_floating_point()
+    }
+    loss_B = reference.rows(*replace(p, **upcast | {"student_BC": z}).arguments)
+    (gradient_BC,) = torch.autograd.grad(loss_B.sum(), z)
+    return loss_B.detach(), gradient_BC
+
+
+def assert_close(
+    p: Problem, loss_B: torch.Tensor, gradient_BC: torch.Tensor | None, *,
+    factor: torch.Tensor | float = 1.0, interpreter: bool = False,
+) -> None:  # fmt: skip
+    """factor: what the loss's gradient was multiplied by on the way back, a number or one a row."""
+    on_gpu = p.student_BC.is_cuda
+    p = p.to("cpu")
+    true_B, true_BC = truth(p)
+    loss_bound, gradient_bound = _bounds(p)
+    slack = 2 if on_gpu else 1
+    error = (loss_B.cpu().double() - true_B).abs()
+    assert bool((error <= slack * loss_bound).all()), f"loss: {(error / loss_bound).max():.2f}"
+    if gradient_BC is None:
+        return
+    f = torch.as_tensor(factor).double().cpu().reshape(-1, 1)
+    true_BC, bound = true_BC * f, slack * gradient_bound * f.abs()
+    stored = gradient_BC.cpu()
+    assert stored.dtype == p.student_BC.dtype
+    if stored.dtype == torch.bfloat16:
+        # The interpreter truncates where the hardware rounds.
+        bound = bound + true_BC.abs() * (2.0**-7 if interpreter else 2.0**-8) * 1.01
+    if stored.dtype == torch.float16:
+        bound = bound + true_BC.abs() * 2.0**-11 * 1.01 + 2.0**-25
+    error = (stored.double() - true_BC).abs()
+    # float32 itself ends somewhere: an exponential below 2^-126 is 0.
+    bound = bound + 2.0**-126 * (1 + p.temperature * f.abs()) * (
+        1 if p.weights_B is None else p.weights_B.double()[:, None]
+    )
+    excess = (error / bound).nan_to_num(9e9).max() if error.numel() else 0
+    assert bool((error <= bound).all()), f"gradient: {excess:.2f}"
+
+
+def _bounds(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    z, T = p.student_BC.double(), p.temperature
+    B, C = z.shape
+    log_q = reference.log_softmax(z, T)
+    gap = _finite((z - z.amax(1, keepdim=True)) / T).abs()
+    q = log_q.exp()
+    if p.classes_BK is None:
+        log_p = reference.log_softmax(p.values.double(), T)
+        terms = log_p.exp() * (_finite(log_p).abs() + _finite(log_q).abs())
+        N, A = terms.sum(1), torch.ones(B).double()
+        noise = q * (4 + gap) + log_p.exp() * (4 + _finite(log_p).abs())
+    else:
+        classes = p.classes_BK.long()
+        log_p, log_r = p.values.double(), p.tail_values
+        log_r = None if log_r is None else log_r.double()
+        if not p.tempered:
+            log_p, log_r = reference.temper(log_p, log_r, C, T)
+        live = log_p > -torch.inf
+        if p.tail == "renormalise":
+            log_p = log_p - log_p.logsumexp(1, keepdim=True)
+        prob = log_p.exp()
+        log_qk = log_q.gather(1, classes)
+        N = (prob * (_finite(log_p).abs() + _finite(log_qk).abs())).sum(1)
+        A = prob.sum(1)
+        exact = 4 if p.tempered and p.tail != "renormalise" else 4 + _finite(log_p).abs()
+        named = torch.zeros(B, C).double().scatter_add(1, classes, live.double()) > 0
+        left = (~named).sum(1)
+        r = torch.zeros(B).double()
+        if log_r is not None and p.tail in ("uniform", "bucket"):
+            r = torch.where(left > 0, log_r.exp(), 0)
+        each = torch.zeros(B, C).double()
+        if p.tail == "uniform":
+            u = (r / left.clamp(min=1))[:, None]
+            N = N + r * _finite(u.log()[:, 0]).abs()
+            N = N + (u * _finite(log_q).abs()).masked_fill(named, 0).sum(1)
+            each = u.expand(B, C)
+        if p.tail == "bucket":
+            log_Q = log_q.masked_fill(named, -torch.inf).logsumexp(1)
+            N = N + r * (_finite(r.log()).abs() + _finite(log_Q).abs())
+            each = _finite(r[:, None] * (log_q - log_Q[:, None]).exp())
+        A = A + r
+        each = each.masked_fill(named, 0)
+        noise = (A[:, None] * q + each) * (4 + gap)
+        noise = noise.scatter_add(1, classes, (prob * exact).masked_fill(~live, 0))
+    weight = torch.ones(B).double() if p.weights_B is None else p.weights_B.double()
+    soft = weight * (1 - p.label_weight) * T * T
+    loss_bound = 8 * EPS * soft * (N + A)
+    gradient_bound = 4 * EPS * (soft / T)[:, None] * noise
+    if p.labels_B is not None:
+        hard = weight * p.label_weight * (p.labels_B >= 0)
+        log_once = reference.log_softmax(z, 1.0)
+        at = log_once.gather(1, p.labels_B.clamp(min=0)[:, None])[:, 0].abs()
+        loss_bound = loss_bound + 8 * EPS * hard * (at + 1)
+        once = log_once.exp() * (4 + gap * T)
+        once = once.scatter_add(
+            1, p.labels_B.clamp(min=0)[:, None], torch.full((B, 1), 4.0).double()
+        )
+        gradient_bound = gradient_bound + 4 * EPS * hard[:, None] * once
+    return loss_bound, gradient_bound
+
+
+def _finite(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x.isfinite(), x, torch.zeros_like(x))

@@ -1,0 +1,182 @@
+"""The losses on the CPU: the definition itself, and numba's form against it in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kdcache.kernels import cpu, ops, reference
+from tests import loss_cases
+from tests.loss_cases import TAILS, Problem, assert_close, problem, truth
+
+
+def run(p: Problem, *, mean: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    z = p.student_BC.detach().requires_grad_()
+    assert ops.backend(z, p.classes_BK) == "numba"
+    loss_B = ops.rows(z, *p.arguments[1:], mean)
+    loss_B.sum().backward()
+    return loss_B.detach(), z.grad
+
+
+def check(p: Problem) -> None:
+    assert_close(p, *run(p))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(cpu.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tempered", [False, True], ids=["logits", "log-p"])
+@pytest.mark.parametrize("C", [10, 100, 1000, 1003, 21841])
+def test_sparse(C: int, tempered: bool, tail: str) -> None:
+    for K, T in ((1, 1.0), (5, 4.0), (min(16, C), 20.0), (min(C, 100), 2.0)):
+        check(problem(4, C, K, T=T, tail=tail, tempered=tempered))
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("T", [1.0, 4.0])
+def test_labels_and_weights(T: float, tail: str) -> None:
+    check(problem(T=T, tail=tail, labels=True))
+    check(problem(T=T, tail=tail, weights=True, tempered=True))
+    check(problem(T=T, tail=tail, labels=True, weights=True))
+
+
+@pytest.mark.parametrize("C", [1, 2, 10, 1003, 21841])
+@pytest.mark.parametrize("T", [0.5, 1.0, 20.0])
+def test_dense(C: int, T: float) -> None:
+    check(problem(3, C, None, T=T))
+    check(problem(3, C, None, T=T, labels=True, weights=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tail", TAILS)
+def test_large_logits_in_every_dtype(dtype: torch.dtype, tail: str) -> None:
+    for scale in (1.0, 1e3, 3e4):
+        for T in (0.5, 4.0, 20.0):
+            check(problem(T=T, tail=tail, scale=scale, dtype=dtype, tempered=True))
+            check(problem(K=None, T=T, scale=scale, dtype=dtype))
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_rows_with_fewer_named_classes(tail: str) -> None:
+    check(problem(tail=tail, tempered=True, pads=3))
+    check(problem(tail=tail, tempered=True, pads=7, labels=True))
+
+
+@pytest.mark.parametrize("tail", ["renormalise", "none", "bucket"])
+def test_masked_student_logits(tail: str) -> None:
+    p = problem(tail=tail, tempered=True, masked=20)
+    check(p)
+    assert run(p)[1][:, -20:].count_nonzero() == 0
+    check(problem(K=None, masked=20))
+
+
+@pytest.mark.parametrize("K", [8, None])
+def test_rows_of_another_stride_and_shift(K: int | None) -> None:
+    check(problem(C=101, K=K, stride=107, shift=3, labels=True))
+    p = problem(C=100, K=K)
+    columns = p.student_BC.t().contiguous().t()
+    assert not columns.is_contiguous()
+    assert torch.equal(ops.rows(columns, *p.arguments[1:], False), run(p)[0])
+
+
+def test_a_tail_that_all_but_vanishes() -> None:
+    p = problem(tail="bucket", tempered=True, T=1.0)
+    for gap in (20, 60, 120, 1000):
+        z = p.student_BC.clone()
+        z.scatter_add_(1, p.classes_BK, torch.full(p.classes_BK.shape, float(gap)))
+        check(Problem(z, *p.arguments[1:]))
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_all_classes_named_equals_dense(tail: str) -> None:
+    p = problem(C=100, K=100, tail=tail)
+    logits = torch.empty(5, 100).scatter_(1, p.classes_BK, p.values)
+    dense = Problem(p.student_BC, logits, None, *p.arguments[3:])
+    (loss, gradient), (dense_loss, dense_gradient) = run(p), run(dense)
+    torch.testing.assert_close(loss, dense_loss, rtol=1e-5, atol=1e-6)
+    assert bool(((gradient - dense_gradient).abs() <= 4e-7 * gradient.abs().amax()).all())
+
+
+@pytest.mark.parametrize("K", [8, None])
+def test_no_rows(K: int | None) -> None:
+    loss_B, gradient_BC = run(problem(0, K=K), mean=True)
+    assert loss_B.shape == (0,)
+    assert gradient_BC.shape == (0, 100)
+
+
+@pytest.mark.parametrize("K", [8, None])
+def test_twice_is_the_same_to_the_bit_on_any_number_of_threads(K: int | None) -> None:
+    p = problem(64, 1003, K, labels=True)
+    first = run(p)
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, run(p), strict=True))
+
+
+def test_a_gradient_that_is_not_one_and_a_second_backward() -> None:
+    p = problem()
+    z = p.student_BC.detach().requires_grad_()
+    loss_B = ops.rows(z, *p.arguments[1:], False)
+    factor = torch.linspace(-2, 3, 5)
+    loss_B.backward(factor, retain_graph=True)
+    assert_close(p, loss_B.detach(), z.grad, factor=factor)
+    z.grad = None
+    loss_B.backward(torch.ones(5))
+    assert_close(p, loss_B.detach(), z.grad)
+
+
+@pytest.mark.parametrize("wrong", [-1, 100, 2**40])
+def test_a_class_that_does_not_exist_is_refused(wrong: int) -> None:
+    p = problem()
+    p.classes_BK[2, 3] = wrong
+    with pytest.raises(IndexError, match="1 of 5 rows name a class or a label outside 0 to 99"):
+        run(p)
+
+
+def test_the_gradient_of_a_row_sums_to_nothing() -> None:
+    for tail in TAILS:
+        gradient = run(problem(C=1000, K=16, tail=tail))[1].double()
+        assert bool((gradient.sum(1).abs() <= loss_cases.EPS * 1000 * gradient.abs().amax(1)).all())
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_the_reference_has_the_gradient_of_its_loss(tail: str) -> None:
+    p = problem(3, 12, 4, T=2.0, tail=tail, labels=True)
+    others = [
+        v.double() if torch.is_tensor(v) and v.is_floating_point() else v for v in p.arguments
+    ]
+    z = others[0].requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: reference.rows(z, *others[1:]), z)
+
+
+def test_uint16_classes() -> None:
+    p = problem(index=torch.uint16)
+    check(p)
+
+
+def _spoilt(p: Problem, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    loss, gradient = (x.float() for x in truth(p))
+    if kind == "no 1/T":
+        gradient = gradient * p.temperature
+    elif kind == "T squared twice":
+        loss = loss * p.temperature**2
+    elif kind == "lost tail":
+        bare = Problem(*p.arguments[:3], None, *p.arguments[4:])
+        return tuple(x.float() for x in truth(bare))
+    elif kind == "off by one":
+        gradient = gradient.roll(1, 1)
+    else:
+        gradient = gradient.bfloat16().float()
+    return loss, gradient
+
+
+@pytest.mark.parametrize(
+    "kind", ["no 1/T", "T squared twice", "lost tail", "off by one", "bf16 arithmetic"]
+)
+def test_the_bounds_catch_mistakes(kind: str) -> None:
+    p = problem()
+    with pytest.raises(AssertionError):
+        assert_close(p, *_spoilt(p, kind))
