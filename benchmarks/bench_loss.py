@@ -7,8 +7,8 @@ Every contestant gets the same raw student logits and the same target, and must 
 the logits' gradient; one that misses float64 is printed as FAIL and not timed. Sparse ones compute
 the `renormalise` loss of k = 16 shifted logits at T = 4, dense ones the dense loss at T = 4.
 `copy` reads the logits and writes as much, in the same rounds: nothing that gives a gradient can
-be faster. On a GPU times are events on the device, cold means that 256 MB were written in between,
-and small shapes run as a CUDA graph.
+be faster. Before a warm measurement the same form has just run; before a cold one 256 MB have been
+written. On a GPU times are events on the device, and small shapes run as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -162,14 +162,19 @@ def correct(case: Case, step: Step, kind: str) -> bool:
 
 
 class Clock:
-    """Microseconds of a step; on a GPU by events, so without the wait for them."""
+    """Microseconds of a step; on a GPU by events, so without the wait for them.
+
+    warm: the same step has just run. cold: FLUSH_BYTES have just been written.
+    """
 
     def __init__(self, device: str, cold: bool) -> None:
         self.device = device
         self.flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if cold else None
 
     def __call__(self, step: Callable[[], object]) -> float:
-        if self.flushed is not None:
+        if self.flushed is None:
+            step()
+        else:
             self.flushed.zero_()
         if self.device == "cpu":
             start = time.perf_counter()
@@ -295,7 +300,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", action="append", help="ROWSxCLASSES, may be given again")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--threads", type=int, default=2, help="on the CPU")
-    parser.add_argument("--cold", action="store_true", help="on the CPU: cold as well")
     parser.add_argument("--save", action="store_true", help="keep the result lines")
     parser.add_argument("--write", action="store_true", help="write docs/losses.md from kept lines")
     args = parser.parse_args(arguments)
@@ -311,11 +315,11 @@ def main(arguments: list[str] | None = None) -> None:
     if args.save:
         harness.start_results(name)
     for shape in shapes or (GPU_SHAPES if device == "cuda" else CPU_SHAPES):
-        for cold in (False, True) if device == "cuda" or args.cold else (False,):
+        for cold in (False, True):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's
                 lines = measure(shape, dtype, device, cold, args.rounds)
-            title = f"{shape[0]} x {shape[1]}, {args.rounds} rounds, us"
+            title = f"{shape[0]} x {shape[1]}, {lines[0]['cache']}, {args.rounds} rounds, us"
             harness.report(name, title, lines, args.save)
             for sentence in bars(lines):
                 print(f"  {sentence}")

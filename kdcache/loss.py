@@ -20,6 +20,8 @@ from kdcache.kernels import ops, reference
 from kdcache.kernels.reference import Reduction, Tail
 from kdcache.records import Target, TemperedTarget
 
+TAILS, REDUCTIONS = get_args(Tail), get_args(Reduction)
+
 
 def distillation_loss(
     logits_BC: torch.Tensor,
@@ -54,9 +56,9 @@ def distillation_loss(
             f"the student's logits are {list(logits_BC.shape)}, its targets have "
             f"{target.num_classes} classes"
         )
-    for name, value, known in (("tail", tail, Tail), ("reduction", reduction, Reduction)):
-        if value not in get_args(known):
-            raise UsageError(f"{name} must be one of {', '.join(get_args(known))}, not {value!r}")
+    for name, value, known in (("tail", tail, TAILS), ("reduction", reduction, REDUCTIONS)):
+        if value not in known:
+            raise UsageError(f"{name} must be one of {', '.join(known)}, not {value!r}")
     if not 0 <= label_weight <= 1:
         raise UsageError(f"label_weight must be from 0 to 1, not {label_weight}")
     if label_weight > 0 and labels is None:
@@ -70,13 +72,12 @@ def distillation_loss(
         logits_BC, target=values, classes=target.classes_BK, tail=tail_values, labels=labels,
         weights=weights,
     )  # fmt: skip
-    loss_B: torch.Tensor = ops.rows(
+    loss: torch.Tensor = ops.loss(
         logits_BC, values, target.classes_BK, tail_values,
         labels if label_weight > 0 else None, weights, temperature, label_weight, tail,
-        isinstance(target, TemperedTarget), reduction == "mean",
-        gradient_in_forward, expected_gradient,
+        isinstance(target, TemperedTarget), reduction, gradient_in_forward, expected_gradient,
     )  # fmt: skip
-    return loss_B if reduction == "none" else loss_B.sum()
+    return loss
 
 
 def distillation_losses(
@@ -129,8 +130,10 @@ def _check_rows(logits_BC: torch.Tensor, **others: torch.Tensor | None) -> None:
     for name, x in others.items():
         if x is None:
             continue
-        if len(x) != len(logits_BC):
-            raise UsageError(f"{name} has {len(x)} rows, the student's logits {len(logits_BC)}")
+        if x.shape[0] != logits_BC.shape[0]:
+            raise UsageError(
+                f"{name} has {x.shape[0]} rows, the student's logits {logits_BC.shape[0]}"
+            )
         if x.device != logits_BC.device:
             raise UsageError(f"{name} is on {x.device}, the student's logits on {logits_BC.device}")
 

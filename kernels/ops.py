@@ -1,7 +1,4 @@
-"""`reference.rows` as one call: fused where it can be, with its gradient; operators of torch.
-
-In: what `reference.rows` takes. Out: the loss of each row, divided by B where the caller is going
-to sum it into a mean, so that the gradient needs no pass of its own for that.
+"""The loss of a batch as one call: fused where it can be, with its gradient; operators of torch.
 
     cuda   Triton; backward reads the logits again, or forward leaves the gradient (`in_forward`)
     cpu    numba; forward leaves the gradient, backward hands it over
@@ -9,6 +6,7 @@ to sum it into a mean, so that the gradient needs no pass of its own for that.
 
 In eager mode an autograd.Function calls the kernels; under torch.compile the operators
 `kdcache::loss_forward` and `kdcache::loss_backward` do. Only the student's logits get a gradient.
+A mean's 1/B is folded into the rows, so that the gradient needs no pass of its own for it.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ def backend(student_BC: Tensor, classes_BK: Tensor | None) -> str:
     return "reference"
 
 
-def rows(
+def loss(
     student_BC: Tensor,
     values: Tensor,
     classes_BK: Tensor | None,
@@ -53,11 +51,11 @@ def rows(
     label_weight: float,
     tail: str,
     tempered: bool,
-    mean: bool,
+    reduction: str,
     in_forward: bool = False,
     expected_gradient: Tensor | None = None,
 ) -> Tensor:
-    """`reference.rows` [B], each divided by B where `mean`.
+    """`reference.reduce` of `reference.rows`: a number, or [B] for the reduction `none`.
 
     in_forward, expected_gradient   cuda, eager: compute the gradient in the forward pass, for a
         gradient of the loss that will equal `expected_gradient` (a tensor of one number on the
@@ -67,14 +65,15 @@ def rows(
                float(temperature), float(label_weight), tail, tempered)  # fmt: skip
     chosen = backend(student_BC, classes_BK)
     if chosen == "reference":
-        loss_B = reference.rows(*problem)
-        return loss_B / max(len(loss_B), 1) if mean else loss_B
+        return reference.reduce(reference.rows(*problem), reduction)
+    mean, whole = reduction == "mean", reduction != "none"
     gradient = torch.is_grad_enabled() and student_BC.requires_grad
-    if torch.compiler.is_compiling():
-        return loss_forward(*problem, mean, gradient)[0]
-    if not gradient:
-        return _forward(*problem, mean, False)[0]
-    return _Rows.apply(*problem, mean, in_forward and chosen == "triton", expected_gradient)
+    if gradient and not torch.compiler.is_compiling():
+        in_forward = in_forward and chosen == "triton"
+        return _Loss.apply(*problem, mean, whole, in_forward, expected_gradient)
+    forward = loss_forward if torch.compiler.is_compiling() else _forward
+    loss_B = forward(*problem, mean, gradient)[0]
+    return loss_B.sum() if whole else loss_B
 
 
 def _forward(student_BC, values, classes_BK, tail_values, labels_B, weights_B, temperature,
@@ -109,44 +108,51 @@ def _coefficient(student_BC: Tensor, mean: bool) -> float:
     return 1 / max(student_BC.shape[0], 1) if mean else 1.0
 
 
-class _Rows(torch.autograd.Function):
-    """Eager mode. Python and dispatch around the kernels cost as much as a small kernel."""
+class _Loss(torch.autograd.Function):
+    """Eager mode. What Python does around a small kernel costs as much as the kernel."""
 
     @staticmethod
     def forward(ctx, *arguments):
-        *problem, in_forward, expected = arguments
+        *problem, whole, in_forward, expected = arguments
         ctx.save_for_backward(*problem[:6])
         ctx.options, ctx.in_forward, ctx.expected = problem[6:], in_forward, expected
         if in_forward:
             *inputs, mean = problem
-            coefficient = _coefficient(problem[0], mean)
             loss_B, ctx.left = _fused(problem[2]).forward_with_gradient(
-                *inputs, coefficient, expected
+                *inputs, _coefficient(problem[0], mean), expected
             )
         else:
             loss_B, ctx.left = _forward(*problem, True)
-        return loss_B
+        return loss_B.sum() if whole else loss_B
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient_B):
-        problem = (*ctx.saved_tensors, *ctx.options)
-        if problem[0].device.type == "cuda" and not ctx.in_forward:
-            return _backward(gradient_B, ctx.left, *problem), *(None,) * 12
-        # The gradient is handed over, not lent: whoever gets it may write to it.
-        left, ctx.left = ctx.left, None
-        if left is None:
-            left, ctx.in_forward = _forward(*problem, True)[1], False
-        if problem[0].device.type == "cuda":
-            if ctx.in_forward:
-                from kdcache.kernels.rows import rescale
+    def backward(ctx, gradient):
+        if torch.is_grad_enabled():
+            raise NotImplementedError("the fused losses have no second derivative: use float64")
+        return _gradient(ctx, gradient), *(None,) * 13
 
-                rescale(left, gradient_B, ctx.expected)
-                return left, *(None,) * 12
-            return _backward(gradient_B, left, *problem), *(None,) * 12
-        if gradient_B.stride(0) == 0 and gradient_B.numel() and gradient_B[0].item() == 1:
-            return left.to(problem[0].dtype), *(None,) * 12
-        return left.mul_(gradient_B[:, None]).to(problem[0].dtype), *(None,) * 12
+
+def _gradient(ctx, gradient):
+    problem = (*ctx.saved_tensors, *ctx.options)
+    student_BC = problem[0]
+    # What forward left is handed over, not lent: whoever gets it may write to it.
+    left = ctx.left
+    if student_BC.device.type == "cpu":
+        ctx.left = None
+        left = _forward(*problem, True)[1] if left is None else left
+        if gradient.dim() or gradient.item() != 1:
+            left.mul_(gradient[:, None] if gradient.dim() else gradient)
+        return left if left.dtype == student_BC.dtype else left.to(student_BC.dtype)
+    gradient_B = gradient if gradient.dim() else gradient.expand(len(student_BC))
+    if not ctx.in_forward:
+        return _backward(gradient_B, left, *problem)
+    if left is None:
+        return _backward(gradient_B, _forward(*problem, True)[1], *problem)
+    from kdcache.kernels.rows import rescale
+
+    ctx.left = None
+    rescale(left, gradient_B, ctx.expected)
+    return left
 
 
 @torch.library.custom_op("kdcache::loss_forward", mutates_args=())

@@ -16,7 +16,7 @@ LIMIT_LINES = 400
 
 # A file imports only files of a lower rank. kernels/ stands below all that use it.
 RANKS = {
-    "__init__": 0, "errors": 0, "networks": 0, "records": 0, "rng": 0, "kernels": 0,
+    "__init__": 0, "errors": 0, "networks": 0, "openmp": 0, "records": 0, "rng": 0, "kernels": 0,
     "spec": 1, "ffcv_import": 1, "loss": 1,
     "codec": 2, "sources": 2, "views": 2, "models": 2,
     "dataset": 3, "pixels": 3, "tape": 3,

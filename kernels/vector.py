@@ -1,0 +1,144 @@
+"""Exponentials and reductions over a row, compiled by numba into vector instructions.
+
+numba's own exp stays scalar without Intel's SVML, so 2^x is a polynomial here, its integer part set
+by the exponent's bits. A NaN reaches the maximum of its row, and through it every result.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+# No nnan and no ninf: -inf is a legitimate logit.
+FLAGS = {"reassoc", "contract", "nsz"}
+LOG2E = math.log2(math.e)
+F32 = np.float32
+I32 = np.int32
+# From here down 2^x is 0: its exponent's bits are.
+LEAST = -127.0
+
+
+def _pointer_to(kind):
+    """Makes an address the pointer that `numba.carray` wants."""
+
+    @intrinsic
+    def pointer(context, address):
+        def code(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.intp), code
+
+    return pointer
+
+
+floats_at = _pointer_to(types.float32)
+integers_at = _pointer_to(types.int64)
+
+
+@intrinsic
+def _bits_as_float(context, bits):
+    def code(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), code
+
+
+@intrinsic
+def _truncate(context, x):
+    # numba's own int32(x) goes through int64, which halves the lanes.
+    def code(context, builder, signature, args):
+        return builder.fptosi(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), code
+
+
+@intrinsic
+def _maximum(context, a, b):
+    # numba's own max makes a loop that LLVM vectorises only if told that there are no NaNs.
+    def code(context, builder, signature, args):
+        kind = ir.FloatType()
+        function = builder.module.declare_intrinsic(
+            "llvm.maximum", [kind], ir.FunctionType(kind, [kind, kind])
+        )
+        return builder.call(function, args)
+
+    return types.float32(types.float32, types.float32), code
+
+
+@njit(fastmath=FLAGS, inline="always")
+def _exp2_of(t, n):
+    """2^(t + n) for |t| <= 1/2 to 2.2e-7; 0 for n = -127."""
+    r = F32(1.5403530393381609954e-4)
+    r = r * t + F32(1.3333558146428443423e-3)
+    r = r * t + F32(9.6181291076284771619e-3)
+    r = r * t + F32(5.5504108664821579953e-2)
+    r = r * t + F32(2.4022650695910071233e-1)
+    r = r * t + F32(6.9314718055994530942e-1)
+    r = r * t + F32(1.0)
+    return r * _bits_as_float((n + I32(127)) << I32(23))
+
+
+@njit(fastmath=FLAGS, inline="always")
+def exp2(x):
+    """2^x for x <= 0; 0 below -126.5, for -inf and for NaN."""
+    y = x if x > F32(LEAST) else F32(LEAST)
+    n = _truncate(y - F32(0.5))
+    return _exp2_of(y - F32(n), n)
+
+
+@njit(fastmath=FLAGS, inline="always")
+def exp(x):
+    """e^x of a float64 x <= 0, as a float32, without rounding x itself to float32."""
+    y = x * LOG2E
+    y = y if y > LEAST else LEAST
+    n = math.floor(y + 0.5)
+    return _exp2_of(F32(y - n), _truncate(F32(n)))
+
+
+@njit(fastmath=FLAGS, inline="always")
+def largest(x):
+    top = F32(-np.inf)
+    for j in range(x.size):
+        top = _maximum(top, x[j])
+    return top
+
+
+@njit(fastmath=FLAGS, inline="always")
+def exponentials(x, top, scale, out):
+    """out = 2^((x - top) scale), and its sum."""
+    total = F32(0.0)
+    for j in range(x.size):
+        e = exp2((x[j] - top) * scale)
+        out[j] = e
+        total += e
+    return total
+
+
+@njit(fastmath=FLAGS, inline="always")
+def total_of(x):
+    total = F32(0.0)
+    for j in range(x.size):
+        total += x[j]
+    return total
+
+
+@njit(fastmath=FLAGS, inline="always")
+def _total_below_of(x, top):
+    total = F32(0.0)
+    for j in range(x.size):
+        total += x[j] - top
+    return total
+
+
+@njit(fastmath=FLAGS)
+def total_below(x, top):
+    """The sum of x - top."""
+    # In pieces: one float32 sum of 20,000 large terms loses more than the bounds allow.
+    total = 0.0
+    for start in range(0, x.size, 1024):
+        total += _total_below_of(x[start : start + 1024], top)
+    return total
