@@ -51,10 +51,11 @@ def distillation_loss(
     Raises UsageError when classes, rows or devices differ, when T is not positive, when T < 1 is
     asked of a target with a tail (its summary holds for T >= 1), and when labels are missing.
     """
-    if logits_BC.dim() != 2 or logits_BC.shape[1] != target.num_classes:
+    if logits_BC.dim() != 2:
+        raise UsageError(f"the student's logits must be [B, C], not {list(logits_BC.shape)}")
+    if logits_BC.shape[1] != target.num_classes:
         raise UsageError(
-            f"the student's logits are {list(logits_BC.shape)}, its targets have "
-            f"{target.num_classes} classes"
+            f"the student has {logits_BC.shape[1]} classes, its targets have {target.num_classes}"
         )
     for name, value, known in (("tail", tail, TAILS), ("reduction", reduction, REDUCTIONS)):
         if value not in known:

@@ -6,24 +6,21 @@ A class of no teacher mass contributes nothing, even where the student has -inf.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from kdcache.kernels import dispatch, layout
+from kdcache.kernels import layout
+from kdcache.kernels.launch import Form
 from kdcache.kernels.rows import (
     LOG2E,
     LOW,
     edges,
     factors,
     label_of,
-    launch,
     load_row,
     start_of,
     store_row,
 )  # fmt: skip
-
-STATS = 8
 
 
 @triton.jit
@@ -210,74 +207,9 @@ def grad_kernel(
     )  # fmt: skip
 
 
-def _arguments(student_BC, values, _classes, _tail, labels_B, weights_B, temperature,
-               label_weight, _name, _tempered, coefficient):  # fmt: skip
-    z, t = layout.rows_in_place(student_BC), layout.rows_in_place(values)
-    tensors = dict(
-        z_ptr=z, t_ptr=t, y_ptr=z if labels_B is None else labels_B.contiguous(),
-        w_ptr=z if weights_B is None else weights_B.contiguous(),
-    )  # fmt: skip
-    numbers = dict(
-        B=z.shape[0], T=temperature, inverse_t=1 / temperature,
-        scale=LOG2E.value / temperature, label_weight=label_weight, coefficient=coefficient,
-    )  # fmt: skip
-    constants = dict(
-        C=z.shape[1], ZS=layout.row_stride(z), TS=layout.row_stride(t), VEC=layout.vector(z, t),
-        HARD=labels_B is not None, WEIGHTED=weights_B is not None,
-    )  # fmt: skip
-    return tensors, numbers, constants
+def _teacher_arguments(z, values, _classes, _tail_values, _tail, _tempered):
+    t = layout.rows_in_place(values)
+    return dict(t_ptr=t), dict(TS=layout.row_stride(t), VEC=layout.vector(z, t))
 
 
-def forward(*problem):
-    """coefficient * loss [B], and the numbers that `backward` needs [STATS, B]."""
-    tensors, numbers, constants = _arguments(*problem)
-    z = tensors["z_ptr"]
-    loss_B = torch.empty(len(z), dtype=torch.float32, device=z.device)
-    stats = torch.empty(STATS, len(z), dtype=torch.float32, device=z.device)
-    if len(z) == 0:
-        return loss_B, stats
-    entry = dispatch.entry("dense", layout.reach(constants))
-    common = tensors | numbers | constants | dict(loss_ptr=loss_B, stats_ptr=stats)
-    if entry.kernel == "loop":
-        launch(loop_kernel, (len(z),), entry, **common)
-    else:
-        launch(row_kernel, (triton.cdiv(len(z), entry.rows),), entry, **common, go_ptr=loss_B,
-               g_ptr=loss_B, GS=constants["ZS"], ROWS=entry.rows, HAS_GO=False,
-               GRADIENT=False)  # fmt: skip
-    return loss_B, stats
-
-
-def backward(gradient_B, stats, *problem):
-    """The gradient [B, C] of sum(gradient_B * loss_B), in the logits' dtype."""
-    tensors, numbers, constants = _arguments(*problem)
-    z = tensors["z_ptr"]
-    g = layout.empty_gradient(problem[0])
-    if g.numel() == 0:
-        return g
-    reach = layout.reach(constants)
-    entry = dispatch.entry("backward", reach)
-    grid = triton.cdiv(len(z), entry.rows), triton.cdiv(reach, entry.block)
-    launch(grad_kernel, grid, entry, **tensors, **numbers, **constants, go_ptr=gradient_B,
-           stats_ptr=stats, g_ptr=g, GS=g.stride(0), ROWS=entry.rows,
-           GO_STRIDE=gradient_B.stride(0))  # fmt: skip
-    return g
-
-
-def forward_with_gradient(*arguments):
-    """The loss [B] and its sum's gradient times `expected` (the last argument; None: 1)."""
-    *problem, expected = arguments
-    tensors, numbers, constants = _arguments(*problem)
-    z = tensors["z_ptr"]
-    entry = dispatch.entry("dense", layout.reach(constants))
-    if entry.kernel == "loop":
-        loss_B, stats = forward(*problem)
-        ones = torch.ones((), device=z.device) if expected is None else expected
-        return loss_B, backward(ones.expand(len(loss_B)), stats, *problem)
-    loss_B = torch.empty(len(z), dtype=torch.float32, device=z.device)
-    g = layout.empty_gradient(problem[0])
-    if len(z):
-        launch(row_kernel, (triton.cdiv(len(z), entry.rows),), entry, **tensors, **numbers,
-               **constants, go_ptr=loss_B if expected is None else expected, loss_ptr=loss_B,
-               stats_ptr=loss_B, g_ptr=g, GS=g.stride(0), ROWS=entry.rows,
-               HAS_GO=expected is not None, GRADIENT=True)  # fmt: skip
-    return loss_B, g
+FORM = Form("dense", row_kernel, loop_kernel, grad_kernel, _teacher_arguments)

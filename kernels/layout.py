@@ -12,6 +12,7 @@ import torch
 
 LINE_BYTES = 16
 MOST_IN_LINE = 8
+STATS = 8  # numbers a row that a forward leaves for its backward, at most
 
 
 def gradient_stride(classes: int, row_stride: int) -> int:

@@ -16,11 +16,9 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from kdcache.kernels import reference
+from kdcache.kernels import layout, reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-STATS = 8  # numbers a row that the Triton forward leaves for its backward; see sparse.py
-
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -101,7 +99,7 @@ def _fused(classes_BK: Tensor | None):
     # Here, because triton.jit looks for a GPU or an interpreter when it decorates.
     from kdcache.kernels import dense, sparse
 
-    return dense if classes_BK is None else sparse
+    return (dense if classes_BK is None else sparse).FORM
 
 
 def _coefficient(student_BC: Tensor, mean: bool) -> float:
@@ -148,7 +146,7 @@ def _gradient(ctx, gradient):
         return _backward(gradient_B, left, *problem)
     if left is None:
         return _backward(gradient_B, _forward(*problem, True)[1], *problem)
-    from kdcache.kernels.rows import rescale
+    from kdcache.kernels.launch import rescale
 
     ctx.left = None
     rescale(left, gradient_B, ctx.expected)
@@ -178,7 +176,9 @@ def loss_forward(
 def _(student_BC, values, classes_BK, tail_values, labels_B, weights_B, temperature, label_weight,
       tail, tempered, mean, gradient):  # fmt: skip
     B, C = student_BC.shape
-    saved = (STATS, B) if student_BC.device.type == "cuda" else (B, C) if gradient else (0, 0)
+    saved = (B, C) if gradient else (0, 0)
+    if student_BC.device.type == "cuda":
+        saved = (layout.STATS, B)
     kind = torch.float32
     return student_BC.new_empty(B, dtype=kind), student_BC.new_empty(saved, dtype=kind)
 
@@ -207,8 +207,6 @@ def loss_backward(
 def _(gradient_B, saved, student_BC, *_):
     if student_BC.device.type == "cpu":
         return student_BC.new_empty(student_BC.shape)
-    from kdcache.kernels import layout
-
     return layout.empty_gradient(student_BC)
 
 

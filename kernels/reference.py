@@ -120,7 +120,7 @@ def sparse_kl(
             rest = log_q_BC.masked_fill(named, -torch.inf).masked_fill(empty, 0).logsumexp(1)
             loss = loss + _cross(log_r, rest)
         else:
-            log_u = (log_r - left.clamp(min=1).log())[:, None]
+            log_u = (log_r - left.clamp(min=1).to(log_r.dtype).log())[:, None]
             each = _cross(log_u.expand_as(log_q_BC), log_q_BC)
             loss = loss + each.masked_fill(named | empty, 0).sum(1)
     return temperature**2 * loss

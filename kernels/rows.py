@@ -4,7 +4,6 @@ Shapes in kernels: R rows of a program, N columns of a tile, K named classes. `c
 the line below a row's start (layout.py): class + `off`. VEC divides BLOCK.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -94,21 +93,3 @@ def rescale_kernel(
             at = g_ptr + row * STRIDE + col
             g = tl.load(at, mask=col < C, other=0.0).to(tl.float32)
             tl.store(at, (g * ratio).to(g_ptr.dtype.element_ty), mask=col < C)
-
-
-def launch(kernel, grid, entry, **arguments):
-    with torch.cuda.device_of(arguments["z_ptr"]):
-        # Triton 3.10 changes the default of FP fusion, and with it the machine code.
-        kernel[grid](**arguments, BLOCK=entry.block, num_warps=entry.warps, enable_fp_fusion=True)
-
-
-def rescale(g, gradient_B, expected):
-    """g *= gradient_B / expected in place, decided on the device."""
-    if g.numel() == 0:
-        return
-    with torch.cuda.device_of(g):
-        rescale_kernel[(g.shape[0],)](
-            g, gradient_B, gradient_B if expected is None else expected, C=g.shape[1],
-            STRIDE=g.stride(0), GO_STRIDE=gradient_B.stride(0), HAS_EXPECTED=expected is not None,
-            BLOCK=2048, num_warps=8,
-        )  # fmt: skip

@@ -12,18 +12,17 @@ from its sum (never 1 - sum, which cancels): a histogram of the classes over the
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from kdcache.kernels import dispatch, layout
+from kdcache.kernels import layout
+from kdcache.kernels.launch import Form, given
 from kdcache.kernels.rows import (
     LOG2E,
     LOW,
     edges,
     factors,
     label_of,
-    launch,
     load_row,
     start_of,
     store_row,
@@ -31,8 +30,6 @@ from kdcache.kernels.rows import (
 
 TAILS = {"renormalise": 0, "none": 1, "uniform": 2, "bucket": 3}
 UNIFORM, BUCKET = tl.constexpr(2), tl.constexpr(3)
-STATS = 8
-
 
 @triton.jit
 def _teacher(
@@ -364,85 +361,17 @@ def grad_kernel(
     )  # fmt: skip
 
 
-def _arguments(student_BC, values, classes_BK, tail_values, labels_B, weights_B, temperature,
-               label_weight, tail, tempered, coefficient):  # fmt: skip
-    """Tensors, numbers and constants of a launch; an absent tensor is any other's pointer."""
-    z = layout.rows_in_place(student_BC)
-    values, classes = values.contiguous(), classes_BK.contiguous()
-    tail_values = None if tail_values is None else tail_values.contiguous()
+def _teacher_arguments(z, values, classes_BK, tail_values, tail, tempered):
+    values = values.contiguous()
     tensors = dict(
-        z_ptr=z, val_ptr=values, idx_ptr=classes, tail_ptr=_or(tail_values, values),
-        y_ptr=_or(labels_B, values), w_ptr=_or(weights_B, values),
-    )  # fmt: skip
-    numbers = dict(
-        B=z.shape[0], T=temperature, inverse_t=1 / temperature,
-        scale=LOG2E.value / temperature, label_weight=label_weight, coefficient=coefficient,
-    )  # fmt: skip
+        val_ptr=values, idx_ptr=classes_BK.contiguous(), tail_ptr=given(tail_values, values)
+    )
     constants = dict(
-        C=z.shape[1], K=values.shape[1], ZS=layout.row_stride(z), VEC=layout.vector(z),
-        BK=triton.next_power_of_2(values.shape[1]), TAIL=TAILS[tail],
+        K=values.shape[1], BK=triton.next_power_of_2(values.shape[1]), VEC=layout.vector(z),
+        TAIL=TAILS[tail], TEMPERED=tempered,
         TAIL_N=0 if tail_values is None else tail_values.numel() // max(z.shape[0], 1),
-        TEMPERED=tempered, HARD=labels_B is not None, WEIGHTED=weights_B is not None,
     )  # fmt: skip
-    return tensors, numbers, constants
+    return tensors, constants
 
 
-def _or(x, other):
-    return other if x is None else x.contiguous()
-
-
-def forward(*problem):
-    """coefficient * loss [B], and the numbers that `backward` needs [STATS, B]."""
-    tensors, numbers, constants = _arguments(*problem)
-    z = tensors["z_ptr"]
-    B = len(z)
-    loss_B = torch.empty(B, dtype=torch.float32, device=z.device)
-    stats = torch.empty(STATS, B, dtype=torch.float32, device=z.device)
-    if B == 0:
-        return loss_B, stats
-    entry = dispatch.entry("sparse", layout.reach(constants), constants["K"])
-    common = tensors | numbers | constants | dict(loss_ptr=loss_B, stats_ptr=stats)
-    if entry.kernel == "loop":
-        launch(loop_kernel, (B,), entry, **common)
-    else:
-        launch(row_kernel, (triton.cdiv(B, entry.rows),), entry, **common, go_ptr=loss_B,
-               g_ptr=loss_B, GS=constants["ZS"], ROWS=entry.rows, HAS_GO=False,
-               GRADIENT=False)  # fmt: skip
-    return loss_B, stats
-
-
-def backward(gradient_B, stats, *problem):
-    """The gradient [B, C] of sum(gradient_B * loss_B), in the logits' dtype."""
-    tensors, numbers, constants = _arguments(*problem)
-    z = tensors["z_ptr"]
-    g = layout.empty_gradient(problem[0])
-    if g.numel() == 0:
-        return g
-    reach = layout.reach(constants)
-    entry = dispatch.entry("backward", reach, constants["K"])
-    grid = triton.cdiv(z.shape[0], entry.rows), triton.cdiv(reach, entry.block)
-    launch(grad_kernel, grid, entry, **tensors, **numbers, **constants, go_ptr=gradient_B,
-           stats_ptr=stats, g_ptr=g, GS=g.stride(0), ROWS=entry.rows,
-           GO_STRIDE=gradient_B.stride(0))  # fmt: skip
-    return g
-
-
-def forward_with_gradient(*arguments):
-    """The loss [B] and its sum's gradient times `expected` (the last argument; None: 1)."""
-    *problem, expected = arguments
-    tensors, numbers, constants = _arguments(*problem)
-    z = tensors["z_ptr"]
-    entry = dispatch.entry("sparse", layout.reach(constants), constants["K"])
-    if entry.kernel == "loop":
-        # A row that does not fit in registers is read twice either way.
-        loss_B, stats = forward(*problem)
-        ones = torch.ones((), device=z.device) if expected is None else expected
-        return loss_B, backward(ones.expand(len(loss_B)), stats, *problem)
-    loss_B = torch.empty(z.shape[0], dtype=torch.float32, device=z.device)
-    g = layout.empty_gradient(problem[0])
-    if z.shape[0]:
-        launch(row_kernel, (triton.cdiv(z.shape[0], entry.rows),), entry, **tensors, **numbers,
-               **constants, go_ptr=_or(expected, loss_B), loss_ptr=loss_B, stats_ptr=loss_B,
-               g_ptr=g, GS=g.stride(0), ROWS=entry.rows, HAS_GO=expected is not None,
-               GRADIENT=True)  # fmt: skip
-    return loss_B, g
+FORM = Form("sparse", row_kernel, loop_kernel, grad_kernel, _teacher_arguments)

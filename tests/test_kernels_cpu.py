@@ -10,10 +10,10 @@ from tests import loss_cases
 from tests.loss_cases import TAILS, Problem, assert_close, problem, truth
 
 
-def run(p: Problem, *, mean: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     z = p.student_BC.detach().requires_grad_()
     assert ops.backend(z, p.classes_BK) == "numba"
-    loss_B = ops.rows(z, *p.arguments[1:], mean)
+    loss_B = ops.loss(z, *p.arguments[1:], "none")
     loss_B.sum().backward()
     return loss_B.detach(), z.grad
 
@@ -80,7 +80,7 @@ def test_rows_of_another_stride_and_shift(K: int | None) -> None:
     p = problem(C=100, K=K)
     columns = p.student_BC.t().contiguous().t()
     assert not columns.is_contiguous()
-    assert torch.equal(ops.rows(columns, *p.arguments[1:], False), run(p)[0])
+    assert torch.equal(ops.loss(columns, *p.arguments[1:], "none"), run(p)[0])
 
 
 def test_a_tail_that_all_but_vanishes() -> None:
@@ -103,7 +103,7 @@ def test_all_classes_named_equals_dense(tail: str) -> None:
 
 @pytest.mark.parametrize("K", [8, None])
 def test_no_rows(K: int | None) -> None:
-    loss_B, gradient_BC = run(problem(0, K=K), mean=True)
+    loss_B, gradient_BC = run(problem(0, K=K))
     assert loss_B.shape == (0,)
     assert gradient_BC.shape == (0, 100)
 
@@ -119,7 +119,7 @@ def test_twice_is_the_same_to_the_bit_on_any_number_of_threads(K: int | None) ->
 def test_a_gradient_that_is_not_one_and_a_second_backward() -> None:
     p = problem()
     z = p.student_BC.detach().requires_grad_()
-    loss_B = ops.rows(z, *p.arguments[1:], False)
+    loss_B = ops.loss(z, *p.arguments[1:], "none")
     factor = torch.linspace(-2, 3, 5)
     loss_B.backward(factor, retain_graph=True)
     assert_close(p, loss_B.detach(), z.grad, factor=factor)

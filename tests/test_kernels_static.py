@@ -90,7 +90,7 @@ def code_of(case: Case, arch: int, **changes: Any) -> Code:
     K = case.K if case.form == "sparse" else None
     p = problem(4, case.C, K, tail=case.tail, labels=case.labels, dtype=DTYPES[case.dtype],
                 index=torch.uint16 if case.C < 1 << 16 else torch.int32)  # fmt: skip
-    tensors, numbers, constants = form._arguments(*p.arguments, 1.0)
+    tensors, numbers, constants = form.FORM.arguments(*p.arguments, 1.0)
     table = "backward" if case.kernel == "grad" else case.form
     entry = dispatch.entry(table, layout.reach(constants), constants.get("K", 0))
     kernel = getattr(form, f"{case.kernel}_kernel")

@@ -24,7 +24,7 @@ QUIET = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 pytestmark = pytest.mark.gpu if ON_DEVICE else QUIET
 
 if INTERPRETED or ON_DEVICE:
-    from kdcache.kernels import dense, dispatch, rows, sparse
+    from kdcache.kernels import dense, dispatch, launch, sparse
 
 
 @pytest.mark.skipif(INTERPRETED or ON_DEVICE, reason="this is the interpreter, or a GPU")
@@ -64,13 +64,13 @@ def _choose(tiles: bool, request: pytest.FixtureRequest) -> None:
 
 
 def recompute(p: Problem, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    form = dense if p.classes_BK is None else sparse
+    form = (dense if p.classes_BK is None else sparse).FORM
     loss_B, stats = form.forward(*p.arguments, 1.0)
     return loss_B, form.backward(factor, stats, *p.arguments, 1.0)
 
 
 def in_forward(p: Problem, expected: float) -> tuple[torch.Tensor, torch.Tensor]:
-    form = dense if p.classes_BK is None else sparse
+    form = (dense if p.classes_BK is None else sparse).FORM
     scale = None if expected == 1 else torch.tensor([expected], device=DEVICE)
     return form.forward_with_gradient(*p.arguments, 1.0, scale)
 
@@ -230,9 +230,24 @@ def test_a_class_that_does_not_exist_makes_its_row_nan(wrong: int) -> None:
 
 
 @kernel
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("tail", [*TAILS, None])
+def test_what_is_no_number_comes_out_as_none(
+    tail: str | None, tiles: bool, request: pytest.FixtureRequest
+) -> None:
+    _choose(tiles, request)
+    for column, nan in ((0, float("nan")), (350, -float("nan")), (699, float("inf"))):
+        p = problem(3, 700, 8 if tail else None, tail=tail or "none").to(DEVICE)
+        p.student_BC[1, column] = nan
+        loss_B, gradient = recompute(p, torch.ones(3, device=DEVICE))
+        assert loss_B.isfinite().tolist() == [True, False, True]
+        assert gradient.isfinite().all(1).tolist() == [True, False, True]
+
+
+@kernel
 def test_rescale() -> None:
     g = torch.arange(12.0, device=DEVICE).reshape(3, 4)
     gradient = torch.tensor([2.0, 4.0, 0.0], device=DEVICE)
     expected = g * gradient[:, None] / 2
-    rows.rescale(g, gradient, torch.tensor([2.0], device=DEVICE))
+    launch.rescale(g, gradient, torch.tensor([2.0], device=DEVICE))
     assert torch.equal(g, expected)

@@ -151,8 +151,24 @@ def test_no_rows_cost_nothing() -> None:
 
 def test_usage_errors() -> None:
     z, goal = student_logits(), target("sparse")
-    with pytest.raises(UsageError, match=r"logits are \[12, 49\], its targets have 50 classes"):
+    with pytest.raises(UsageError, match=r"the student has 49 classes, its targets have 50"):
         distillation_loss(z[:, :-1], goal)
+    with pytest.raises(UsageError, match=r"logits must be \[B, C\], not \[12\]"):
+        distillation_loss(z[:, 0], goal)
+    with pytest.raises(UsageError, match="target has 12 rows, the student's logits 11"):
+        distillation_loss(z[1:], goal)
+    with pytest.raises(UsageError, match="labels has 3 rows, the student's logits 12"):
+        distillation_loss(z, goal, label_weight=0.5, labels=labels()[:3])
+    with pytest.raises(UsageError, match="weights has 13 rows, the student's logits 12"):
+        distillation_loss(z, goal, weights=torch.ones(13))
+    with pytest.raises(UsageError, match=r"labels must be class numbers, not torch.float32"):
+        distillation_loss(z, goal, label_weight=0.5, labels=labels().float())
+    with pytest.raises(UsageError, match=r"tail must be one of bucket, .*, not 'renorm'"):
+        distillation_loss(z, goal, tail="renorm")
+    with pytest.raises(UsageError, match="reduction must be one of mean, sum, none, not 'batch'"):
+        distillation_loss(z, goal, reduction="batch")
+    with pytest.raises(UsageError, match="target is on meta, the student's logits on cpu"):
+        distillation_loss(z, goal.to(torch.device("meta")))
     with pytest.raises(UsageError, match="label_weight must be from 0 to 1, not 2"):
         distillation_loss(z, goal, label_weight=2, labels=labels())
     with pytest.raises(UsageError, match=r"label_weight 0.5 needs labels="):
@@ -185,6 +201,27 @@ def test_training_has_the_curve_of_the_reference() -> None:
     fused, true = curve(torch.float32), curve(torch.float64)
     assert true[-1] < true[0] / 2
     assert fused == pytest.approx(true, rel=1e-5)
+
+
+@pytest.mark.parametrize("nan", [float("nan"), -float("nan"), float("inf")])
+@pytest.mark.parametrize("tail", ["bucket", "uniform", "renormalise", "none"])
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_what_is_no_number_comes_out_as_none(kind: str, tail: str, nan: float) -> None:
+    """Whatever the bits of the NaN, and wherever in its row: a lost one would train on."""
+    for column in (0, 7, C - 1):
+        z = student_logits().detach()
+        z[3, column] = nan
+        z.requires_grad_()
+        loss_B = distillation_loss(z, target(kind), temperature=2.0, tail=tail, reduction="none")
+        assert loss_B.isfinite().tolist() == [row != 3 for row in range(B)]
+        (gradient,) = torch.autograd.grad(loss_B.sum(), z)
+        assert gradient.isfinite().all(1).tolist() == [row != 3 for row in range(B)]
+
+
+def test_there_is_no_second_derivative() -> None:
+    z = student_logits()
+    with pytest.raises(NotImplementedError, match="use float64"):
+        torch.autograd.grad(distillation_loss(z, target("sparse")), z, create_graph=True)
 
 
 @pytest.mark.gpu
