@@ -201,9 +201,10 @@ def graphed(step: Step) -> Callable[[], object]:
     return graph.replay
 
 
-def peak_bytes(step: Step, device: str) -> int:
+def peak_bytes(case: Case, step: Step, device: str) -> int:
     """Beyond what there was before, gradient included."""
     step()
+    case.z.grad = None
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -237,7 +238,7 @@ def measure(shape: tuple[int, int], dtype: torch.dtype, device: str, cold: bool,
         if not correct(case, step, kind):
             lines.append({"contestant": name, "result": "FAIL"})
             continue
-        memory[name] = peak_bytes(step, device) / (B * C)
+        memory[name] = peak_bytes(case, step, device) / (B * C)
         try:
             steps[name] = graphed(step) if launch == "graph" else step
         except RuntimeError as error:  # a form that waits for the device cannot be captured

@@ -99,7 +99,7 @@ def report(benchmark: str, title: str, lines: list[dict[str, Any]], save: bool) 
     """Print a table; with `save`, replace this benchmark's result lines."""
     print(f"\n{title}")
     for line in lines:
-        print("  " + "   ".join(f"{k} {_cell(v)}" for k, v in line.items() if k != "group"))
+        print("  " + "   ".join(f"{k} {cell(v)}" for k, v in line.items() if k != "group"))
     if save:
         RESULTS.mkdir(exist_ok=True)
         stamp = machine()
@@ -114,7 +114,7 @@ def start_results(benchmark: str) -> None:
     (RESULTS / f"{benchmark}.jsonl").unlink(missing_ok=True)
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
     return str(value)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import RESULTS
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "losses.md"
 PICTURE = ROOT / "docs" / "losses.svg"
@@ -13,7 +15,7 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 def saved(device: str) -> list[dict[str, Any]]:
-    path = Path(__file__).parent / "results" / f"loss_{device}.jsonl"
+    path = RESULTS / f"loss_{device}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 

@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.harness import RESULTS, cell
+
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 INTRO = """# Benchmarks
 
@@ -54,7 +55,7 @@ def _tables(lines: list[dict[str, Any]]) -> dict[tuple[str, ...], list[dict[str,
 def _table(columns: list[str], rows: list[dict[str, Any]]) -> str:
     bars = any("bar" in row for row in rows)
     head = [*columns, "bar"] if bars else columns
-    body = [[*(_cell(row[c]) for c in columns), *([_bar(row)] if bars else [])] for row in rows]
+    body = [[*(cell(row[c]) for c in columns), *([_bar(row)] if bars else [])] for row in rows]
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -63,12 +64,6 @@ def _bar(row: dict[str, Any]) -> str:
     if "bar" not in row:
         return ""
     return f"{row['bar']:g}, {'met' if row['met'] else '**not met**'}"
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-    return str(value)
 
 
 if __name__ == "__main__":

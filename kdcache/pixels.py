@@ -18,15 +18,19 @@ from __future__ import annotations
 import ctypes
 
 import llvmlite.binding
+import numba
 import numpy as np
 from numba import njit, prange, types
 from numpy.typing import NDArray
 
-import kdcache.openmp  # noqa: F401
 from kdcache.ffcv_import import libffcv
 from kdcache.rng import MULTIPLIERS, ROUNDS, SAMPLE_BITS, WEYL, Purpose
 from kdcache.spec import ViewSpec
 from kdcache.views import CROP_ATTEMPTS, TABLE_ENTRIES, aspect_ratios
+
+# torch keeps libgomp's threads; numba's other layers then fight them for the cores, and its
+# workqueue aborts when two threads enter it.
+numba.config.THREADING_LAYER = "omp"
 
 TRAILER_BYTES = 8
 OK, BAD_SAMPLE, BAD_POINTER, BAD_JPEG, BAD_RAW = range(5)

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numba import carray, njit, prange
 
-import kdcache.openmp  # noqa: F401
 from kdcache.kernels.vector import (
     F32,
     FLAGS,
@@ -30,6 +29,9 @@ from kdcache.kernels.vector import (
     total_below,
     total_of,
 )
+
+# torch's OpenMP is numba's too; threads of its other layers fight torch's for the cores.
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 TAILS = {"renormalise": 0, "none": 1, "uniform": 2, "bucket": 3}
 RENORMALISE, NONE, UNIFORM, BUCKET = range(4)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from kdcache.kernels import cpu, ops, reference
 from tests import loss_cases
 from tests.loss_cases import TAILS, Problem, assert_close, problem, truth
+
+ROOT = Path(__file__).parents[1]
 
 
 def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,6 +161,18 @@ def test_the_reference_has_the_gradient_of_its_loss(tail: str) -> None:
 def test_uint16_classes() -> None:
     p = problem(index=torch.uint16)
     check(p)
+
+
+def test_without_a_libgomp_another_layer_serves() -> None:
+    code = """
+import sys
+sys.modules["numba.np.ufunc.omppool"] = None
+import torch
+from tests.test_kernels_cpu import problem, run
+print(bool(run(problem())[1].isfinite().all()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def _spoilt(p: Problem, kind: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,8 @@ import torch
 from kdcache import models, targets
 from kdcache.dataset import Dataset
 from kdcache.errors import TapeMismatch
+from kdcache.kernels import ops
+from kdcache.loss import distillation_loss
 from kdcache.precompute import precompute, tape_spec
 from kdcache.records import TargetSource
 from kdcache.spec import ViewSpec
@@ -72,3 +74,26 @@ def test_the_parity_test_can_fail(digits: Dataset, tmp_path: Path) -> None:
     replay = targets.CachedTargets(tape, digits.fingerprint, other)
     cached = weights_after(digits, replay, "cached", 1.0, [])
     assert not all(torch.equal(online[name], cached[name]) for name in online)
+
+
+def test_training_with_the_fused_loss_has_the_curve_of_the_reference(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    spec = tape_spec(digits, teacher, VIEW, views=VIEWS, top_k=3, dtype="float16")
+    tape = precompute(digits, teacher, spec, tmp_path / "t.zarr", batch_size=128)
+    replay = targets.CachedTargets(tape, digits.fingerprint, VIEW)
+    curves: dict[bool, list[float]] = {True: [], False: []}
+
+    def recorded(*arguments: object, **options: object) -> torch.Tensor:
+        loss = distillation_loss(*arguments, **options)
+        curves[ops.HAS_NUMBA].append(loss.item())
+        return loss
+
+    monkeypatch.setattr("kdcache.train.distillation_loss", recorded)
+    for fused in (True, False):
+        monkeypatch.setattr(ops, "HAS_NUMBA", fused)
+        weights_after(digits, replay, "cached", 2.0, [])
+    assert len(curves[True]) == 3 * (len(digits) // 128)
+    assert curves[True] == pytest.approx(curves[False], rel=1e-4)
+    assert curves[True] != curves[False]
