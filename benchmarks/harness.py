@@ -96,10 +96,12 @@ def _cpu_name() -> str:
 
 
 def report(benchmark: str, title: str, lines: list[dict[str, Any]], save: bool) -> None:
-    """Print a table; with `save`, replace this benchmark's result lines."""
-    print(f"\n{title}")
+    """Print a table, what all lines share only once; with `save`, add to the result lines."""
+    shared = {k for k, v in lines[0].items() if all(k in x and x[k] == v for x in lines)}
+    print(f"\n{title}" + "".join(f", {k} {cell(lines[0][k])}" for k in lines[0] if k in shared))
     for line in lines:
-        print("  " + "   ".join(f"{k} {cell(v)}" for k, v in line.items() if k != "group"))
+        own = (f"{k} {cell(v)}" for k, v in line.items() if k not in shared)
+        print("  " + "   ".join(own))
     if save:
         RESULTS.mkdir(exist_ok=True)
         stamp = machine()

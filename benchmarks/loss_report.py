@@ -1,4 +1,4 @@
-"""The table and the picture of docs/losses.md, made of the result lines of bench_loss."""
+"""The tables and the pictures of docs/losses.md, made of the result lines of bench_loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from benchmarks.harness import RESULTS
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "losses.md"
-PICTURE = ROOT / "docs" / "losses.svg"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -28,6 +27,7 @@ def tables() -> str:
         if not lines:
             parts.append("Not yet measured.")
             continue
+        parts.append(f"![Times as multiples of a copy](losses_{device}.svg)")
         parts.append(_passport(lines[0]))
         for key in dict.fromkeys((line["shape"], line["cache"]) for line in lines):
             parts.append(_table([x for x in lines if (x["shape"], x["cache"]) == key]))
@@ -46,8 +46,9 @@ def _table(lines: list[dict[str, Any]]) -> str:
     first = lines[0]
     timed = sorted((x for x in lines if "p50" in x), key=lambda x: x["p50"])
     ours = next((x["p50"] for x in timed if x["contestant"] == "kdcache sparse"), None)
+    graph = ", CUDA graph" if first["launch"] == "graph" else ""
     rows = [
-        f"**{first['shape']}**, {first['cache']} cache, {first['launch']}", "",
+        f"**{first['shape']}**, {first['cache']} cache{graph}", "",
         "| form | p50 us | p20 to p80 | times ours | share of copy | peak bytes a logit |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
@@ -69,16 +70,13 @@ def page(text: str) -> str:
 
 def write() -> None:
     PAGE.write_text(page(PAGE.read_text()))
-    lines = [x for d in ("cpu", "cuda") for x in saved(d) if "p50" in x and x["cache"] == "warm"]
-    if lines:
-        plot(lines, PICTURE)
+    for device in ("cpu", "cuda"):
+        if lines := [x for x in saved(device) if "p50" in x and x["cache"] == "warm"]:
+            plot(lines, PAGE.with_name(f"losses_{device}.svg"))
 
 
 def plot(lines: list[dict[str, Any]], path: Path) -> None:
     """Bars of the medians, as multiples of the copy; whiskers from p20 to p80."""
-    import matplotlib
-
-    matplotlib.use("svg")
     from matplotlib.figure import Figure
 
     shapes = list(dict.fromkeys(x["shape"] for x in lines))
@@ -93,6 +91,6 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
         colours = ["C0" if n.startswith("kdcache") else "0.7" for n in names]
         axes.barh(names, medians, xerr=[low, high], color=colours)
         axes.set_xscale("log")
-        axes.set_title(f"{shape}: time as a multiple of a copy")
+        axes.set_title(f"{shape}, warm: time as a multiple of a copy")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
