@@ -29,35 +29,39 @@ _GAPS = torch.tensor([GAP_LIMIT * (q / CODES) ** 2 for q in range(CODES + 1)], d
 
 @dataclass(frozen=True)
 class Records:
-    """Rows of a tape.
+    """Rows of a tape; what a kind of tape does not have is None.
 
     logits   [B, K] of the tape's dtype (uint8: a code for the gap; 0 is the largest logit)
-    classes  [B, K] uint16 or uint32; None on a dense tape
-    tail     [B, 3] float16 or float32; None on a dense tape
+    classes  [B, K] uint16 or uint32
+    tail     [B, 3] float16 or float32
+    counts   [B, K] uint8: how often each class was drawn; 0 where fewer than K were
     """
 
-    logits: NDArray[np.generic]
-    classes: NDArray[np.generic] | None
-    tail: NDArray[np.generic] | None
+    logits: NDArray[np.generic] | None = None
+    classes: NDArray[np.generic] | None = None
+    tail: NDArray[np.generic] | None = None
+    counts: NDArray[np.generic] | None = None
+
+    def arrays(self) -> dict[str, NDArray[np.generic]]:
+        """Those that are there, by name."""
+        found = {name: getattr(self, name) for name in ("logits", "classes", "tail", "counts")}
+        return {name: array for name, array in found.items() if array is not None}
 
     def __len__(self) -> int:
-        return len(self.logits)
+        return len(next(iter(self.arrays().values())))
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> Records:
-        def take(x: NDArray[np.generic] | None) -> NDArray[np.generic] | None:
-            return None if x is None else x[rows]
-
-        return Records(self.logits[rows], take(self.classes), take(self.tail))
+        return Records(**{name: array[rows] for name, array in self.arrays().items()})
 
     @staticmethod
     def concatenate(parts: list[Records]) -> Records:
-        def join(arrays: list[NDArray[np.generic] | None]) -> NDArray[np.generic] | None:
-            kept = [a for a in arrays if a is not None]
-            return np.concatenate(kept) if kept else None
-
-        logits = join([p.logits for p in parts])
-        assert logits is not None
-        return Records(logits, join([p.classes for p in parts]), join([p.tail for p in parts]))
+        if len(parts) == 1:
+            return parts[0]
+        joined = {
+            name: np.concatenate([part.arrays()[name] for part in parts])
+            for name in parts[0].arrays()
+        }
+        return Records(**joined)
 
 
 def class_dtype(classes: int) -> np.dtype[np.generic]:
@@ -104,6 +108,7 @@ def encode(logits_BC: torch.Tensor, top_k: int, dtype: ValueType) -> Records:
 
 def decode(records: Records, classes: int) -> Target:
     """The target of each record. Raises TapeCorrupt for a record that no teacher can have given."""
+    assert records.logits is not None
     values = torch.from_numpy(np.ascontiguousarray(records.logits))
     logits = -_GAPS[values.int()] if values.dtype == torch.uint8 else values.float()
     if not bool((logits.amax(1) == 0).all()):
