@@ -48,11 +48,14 @@ def distillation_loss(
                          this loss will be `expected_gradient` (one number on the device, such as
                          the loss scale; 1 by default), and costs a pass where it is not
 
-    Raises UsageError when classes, rows or devices differ, when T is not positive, when T < 1 is
-    asked of a target with a tail (its summary holds for T >= 1), and when labels are missing.
+    Raises UsageError when shapes or devices differ, when T is not positive, when T < 1 is asked of
+    a target with a tail (its summary holds for T >= 1), when labels are missing, and when anything
+    but the logits requires a gradient.
     """
     if logits_BC.dim() != 2:
         raise UsageError(f"the student's logits must be [B, C], not {list(logits_BC.shape)}")
+    if not logits_BC.is_floating_point():
+        raise UsageError(f"the student's logits must be floating-point, not {logits_BC.dtype}")
     if logits_BC.shape[1] != target.num_classes:
         raise UsageError(
             f"the student has {logits_BC.shape[1]} classes, its targets have {target.num_classes}"
@@ -64,15 +67,19 @@ def distillation_loss(
         raise UsageError(f"label_weight must be from 0 to 1, not {label_weight}")
     if label_weight > 0 and labels is None:
         raise UsageError(f"label_weight {label_weight} needs labels=")
-    if labels is not None and labels.is_floating_point():
-        raise UsageError(f"labels must be class numbers, not {labels.dtype}")
     values, tail_values = _teacher(target, temperature)
-    if values.requires_grad:
-        raise UsageError("the target requires a gradient, and gets none: detach it")
-    _check_rows(
-        logits_BC, target=values, classes=target.classes_BK, tail=tail_values, labels=labels,
-        weights=weights,
-    )  # fmt: skip
+    B, C = logits_BC.shape
+    K = C if target.classes_BK is None else target.classes_BK.shape[-1]
+    if K == 0:
+        raise UsageError("the target names no class")
+    # The kernels read memory by these shapes.
+    _check("target", values, logits_BC, (B, K), floating=True)
+    _check("classes", target.classes_BK, logits_BC, (B, K), floating=False)
+    tail_shape = (B,) if isinstance(target, TemperedTarget) else (B, 3)
+    _check("tail", tail_values, logits_BC, tail_shape, floating=True)
+    _check("labels", labels, logits_BC, (B,), floating=False)
+    _check("weights", weights, logits_BC, (B,))
+    _check("expected_gradient", expected_gradient, logits_BC, None)
     loss: torch.Tensor = ops.loss(
         logits_BC, values, target.classes_BK, tail_values,
         labels if label_weight > 0 else None, weights, temperature, label_weight, tail,
@@ -126,22 +133,35 @@ class DistillationLoss(nn.Module):
         return f"temperature={self.temperature}, tail={self.tail}, label_weight={self.label_weight}"
 
 
-def _check_rows(logits_BC: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """The kernels read memory by these shapes."""
-    for name, x in others.items():
-        if x is None:
-            continue
-        if x.shape[0] != logits_BC.shape[0]:
-            raise UsageError(
-                f"{name} has {x.shape[0]} rows, the student's logits {logits_BC.shape[0]}"
-            )
-        if x.device != logits_BC.device:
-            raise UsageError(f"{name} is on {x.device}, the student's logits on {logits_BC.device}")
+def _check(
+    name: str,
+    x: torch.Tensor | None,
+    logits_BC: torch.Tensor,
+    shape: tuple[int, ...] | None,
+    *,
+    floating: bool | None = None,
+) -> None:
+    """Of this shape (None: one number) and kind (None: any), and on the logits' device."""
+    if x is None:
+        return
+    if x.shape != shape if shape is not None else x.numel() != 1:
+        wanted = "one number" if shape is None else list(shape)
+        raise UsageError(
+            f"{name} must be {wanted} beside logits {list(logits_BC.shape)}, not {list(x.shape)}"
+        )
+    if floating is not None and x.is_floating_point() != floating:
+        wanted = "a floating-point tensor" if floating else "class numbers"
+        raise UsageError(f"{name} must be {wanted}, not {x.dtype}")
+    if x.device != logits_BC.device:
+        raise UsageError(f"{name} is on {x.device}, the student's logits on {logits_BC.device}")
+    if x.requires_grad:
+        raise UsageError(f"{name} requires a gradient, and gets none: detach it")
 
 
 def _teacher(
     target: Target | TemperedTarget, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    check_temperature(temperature, sparse=False)
     if isinstance(target, TemperedTarget):
         if target.temperature != temperature:
             raise UsageError(

@@ -62,13 +62,15 @@ def _store_loss(
     C: tl.constexpr, ZS: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr,
     HAS_GO: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """The loss, the numbers for backward; returns the label and the gradient's factors."""
+    """The loss, the numbers for backward; returns the label, the gradient's factors, and the total,
+    NaN where the label is no class."""
     y = tl.full([row.shape[0]], -1, tl.int32)
     ce = tl.zeros_like(top)
     wrong = row < 0
     if HARD:
         y, zy, wrong = label_of(y_ptr, z_ptr, row, in_R, C, ZS)
         ce = tl.where(y >= 0, tl.log(once) - (zy - top), 0.0)
+        total = tl.where(wrong, float("nan"), total)
     w, soft, hard = factors(
         w_ptr, go_ptr, row, in_R, y, T, label_weight, coefficient, WEIGHTED, 0, HAS_GO
     )
@@ -80,7 +82,7 @@ def _store_loss(
         tl.store(stats_ptr + 2 * B + row, t_top, mask=in_R)
         tl.store(stats_ptr + 3 * B + row, t_total, mask=in_R)
         tl.store(stats_ptr + 4 * B + row, once, mask=in_R)
-    return y, soft, hard
+    return y, soft, hard, total
 
 
 @triton.jit
@@ -109,7 +111,7 @@ def row_kernel(
     once = tl.full([ROWS], 1.0, tl.float32)
     if HARD:
         once = tl.sum(tl.exp2((z - top[:, None]) * LOG2E), axis=1)
-    y, soft, hard = _store_loss(
+    y, soft, hard, total = _store_loss(
         z_ptr, y_ptr, w_ptr, go_ptr, loss_ptr, stats_ptr, B, row, in_R, kl, top, total, t_top,
         t_total, once, T, label_weight, coefficient, C, ZS, HARD, WEIGHTED, HAS_GO, GRADIENT,
     )  # fmt: skip

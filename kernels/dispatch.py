@@ -11,12 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 MOST_NAMED = 1024  # classes that a program holds in registers; more are the reference's
-MANY_NAMED = 128  # from here on a program has four times the warps, for their registers
+MANY_NAMED = 128  # above, a program has up to four times the warps, for the named ones' registers
 
 
 @dataclass(frozen=True)
 class Entry:
-    """up_to: the largest reach it serves. rows: of a program. block: columns of a tile."""
+    """up_to: the largest reach it serves. rows: of a program. block: columns of a tile.
+
+    kept: the most named classes it serves.
+    """
 
     up_to: int
     kernel: str
@@ -24,6 +27,7 @@ class Entry:
     rows: int
     warps: int
     why: str
+    kept: int = MOST_NAMED
 
 
 ANY = 1 << 30
@@ -37,7 +41,7 @@ SPARSE_FORWARD = (
     Entry(2048, "row", 2048, 1, 2, "32 elements a thread"),
     Entry(4096, "row", 4096, 1, 4, "32 elements a thread"),
     Entry(8192, "row", 8192, 1, 8, "32 elements a thread"),
-    Entry(16384, "row", 16384, 1, 16, "32 elements a thread"),
+    Entry(16384, "row", 16384, 1, 16, "32 elements a thread; many named ones spill", MANY_NAMED),
     Entry(ANY, "loop", 4096, 1, 8, "longer rows do not fit in the registers of two programs"),
 )
 DENSE_FORWARD = (
@@ -68,5 +72,9 @@ def serves(kept: int | None) -> bool:
 
 
 def entry(table: str, reach: int, kept: int = 0) -> Entry:
-    found = next(e for e in TABLES[table] if reach <= e.up_to)
-    return replace(found, warps=min(4 * found.warps, 16)) if kept > MANY_NAMED else found
+    found = next(e for e in TABLES[table] if reach <= e.up_to and kept <= e.kept)
+    if kept <= MANY_NAMED:
+        return found
+    # Eight elements a thread are 128 bits in 16-bit types.
+    most = min(16, max(4, found.rows * found.block // (8 * 32)))
+    return replace(found, warps=min(4 * found.warps, most))

@@ -112,7 +112,11 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *problem, whole, in_forward, expected = arguments
-        ctx.save_for_backward(*problem[:6])
+        # Tensors made in inference mode, as a teacher's may be, cannot be saved, only kept.
+        ctx.kept = [x if x is not None and x.is_inference() else None for x in problem[:6]]
+        ctx.save_for_backward(
+            *(x if kept is None else None for x, kept in zip(problem[:6], ctx.kept, strict=True))
+        )
         ctx.options, ctx.in_forward, ctx.expected = problem[6:], in_forward, expected
         if in_forward:
             *inputs, mean = problem
@@ -131,7 +135,8 @@ class _Loss(torch.autograd.Function):
 
 
 def _gradient(ctx, gradient):
-    problem = (*ctx.saved_tensors, *ctx.options)
+    pairs = zip(ctx.saved_tensors, ctx.kept, strict=True)
+    problem = (*(x if kept is None else kept for x, kept in pairs), *ctx.options)
     student_BC = problem[0]
     # What forward left is handed over, not lent: whoever gets it may write to it.
     left = ctx.left

@@ -44,12 +44,13 @@ def store_row(ptr, base, off, col, in_R, g, C: tl.constexpr, VEC: tl.constexpr, 
 
 @triton.jit
 def edges(off, start, in_R, C: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns [R, 2 VEC] of the first and the last line of a row, and which of them are its own."""
+    """Columns [R, 2 VEC] of a row's first and last line, and which it has there without a whole
+    line: those that `store_row` leaves."""
     lane = tl.arange(0, 2 * VEC)[None, :]
-    end = (off + C)[:, None]
+    begin, end = off[:, None], (off + C)[:, None]
     col = tl.where(lane < VEC, lane, end // VEC * VEC + lane - VEC)
-    inside = (col >= off[:, None]) & (col < end) & (col >= start) & (col < start + BLOCK)
-    return col, inside & in_R[:, None]
+    own = (col >= begin) & (col < end) & (col >= start) & (col < start + BLOCK)
+    return col, own & ((lane >= VEC) | (begin > 0)) & in_R[:, None]
 
 
 @triton.jit

@@ -185,6 +185,8 @@ def row_kernel(
         wrong = wrong | no_class
         once = tl.sum(tl.exp2((z - top[:, None]) * LOG2E), axis=1)
         ce = tl.where(y >= 0, tl.log(once) - (zy - top), 0.0)
+    rest_mass = tl.where(wrong, float("nan"), rest_mass)
+    mass = tl.where(wrong, float("nan"), mass)
     w, soft, hard = factors(
         w_ptr, go_ptr, row, in_R, y, T, label_weight, coefficient, WEIGHTED, 0, HAS_GO
     )
@@ -299,6 +301,8 @@ def loop_kernel(
         y, zy, no_class = label_of(y_ptr, z_ptr, row, in_R, C, ZS)
         wrong = wrong | no_class
         ce = tl.where(y >= 0, tl.log(once) - (zy - top), 0.0)
+    rest_mass = tl.where(wrong, float("nan"), rest_mass)
+    mass = tl.where(wrong, float("nan"), mass)
     w, _, _ = factors(
         w_ptr, w_ptr, row, in_R, y, T, label_weight, coefficient, WEIGHTED, 0, False
     )

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from kdcache.codec import decode, dense_target, encode
 from kdcache.errors import UsageError
 from kdcache.kernels import ops, reference
-from kdcache.loss import DistillationLoss, distillation_loss
+from kdcache.loss import DistillationLoss, distillation_loss, log_probabilities
 from kdcache.records import Target, TemperedTarget
 
 B, C = 12, 50
@@ -28,6 +37,12 @@ def target(kind: str, device: str = "cpu") -> Target:
     logits = teacher_logits()
     made = dense_target(logits) if kind == "dense" else decode(encode(logits, 5, "float32"), C)
     return made.to(torch.device(device))
+
+
+def tempered(kind: str = "sparse", temperature: float = 2.0) -> TemperedTarget:
+    goal = target(kind)
+    log_p, log_tail = log_probabilities(goal, temperature)
+    return TemperedTarget(log_p, goal.classes_BK.to(torch.uint16), log_tail, temperature, C)
 
 
 def labels(device: str = "cpu") -> torch.Tensor:
@@ -58,7 +73,7 @@ def test_it_is_the_reference(kind: str, reduction: str, device: str) -> None:
 def test_mean_is_sum_by_count() -> None:
     z, goal = student_logits(), target("sparse")
     total = distillation_loss(z, goal, reduction="sum")
-    torch.testing.assert_close(distillation_loss(z, goal) * B, total, rtol=4e-7, atol=0)
+    torch.testing.assert_close(distillation_loss(z, goal), total / B, rtol=2**-23, atol=0)
 
 
 @pytest.mark.filterwarnings("default")  # the compiler's own
@@ -79,6 +94,22 @@ def test_compiled(kind: str, dynamic: bool, device: str) -> None:
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
     with torch.no_grad():
         torch.testing.assert_close(step(z), compiled(z), rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("default")
+def test_compiled_with_another_batch_stride_and_dtype_each_time() -> None:
+    def step(z: torch.Tensor, goal: TemperedTarget) -> torch.Tensor:
+        loss_B = distillation_loss(z, goal, temperature=2.0, tail="uniform", reduction="none")
+        return (loss_B * torch.arange(1, len(z) + 1)).sum()
+
+    compiled, whole = torch.compile(step, fullgraph=True), tempered()
+    for rows, dtype in ((B, torch.float32), (5, torch.float32), (7, torch.bfloat16)):
+        goal = TemperedTarget(
+            whole.log_p_BK[:rows], whole.classes_BK[:rows], whole.log_tail_B[:rows], 2.0, C
+        )
+        z = torch.randn(C, rows).t().to(dtype).requires_grad_()
+        results = [torch.autograd.grad(f(z, goal), z)[0] for f in (step, compiled)]
+        torch.testing.assert_close(*results, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -122,31 +153,132 @@ def test_a_target_of_ones_own() -> None:
 
 
 @pytest.mark.filterwarnings("default")  # the checker's own
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns_first", [False, True])
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
-def test_the_operators_keep_their_word(kind: str) -> None:
-    goal = target(kind)
-    arguments = (
-        student_logits(), goal.logits_BK, goal.classes_BK, goal.tail_B3, labels(), None, 2.0, 0.5,
-        "bucket", False, True, True,
+def test_the_operators_keep_their_word(
+    kind: str, columns_first: bool, dtype: torch.dtype, device: str
+) -> None:
+    goal, z = target(kind, device), student_logits(dtype).detach().to(device)
+    z = (z.t().contiguous().t() if columns_first else z).requires_grad_()
+    inputs = (z, goal.logits_BK, goal.classes_BK, goal.tail_B3, labels(device), None)
+    options = (2.0, 0.5, "bucket", False, True)
+    torch.library.opcheck(ops.loss_forward, (*inputs, *options, True))
+    torch.library.opcheck(ops.loss_forward, (z.detach(), *inputs[1:], *options, False))
+    _, saved = ops.loss_forward(z.detach(), *inputs[1:], *options, True)
+    upstream = torch.ones(B, device=device)
+    torch.library.opcheck(
+        ops.loss_backward, (upstream, saved, z.detach(), *inputs[1:], *options),
+        test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
-    torch.library.opcheck(ops.loss_forward, arguments)
 
 
-def test_without_numba_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    z, goal = student_logits(), target("sparse")
-    fused = distillation_loss(z, goal, temperature=2.0)
-    monkeypatch.setattr(ops, "HAS_NUMBA", False)
-    assert ops.backend(z, goal.classes_BK) == "reference"
-    torch.testing.assert_close(distillation_loss(z, goal, temperature=2.0), fused)
+def test_without_numba_and_triton_the_reference_serves() -> None:
+    """In a process where neither can be imported, nor anything of kdcache but the loss."""
+    code = """
+import sys
+sys.modules |= dict.fromkeys(("numba", "triton", "zarr", "ffcv", "typer", "torchvision"))
+import torch
+from kdcache.kernels import ops
+from kdcache.loss import distillation_loss
+from kdcache.records import TemperedTarget
+z = torch.arange(12.0).reshape(3, 4).requires_grad_()
+goal = TemperedTarget(torch.full((3, 1), -0.5), torch.tensor([[0], [1], [3]]), None, 2.0, 4)
+loss = distillation_loss(z, goal, temperature=2.0)
+loss.backward()
+print(ops.backend(z, goal.classes_BK), loss.item(), z.grad.sum().abs().item() < 1e-6)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    z = torch.arange(12.0).reshape(3, 4)
+    goal = TemperedTarget(torch.full((3, 1), -0.5), torch.tensor([[0], [1], [3]]), None, 2.0, 4)
+    backend, loss, zero_sum = run.stdout.split() or [run.stderr] * 3
+    assert (backend, zero_sum) == ("reference", "True")
+    fused = distillation_loss(z, goal, temperature=2.0).item()
+    assert float(loss) == pytest.approx(fused, rel=1e-6)
 
 
 def test_no_rows_cost_nothing() -> None:
     z = torch.empty(0, C, requires_grad=True)
+    named = Target(torch.empty(0, 5), torch.empty(0, 5, dtype=torch.int64), torch.empty(0, 3), C)
     for dtype in (torch.float32, torch.float64):
-        empty = dense_target(torch.empty(0, C))
-        loss = distillation_loss(z.to(dtype), empty)
-        loss.backward()
-        assert loss == 0
+        for empty in (dense_target(torch.empty(0, C)), named):
+            loss = distillation_loss(
+                z.to(dtype), empty, label_weight=0.5, labels=torch.empty(0, dtype=torch.int64)
+            )
+            loss.backward()
+            assert loss == 0
+
+
+def test_a_target_made_in_inference_mode() -> None:
+    """As that of a teacher at work is; plain PyTorch could not save it for backward."""
+    with torch.inference_mode():
+        goals = [target("sparse"), target("dense")]
+    for goal, same in zip(goals, (target("sparse"), target("dense")), strict=True):
+        z = student_logits()
+        found, wanted = distillation_loss(z, goal), distillation_loss(z, same)
+        for _ in range(2):
+            a, b = (torch.autograd.grad(x, z, retain_graph=True)[0] for x in (found, wanted))
+            assert torch.equal(a, b)
+    with torch.inference_mode():
+        assert distillation_loss(student_logits(), goals[0]).isfinite()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_in_a_checkpoint(reentrant: bool) -> None:
+    z, goal = student_logits(), target("sparse")
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return distillation_loss(2 * x, goal, temperature=2.0)
+
+    checkpoint(step, z, use_reentrant=reentrant).backward()
+    assert torch.equal(z.grad, torch.autograd.grad(step(z), z)[0])
+
+
+class OnTheDevice(TorchDispatchMode):
+    """Fails where an operator's result is not on the GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            assert not isinstance(x, torch.Tensor) or x.device.type == "cuda", f"{func} leaves it"
+        return out
+
+
+@pytest.mark.parametrize("classes", [50, 20000])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("in_forward", [False, True])
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_nothing_waits_for_the_device(
+    kind: str, in_forward: bool, reduction: str, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On GPU tensors without contents, where there is no number to look at; launches do nothing."""
+    from kdcache.kernels import launch, layout
+
+    launched = []
+    monkeypatch.setattr(launch, "launch", lambda kernel, *_, **__: launched.append(kernel))
+    monkeypatch.setattr(launch, "rescale", lambda *_: launched.append("rescale"))
+    monkeypatch.setattr(layout, "vector", lambda *_: 8)
+    context = SimpleNamespace(save_for_backward=lambda *x: setattr(context, "saved_tensors", x))
+    with FakeTensorMode(), OnTheDevice():
+        def some(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, device="cuda")
+
+        named = some(B, 5).long(), some(B, 3)
+        teacher = (some(B, classes), None, None) if kind == "dense" else (some(B, 5), *named)
+        inputs = (some(B, classes), *teacher, some(B).long(), some(B))
+        assert ops.backend(inputs[0], inputs[2]) == "triton"
+        options = (2.0, 0.5, "bucket", False, reduction == "mean", reduction != "none")
+        loss = ops._Loss.forward(context, *inputs, *options, in_forward, some(1))
+        gradient = ops._gradient(context, torch.ones_like(loss))
+        assert gradient.shape == (B, classes)
+        with pytest.raises(DataDependentOutputException):
+            loss.sum().item()
+        with pytest.raises(AssertionError, match="leaves it"):
+            loss.cpu()
+    assert len(launched) == 2 + (in_forward and classes == 20000)
 
 
 def test_usage_errors() -> None:
@@ -155,12 +287,29 @@ def test_usage_errors() -> None:
         distillation_loss(z[:, :-1], goal)
     with pytest.raises(UsageError, match=r"logits must be \[B, C\], not \[12\]"):
         distillation_loss(z[:, 0], goal)
-    with pytest.raises(UsageError, match="target has 12 rows, the student's logits 11"):
-        distillation_loss(z[1:], goal)
-    with pytest.raises(UsageError, match="labels has 3 rows, the student's logits 12"):
+    with pytest.raises(UsageError, match=r"must be floating-point, not torch.int64"):
+        distillation_loss(z.long(), goal)
+    for wrong, message in (
+        (Target(goal.logits_BK[1:], goal.classes_BK, goal.tail_B3, C), r"target must be \[12, 5\]"),
+        (Target(goal.logits_BK, goal.classes_BK[:, 1:], goal.tail_B3, C), r"target must be .12, 4"),
+        (Target(goal.logits_BK, goal.classes_BK, goal.tail_B3[:, 0], C), r"tail must be \[12, 3\]"),
+        (Target(goal.logits_BK, None, None, C), r"\[12, 50\] beside .*\[12, 50\], not \[12, 5\]"),
+        (Target(goal.logits_BK, goal.classes_BK.float(), None, C), "classes must be class numbers"),
+        (Target(goal.logits_BK[:, :0], goal.classes_BK[:, :0], None, C), "names no class"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            distillation_loss(z, wrong)
+    with pytest.raises(UsageError, match=r"labels must be \[12\] beside .*, not \[3\]"):
         distillation_loss(z, goal, label_weight=0.5, labels=labels()[:3])
-    with pytest.raises(UsageError, match="weights has 13 rows, the student's logits 12"):
-        distillation_loss(z, goal, weights=torch.ones(13))
+    for shape in ((13,), (12, 1)):
+        with pytest.raises(UsageError, match=r"weights must be \[12\] beside logits"):
+            distillation_loss(z, goal, weights=torch.ones(shape))
+    with pytest.raises(UsageError, match="expected_gradient must be one number"):
+        distillation_loss(z, goal, expected_gradient=torch.ones(2))
+    with pytest.raises(UsageError, match=r"weights requires a gradient, and gets none: detach it"):
+        distillation_loss(z, goal, weights=torch.ones(B, requires_grad=True))
+    with pytest.raises(UsageError, match=r"temperature must be above 0, not -1"):
+        distillation_loss(z, tempered(temperature=-1.0), temperature=-1)
     with pytest.raises(UsageError, match=r"labels must be class numbers, not torch.float32"):
         distillation_loss(z, goal, label_weight=0.5, labels=labels().float())
     with pytest.raises(UsageError, match=r"tail must be one of bucket, .*, not 'renorm'"):
@@ -182,10 +331,11 @@ def test_usage_errors() -> None:
         distillation_loss(z, moving)
 
 
-def curve(dtype: torch.dtype) -> list[float]:
+def curve(dtype: torch.dtype, device: str) -> list[float]:
     """Twenty steps of a small student; float64 logits take the reference."""
     torch.manual_seed(0)
-    student, x, goal = torch.nn.Linear(8, C), torch.randn(B, 8), target("sparse")
+    student, x = torch.nn.Linear(8, C).to(device), torch.randn(B, 8).to(device)
+    goal = target("sparse", device)
     optimiser = torch.optim.SGD(student.parameters(), lr=0.5, momentum=0.9)
     losses = []
     for _ in range(20):
@@ -197,8 +347,9 @@ def curve(dtype: torch.dtype) -> list[float]:
     return losses
 
 
-def test_training_has_the_curve_of_the_reference() -> None:
-    fused, true = curve(torch.float32), curve(torch.float64)
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_has_the_curve_of_the_reference(device: str) -> None:
+    fused, true = curve(torch.float32, device), curve(torch.float64, device)
     assert true[-1] < true[0] / 2
     assert fused == pytest.approx(true, rel=1e-5)
 
