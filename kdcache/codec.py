@@ -1,17 +1,27 @@
 """Teacher logits to records and back.
 
 In: logits [B, C]. Out: `Records`, NumPy arrays as they lie on the tape; `decode` makes a `Target`
-of them. A record keeps the k largest logits relative to the largest one, their classes, and three
-numbers for the tail, from which the target at any temperature T >= 1 follows
+of them. A record keeps the k largest logits relative to the largest one, falling, their classes,
+and three numbers for the tail, from which the target at any temperature T >= 1 follows
 (`kernels/reference.py`, `tail_log_mass`). With k = C it keeps all relative logits in class order.
 
-Error of a kept logit with gap g below the largest: none for float32; at most g 2^-11 + 2^-25 for
-float16, which saturates at a gap of 65,504; at most sqrt(g) / 31.8 + 0.0008 for uint8, which
-saturates at 64: its steps grow with the gap, as the probability that they blur shrinks.
+float32 and float16 keep these numbers as they are. uint8 keeps codes q for gaps below the largest
+logit, gap(q) = 64 (q / 255)^2: the steps grow with the gap, as the probability that they blur
+shrinks. A sparse record of them is a staircase that only falls, and each code is kept as its step
+from the one before, which takes half the bits once compressed:
+
+    logits  0, then the step to each next logit
+    tail    the step to the tail's log-mean-exp, the step from there to its mean, and the code of
+            its standard deviation
+
+Error of a kept logit with gap g: none for float32; at most g 2^-11 + 2^-25 for float16, which
+saturates at a gap of 65,504; at most sqrt(g) / 31.8 + 0.0008 for uint8, which saturates at 64.
+uint8's bound holds for the tail's log-mean-exp, mean and standard deviation too.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +30,7 @@ from numpy.typing import NDArray
 
 from kdcache.errors import TapeCorrupt
 from kdcache.records import Target
-from kdcache.spec import TapeSpec, ValueType
+from kdcache.spec import ValueType
 
 GAP_LIMIT = 64.0
 CODES = 255
@@ -31,9 +41,9 @@ _GAPS = torch.tensor([GAP_LIMIT * (q / CODES) ** 2 for q in range(CODES + 1)], d
 class Records:
     """Rows of a tape; what a kind of tape does not have is None.
 
-    logits   [B, K] of the tape's dtype (uint8: a code for the gap; 0 is the largest logit)
+    logits   [B, K] of the tape's dtype
     classes  [B, K] uint16 or uint32
-    tail     [B, 3] float16 or float32
+    tail     [B, 3] of the tape's dtype
     counts   [B, K] uint8: how often each class was drawn; 0 where fewer than K were
     """
 
@@ -69,7 +79,7 @@ def class_dtype(classes: int) -> np.dtype[np.generic]:
 
 
 def tail_dtype(dtype: ValueType) -> np.dtype[np.generic]:
-    return np.dtype(np.float32 if dtype == "float32" else np.float16)
+    return np.dtype(dtype)
 
 
 def record_bytes(classes: int, top_k: int, dtype: ValueType) -> int:
@@ -91,7 +101,8 @@ def encode(logits_BC: torch.Tensor, top_k: int, dtype: ValueType) -> Records:
     z = logits_BC.float()
     relative = z - z.amax(1, keepdim=True)
     if top_k == z.shape[1]:
-        return Records(_quantise(relative, dtype), None, None)
+        dense = _codes(-relative) if dtype == "uint8" else relative
+        return Records(logits=_array(dense, dtype))
     kept, classes = relative.topk(top_k, dim=1)
     named = torch.zeros_like(relative, dtype=torch.bool).scatter_(1, classes, True)
     left = z.shape[1] - top_k
@@ -99,29 +110,33 @@ def encode(logits_BC: torch.Tensor, top_k: int, dtype: ValueType) -> Records:
     mean = relative.masked_fill(named, 0).sum(1) / left
     variance = (relative - mean[:, None]).square_().masked_fill_(named, 0).sum(1) / left
     tail = torch.stack([at_one, mean, variance], 1)
+    if dtype == "uint8":
+        kept, tail = _steps(kept, tail, left)
     return Records(
-        _quantise(kept, dtype),
-        classes.cpu().numpy().astype(class_dtype(z.shape[1])),
-        _clip_half(tail, tail_dtype(dtype)),
+        logits=_array(kept, dtype),
+        classes=classes.cpu().numpy().astype(class_dtype(z.shape[1])),
+        tail=_array(tail, dtype),
     )
 
 
 def decode(records: Records, classes: int) -> Target:
     """The target of each record. Raises TapeCorrupt for a record that no teacher can have given."""
     assert records.logits is not None
-    values = torch.from_numpy(np.ascontiguousarray(records.logits))
-    logits = -_GAPS[values.int()] if values.dtype == torch.uint8 else values.float()
-    if not bool((logits.amax(1) == 0).all()):
-        raise TapeCorrupt("a record has no largest logit, so it was never written")
+    logits = torch.from_numpy(np.ascontiguousarray(records.logits))
     if records.classes is None or records.tail is None:
+        logits = -_gaps(logits) if logits.dtype == torch.uint8 else logits.float()
+        _require_largest(logits.amax(1))
         return Target(logits, None, None, classes)
     named = torch.from_numpy(records.classes.astype(np.int64))
-    if int(named.max()) >= classes:
+    if named.numel() and int(named.max()) >= classes:
         raise TapeCorrupt(f"a record names class {int(named.max())} of {classes}")
-    tail = torch.from_numpy(records.tail.astype(np.float32))
-    if not bool(tail.isfinite().all()):
+    tail = torch.from_numpy(np.ascontiguousarray(records.tail))
+    _require_largest(logits[:, 0])
+    if logits.dtype == torch.uint8:
+        logits, tail = _from_steps(logits, tail, classes - logits.shape[1])
+    elif not bool(tail.isfinite().all()):
         raise TapeCorrupt("a record has no tail, so it was never written")
-    return Target(logits, named, tail, classes)
+    return Target(logits.float(), named, tail.float(), classes)
 
 
 def dense_target(logits_BC: torch.Tensor) -> Target:
@@ -130,20 +145,51 @@ def dense_target(logits_BC: torch.Tensor) -> Target:
     return Target(z - z.amax(1, keepdim=True), None, None, z.shape[1])
 
 
-def _quantise(relative: torch.Tensor, dtype: ValueType) -> NDArray[np.generic]:
-    if dtype == "uint8":
-        code = (-relative / GAP_LIMIT).sqrt().mul(CODES).add(0.5).clamp(max=CODES)
-        return code.to(torch.uint8).cpu().numpy()
-    return _clip_half(relative, np.dtype(dtype))
+def _require_largest(largest_B: torch.Tensor) -> None:
+    if not bool((largest_B == 0).all()):
+        raise TapeCorrupt("a record has no largest logit, so it was never written")
 
 
-def _clip_half(values: torch.Tensor, dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+def _codes(gaps: torch.Tensor) -> torch.Tensor:
+    """int16, 0 to CODES."""
+    return (gaps / GAP_LIMIT).sqrt().mul(CODES).add(0.5).clamp(max=CODES).to(torch.int16)
+
+
+def _gaps(codes: torch.Tensor) -> torch.Tensor:
+    # index_select reads a table 15 times as fast as indexing does.
+    return _GAPS.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+
+
+def _steps(
+    kept_BK: torch.Tensor, tail_B3: torch.Tensor, left: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kept logits and tail as steps [B, K] and [B, 3] of a staircase."""
+    at_one, mean, variance = tail_B3.unbind(1)
+    # Each lies below the one before: the largest of the tail, its log-mean-exp, its mean. Rounding
+    # may think otherwise.
+    tail_gaps = torch.stack([math.log(left) - at_one, -mean], 1).clamp(min=0)
+    stairs = torch.cat([_codes(-kept_BK), _codes(tail_gaps)], 1).cummax(1).values
+    steps = stairs.diff(dim=1, prepend=stairs[:, :1])
+    deviation = _codes(variance.clamp(min=0).sqrt())
+    k = kept_BK.shape[1]
+    return steps[:, :k], torch.cat([steps[:, k:], deviation[:, None]], 1)
+
+
+def _from_steps(
+    steps_BK: torch.Tensor, tail_B3: torch.Tensor, left: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reverse of `_steps`. Raises TapeCorrupt for a staircase that ends below the last code."""
+    codes_BK = steps_BK.cumsum(1, dtype=torch.int32)
+    tail_B2 = codes_BK[:, -1:] + tail_B3[:, :2].cumsum(1, dtype=torch.int32)
+    if tail_B2.numel() and int(tail_B2[:, 1].max()) > CODES:
+        raise TapeCorrupt("a record's steps lead below the last code, so it was never written")
+    mean_exp, mean, deviation = _gaps(torch.cat([tail_B2, tail_B3[:, 2:]], 1)).unbind(1)
+    return -_gaps(codes_BK), torch.stack([math.log(left) - mean_exp, -mean, deviation.square()], 1)
+
+
+def _array(values: torch.Tensor, dtype: ValueType) -> NDArray[np.generic]:
     array = values.cpu().numpy()
-    if dtype == np.float16:
+    if dtype == "float16":
         limit = float(np.finfo(np.float16).max)
         array = array.clip(-limit, limit)
-    return array.astype(dtype)
-
-
-def spec_record_bytes(spec: TapeSpec) -> int:
-    return record_bytes(spec.classes, spec.top_k, spec.dtype)
+    return np.ascontiguousarray(array.astype(dtype))

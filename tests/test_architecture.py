@@ -18,7 +18,7 @@ LIMIT_LINES = 400
 RANKS = {
     "__init__": 0, "errors": 0, "networks": 0, "records": 0, "rng": 0, "kernels": 0,
     "spec": 1, "ffcv_import": 1, "loss": 1,
-    "codec": 2, "sources": 2, "views": 2, "models": 2,
+    "codec": 2, "compression": 2, "sources": 2, "views": 2, "models": 2,
     "dataset": 3, "pixels": 3, "tape": 3,
     "loader": 4,
     "precompute": 5, "evaluate": 5, "summary": 5, "picture": 5,
@@ -30,7 +30,7 @@ RANKS = {
 # The files that may import a library, wherever in them.
 OWNERS = {
     "ffcv": {"kdcache/ffcv_import.py"},
-    "zarr": {"kdcache/tape.py"},
+    "zarr": {"kdcache/compression.py", "kdcache/tape.py"},
     "numcodecs": {"kdcache/tape.py"},
     "torchvision": {"kdcache/models.py", "kdcache/sources.py"},
     "timm": {"kdcache/models.py"},
