@@ -6,25 +6,39 @@ without FFCV.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
-from kdcache import __version__
+from kdcache import __version__, tape_commands
+from kdcache.console import (
+    AreaOption,
+    BatchOption,
+    CropOption,
+    DataOption,
+    DeviceOption,
+    FlipOption,
+    JsonOption,
+    MixupOption,
+    SizeOption,
+    ViewSeedOption,
+    WorkersOption,
+    device_of,
+    err_console,
+    given_view,
+    out_console,
+    progress_bar,
+    require_classes,
+    show,
+    view_of,
+)
 from kdcache.errors import KDCacheError, MissingDependency, TapeMismatch, UsageError
-from kdcache.spec import Crop, Mode, OnError, Split, TapeSpec, ValueType, ViewSpec, evaluation_views
+from kdcache.spec import Mode, OnError, Split, ViewSpec, evaluation_views
 
 if TYPE_CHECKING:
     from kdcache.dataset import Dataset
@@ -40,50 +54,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-out_console = Console(highlight=False)
-err_console = Console(stderr=True, highlight=False)
-
-
 bench = typer.Typer(
     help="Measure on this machine, from a checkout.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(bench, name="bench")
 
-DataOption = Annotated[Path, typer.Option("--data", help="The .beton file to read.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
-WorkersOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Threads that decode.  [default: all cores; half with a network on the CPU]"
-    ),
-]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1 ...  [default: cuda where there is one]")
-]
-BatchOption = Annotated[int, typer.Option("--batch-size", help="Images in a batch.")]
-SizeOption = Annotated[
-    int | None,
-    typer.Option("--size", help="Side of a view in px.  [default: the images' up to 64, else 224]"),
-]
-CropOption = Annotated[Crop | None, typer.Option(help="Kind of crop.  [default: inception]")]
-AreaOption = Annotated[
-    float | None,
-    typer.Option(
-        help="Smallest area of a crop as a share of the image; exact for random and center.  "
-        "[default: 0.05; random and center 0.766]"
-    ),
-]
-FlipOption = Annotated[
-    bool | None,
-    typer.Option("--flip/--no-flip", help="Mirror half of the images.  [default: flip]"),
-]
-MixupOption = Annotated[
-    float | None,
-    typer.Option(help="Alpha of Beta(alpha, alpha) for mixing pairs; 0: none.  [default: 1]"),
-]
-ViewSeedOption = Annotated[
-    int | None, typer.Option(help="Decides crops, flips, order and pairs.  [default: 0]")
-]
 
 
 def main() -> None:
@@ -129,7 +104,7 @@ def convert(
 
     start = time.perf_counter()
     found = sources.open_source(source, split)
-    with _progress("convert", len(found.images), "images") as update:
+    with progress_bar("convert", len(found.images), "images") as update:
         data, skipped = dataset.convert(
             found, out, max_side_px=max_side, quality=quality,
             on_error=on_error, progress=update,
@@ -141,64 +116,10 @@ def convert(
         "skipped": len(skipped), "bytes": out.stat().st_size, "fingerprint": data.fingerprint,
         "seconds": round(time.perf_counter() - start, 2),
     }  # fmt: skip
-    _print(answer, as_json)
+    show(answer, as_json)
 
 
-@app.command()
-def precompute(
-    data: DataOption,
-    teacher: Annotated[str, typer.Option(help="The model that answers.")],
-    out: Annotated[Path, typer.Option(help="The tape to make or finish.")],
-    views: Annotated[int, typer.Option(help="How many views of the data to record.")],
-    top_k: Annotated[
-        str | None,
-        typer.Option(
-            help="Classes to keep of an answer, or 'all'.  [default: 16, or all if fewer]"
-        ),
-    ] = None,
-    dtype: Annotated[ValueType, typer.Option(help="How a logit is stored.")] = "float16",
-    view_seed: ViewSeedOption = None,
-    size: SizeOption = None,
-    crop: CropOption = None,
-    min_area: AreaOption = None,
-    flip: FlipOption = None,
-    mixup: MixupOption = None,
-    batch_size: BatchOption = 256,
-    workers: WorkersOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Run the teacher over views of the data and store its answers on a tape."""
-    from kdcache import dataset as datasets
-    from kdcache import models
-    from kdcache import precompute as recording
-
-    start = time.perf_counter()
-    dataset = datasets.open_dataset(data)
-    k = _top_k(top_k, len(dataset.classes))
-    given = _given_view(view_seed, size, crop, min_area, flip, mixup)
-    view = _view_spec(given, dataset)
-    _require_classes(teacher, dataset)
-    model = models.load(
-        teacher, "teacher", num_classes=len(dataset.classes), size_px=view.size_px,
-        device=_device(device),
-    )  # fmt: skip
-    spec = recording.tape_spec(
-        dataset, model, view, views=views, top_k=k, dtype=dtype
-    )  # fmt: skip
-    with _progress("precompute", views * len(dataset), "views") as update:
-        tape = recording.precompute(
-            dataset, model, spec, out, batch_size=batch_size, workers=workers, progress=update
-        )
-    seconds = time.perf_counter() - start
-    rows = spec.views * spec.samples
-    stored = tape.stored_bytes()
-    answer = {
-        "path": str(out), "views": spec.views, "samples": spec.samples,
-        "top_k": "all" if spec.dense else spec.top_k, "dtype": spec.dtype,
-        "bytes": stored, "bytes_per_record": round(stored / rows, 2), "seconds": round(seconds, 2),
-    }  # fmt: skip
-    _print(answer, as_json)
+app.command()(tape_commands.precompute)
 
 
 @app.command()
@@ -207,7 +128,7 @@ def train(
     data: DataOption,
     student: Annotated[str, typer.Option(help="The model to train.")],
     out: Annotated[Path, typer.Option(help="The run's folder; it must not exist.")],
-    cache: Annotated[Path | None, typer.Option(help="The tape, for --mode cached.")] = None,
+    cache: Annotated[str | None, typer.Option(help="The tape, for --mode cached.")] = None,
     teacher: Annotated[
         str | None,
         typer.Option(help="For --mode online; with --val also the judge of cached."),
@@ -249,26 +170,32 @@ def train(
     val_data = datasets.open_dataset(val) if val else None
     if val_data and val_data.classes != dataset.classes:
         raise UsageError(f"{val} has other classes than {data}")
-    given = _given_view(view_seed, size, crop, min_area, flip, mixup)
+    given = given_view(view_seed, size, crop, min_area, flip, mixup)
     tape = _tape_for_training(mode, cache, teacher, dataset, given, views)
+    same = tape is not None and tape.spec.order == "position"
+    if tape and not same:
+        given.setdefault("mixup", 0)
+    view = tape.spec.view if tape and same else view_of(given, dataset)
+    assert view is not None
     spec = training.TrainSpec(
-        mode=mode, view=tape.spec.view if tape else _view_spec(given, dataset),
+        mode=mode, view=view,
         epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, warmup=warmup,
         temperature=temperature, seed=seed, deterministic=deterministic,
-        views=tape.spec.views if tape else views,
+        views=tape.spec.views if tape and same else views,
     )  # fmt: skip
     if mode == "labels" and temperature != 1:
         raise UsageError("--temperature goes with a teacher, not with --mode labels")
     training.set_determinism(spec)
     options: Any = {
-        "num_classes": len(dataset.classes), "size_px": spec.view.size_px, "device": _device(device)
+        "num_classes": len(dataset.classes), "size_px": spec.view.size_px,
+        "device": device_of(device),
     }  # fmt: skip
     network = models.load(student, "student", **options)
-    _require_classes(teacher, dataset)
+    require_classes(teacher, dataset)
     teacher_model = models.load(teacher, "teacher", **options) if teacher else None
-    targets = _targets(tape, teacher_model, dataset, temperature)
+    targets = _targets(tape, teacher_model, dataset, view, temperature)
     total = epochs * (len(dataset) // batch_size) * batch_size
-    with training.Run(out) as run, _progress(f"train {mode}", total, "images") as update:
+    with training.Run(out) as run, progress_bar(f"train {mode}", total, "images") as update:
 
         def on_step(step: training.Step) -> None:
             run.log(asdict(step))
@@ -283,13 +210,13 @@ def train(
             )
         record = run.finish(
             spec, dataset, network, result,
-            cache=str(cache) if cache else None, teacher=teacher, seconds=seconds,
+            cache=cache, teacher=teacher, seconds=seconds,
         )  # fmt: skip
     answer = {
         "run": str(out), "student": network.name, "images_per_s": round(total / seconds),
         "seconds": round(seconds, 2), **_percentages(result),
     }  # fmt: skip
-    _print({**record, **answer} if as_json else answer, as_json)
+    show({**record, **answer} if as_json else answer, as_json)
 
 
 @app.command("eval")
@@ -314,61 +241,24 @@ def eval_command(
     size_px = dataset.natural_size_px if size is None else size
     evaluation_views(size_px)  # refuses a size that cannot be
     options: Any = {
-        "num_classes": len(dataset.classes), "size_px": size_px, "device": _device(device)
+        "num_classes": len(dataset.classes), "size_px": size_px, "device": device_of(device)
     }  # fmt: skip
-    _require_classes(model, dataset)
+    require_classes(model, dataset)
     network = models.load(model, "teacher", **options)
-    _require_classes(teacher, dataset)
+    require_classes(teacher, dataset)
     teacher_model = models.load(teacher, "teacher", **options) if teacher else None
-    with _progress("eval", len(dataset), "images") as update:
+    with progress_bar("eval", len(dataset), "images") as update:
         result = evaluate.evaluate(
             network, dataset, size_px=size_px, teacher=teacher_model, batch_size=batch_size,
             workers=workers, progress=update,
         )  # fmt: skip
     if as_json:
-        _print(asdict(result), True)
+        show(asdict(result), True)
     else:
-        _print({"model": model, "samples": result.samples, **_percentages(result)}, False)
+        show({"model": model, "samples": result.samples, **_percentages(result)}, False)
 
 
-@app.command()
-def inspect(
-    cache: Annotated[Path, typer.Argument(metavar="C.zarr", show_default=False)],
-    as_json: JsonOption = False,
-) -> None:
-    """Say what a tape is, how complete, and what the teacher answered."""
-    from kdcache import codec
-    from kdcache import summary as summaries
-    from kdcache.tape import Tape
-
-    tape = Tape.open(cache)
-    summary = summaries.summarise(tape)
-    spec = tape.spec
-    if as_json:
-        _print({"spec": spec.to_json(), "info": tape.info, "summary": asdict(summary)}, True)
-        return
-    some = f"top {spec.top_k} of {spec.classes} classes and the tail"
-    kept = "all classes" if spec.dense else some
-    answer = {
-        "tape": f"{cache} (version {spec.version}, {spec.digest})",
-        "teacher": f"{tape.info['teacher']} ({spec.teacher}), {spec.classes} classes",
-        "data": f"{spec.samples} samples ({spec.dataset})",
-        "view": _describe(spec.view),
-        "record": f"{kept}, {spec.dtype}, {codec.spec_record_bytes(spec)} bytes before compression",
-        "complete": f"{summary.views_complete} of {spec.views} views, "
-        f"{summary.shards - summary.shards_missing} of {summary.shards} shards",
-        "size": _size(summary.stored_bytes),
-    }
-    if summary.bytes_per_record:
-        view_bytes = _size(round(summary.bytes_per_record * spec.samples))
-        answer["size"] += f", {summary.bytes_per_record:.1f} bytes a record, {view_bytes} a view"
-    if summary.rows:
-        answer |= {
-            "entropy": f"{summary.entropy:.3f} nats (mean over {summary.rows} records, T = 1)",
-            "largest": f"{summary.largest_probability:.1%} mean probability of the first class",
-            "tail mass": f"{summary.tail_mass:.2%} mean probability of classes not kept",
-        }
-    _print(answer, False)
+app.command()(tape_commands.inspect)
 
 
 @app.command()
@@ -408,44 +298,12 @@ def bench_loss(
     measure(arguments)
 
 
-def _given_view(
-    view_seed: int | None, size: int | None, crop: Crop | None, min_area: float | None,
-    flip: bool | None, mixup: float | None,
-) -> dict[str, Any]:  # fmt: skip
-    """The view options that were given, by their field in ViewSpec."""
-    options = {
-        "seed": view_seed, "size_px": size, "crop": crop,
-        "min_area": min_area, "flip": flip, "mixup": mixup,
-    }  # fmt: skip
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _view_spec(given: dict[str, Any], dataset: Dataset) -> ViewSpec:
-    from kdcache.spec import MILD_AREA
-
-    options = {"size_px": dataset.natural_size_px, **given}
-    if options.get("crop") in ("random", "center"):
-        options.setdefault("min_area", MILD_AREA)
-    return ViewSpec(**options)
-
-
-def _top_k(text: str | None, classes: int) -> int | None:
-    """k as a number, or None for all."""
-    if text is None:
-        return min(16, classes)
-    if text == "all":
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"top-k must be a number or 'all', not {text!r}") from None
-
-
 def _tape_for_training(
-    mode: Mode, cache: Path | None, teacher: str | None, dataset: Dataset,
+    mode: Mode, cache: str | None, teacher: str | None, dataset: Dataset,
     given: dict[str, Any], views: int | None,
 ) -> Tape | None:  # fmt: skip
     """The tape of a cached run, checked against the data and the options; None in other modes."""
+    from kdcache.loader import pixel_digest
     from kdcache.tape import Tape
 
     if mode == "online" and teacher is None:
@@ -459,56 +317,43 @@ def _tape_for_training(
     if cache is None:
         raise UsageError("--mode cached needs --cache C.zarr")
     tape = Tape.open(cache)
-    spec: TapeSpec = tape.spec
+    spec = tape.spec
     if spec.classes != len(dataset.classes):
         raise TapeMismatch(
             f"{cache} has {spec.classes} classes, {dataset.path} has {len(dataset.classes)}"
         )
+    if spec.order == "sample":
+        tape.require_plays(dataset.fingerprint, None)
+        return tape
+    assert spec.view is not None
     tape.require_plays(dataset.fingerprint, replace(spec.view, **given))
+    tape.require_pixels(pixel_digest(dataset, spec.view))
     if views is not None and views != spec.views:
         raise TapeMismatch(f"{cache} has {spec.views} views, not {views}: leave --views out")
     return tape
 
 
 def _targets(
-    tape: Tape | None, teacher: Classifier | None, dataset: Dataset, temperature: float
-) -> TargetSource:
+    tape: Tape | None, teacher: Classifier | None, dataset: Dataset, view: ViewSpec,
+    temperature: float,
+) -> TargetSource:  # fmt: skip
     from kdcache import loss, targets
 
-    if tape:
+    if tape and tape.spec.draws:
+        if temperature != tape.spec.temperature:
+            raise UsageError(
+                f"{tape.url} holds draws at T = {tape.spec.temperature:g}: train with "
+                f"--temperature {tape.spec.temperature:g}, or precompute at {temperature:g}"
+            )
+    elif tape:
         loss.check_temperature(temperature, sparse=not tape.spec.dense)
-        return targets.CachedTargets(tape, dataset.fingerprint, tape.spec.view)
+    if tape and tape.spec.order == "sample":
+        return targets.FixedTargets(tape, dataset.fingerprint, view)
+    if tape:
+        return targets.CachedTargets(tape, dataset.fingerprint, view)
     if teacher:
         return targets.OnlineTargets(teacher)
     return targets.LabelTargets(len(dataset.classes))
-
-
-def _require_classes(model: str | None, dataset: Dataset) -> None:
-    """A run that was trained on as many classes of other names or order would answer nonsense."""
-    from kdcache import models
-
-    if not model or not Path(model).is_dir():
-        return
-    trained = models.run_record(Path(model)).get("class_names")
-    if trained is not None and len(trained) == len(dataset.classes):
-        for there, here in zip(trained, dataset.classes, strict=True):
-            if there != here:
-                raise UsageError(
-                    f"{model} was trained on other classes than {dataset.path}: {there!r} there, "
-                    f"{here!r} here"
-                )
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r}: {str(error).splitlines()[0]}") from error
-    return name
 
 
 def _percentages(result: Evaluation | None) -> dict[str, str]:
@@ -521,49 +366,3 @@ def _percentages(result: Evaluation | None) -> dict[str, str]:
     return answer
 
 
-def _describe(view: ViewSpec) -> str:
-    area = f"area {view.min_area:g} to 1" if view.crop == "inception" else f"area {view.min_area:g}"
-    flip = "flip" if view.flip else "no flip"
-    mixup = f"mixup {view.mixup:g}" if view.mixup else "no mixup"
-    return f"{view.size_px} px, {view.crop} crop ({area}), {flip}, {mixup}, seed {view.seed}"
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
-
-
-def _print(answer: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(answer))
-        return
-    table = Table.grid(padding=(0, 2))
-    for name, value in answer.items():
-        table.add_row(name, Text(str(value), overflow="fold"))
-    out_console.print(table)
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Any) -> Text:
-        return Text(f"{task.speed or 0:,.0f} {task.fields['unit']}/s")
-
-
-@contextmanager
-def _progress(name: str, total: int, unit: str) -> Iterator[Any]:
-    """A bar on stderr with rate and time left; the value is called with (done, note)."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-        _Rate(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
-    silent = not err_console.is_terminal
-    with Progress(*columns, console=err_console, transient=True, disable=silent) as progress:
-        task = progress.add_task(name, total=total, unit=unit, note="")
-
-        def update(done: int, note: str = "") -> None:
-            progress.update(task, completed=done, note=note)
-
-        yield update

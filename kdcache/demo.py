@@ -83,7 +83,7 @@ def run(
     data = dataset.open_dataset(Path(at["train.beton"]))
     first = [int(np.argmax(data.labels == c)) for c in range(PICTURE_SAMPLES)]
     picture.draw_views(
-        Tape.open(Path(at["tape.zarr"])), data, drawing, samples=first,
+        Tape.open(at["tape.zarr"]), data, drawing, samples=first,
         views=list(range(min(3, epochs))),
     )  # fmt: skip
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)

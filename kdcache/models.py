@@ -25,7 +25,7 @@ from torch import nn
 
 from kdcache import networks
 from kdcache.errors import MissingDependency, UsageError
-from kdcache.spec import ViewSpec
+from kdcache.spec import Precision, ViewSpec
 
 Role = Literal["teacher", "student"]
 Triple = tuple[float, float, float]
@@ -44,7 +44,10 @@ FORMS = (
 
 
 class Classifier(nn.Module):
-    """uint8 views [B, 3, H, W] to logits [B, C]: scale to [0, 1], normalise, run the network."""
+    """uint8 views [B, 3, H, W] to logits [B, C]: scale to [0, 1], normalise, run the network.
+
+    precision   of the network's arithmetic, by autocast; the logits come as it gives them
+    """
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -53,12 +56,15 @@ class Classifier(nn.Module):
         super().__init__()
         self.network = network
         self.name = name
+        self.precision: Precision = "float32"
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         x = images_BCHW.float().div_(255).sub_(self.mean).div_(self.std)
-        logits_BC: torch.Tensor = self.network(x)
+        dtype = getattr(torch, self.precision)
+        with torch.autocast(x.device.type, dtype, enabled=self.precision != "float32"):
+            logits_BC: torch.Tensor = self.network(x)
         return logits_BC
 
     def fingerprint(self) -> str:

@@ -12,11 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcache import codec
 from kdcache.dataset import Dataset
-from kdcache.errors import MissingDependency
+from kdcache.errors import MissingDependency, UsageError
 from kdcache.loader import Loader
-from kdcache.loss import log_probabilities
 from kdcache.spec import evaluation_views
 from kdcache.tape import Tape
 from kdcache.views import MIX_UNIT, position
@@ -34,6 +32,8 @@ def draw_views(
     except ImportError as error:
         raise MissingDependency("pictures need matplotlib: pip install 'kdcache[plot]'") from error
     spec = tape.spec
+    if spec.view is None:
+        raise UsageError(f"{tape.url} has views that are not of kdcache's making: nothing to draw")
     names = dataset.classes
     figure = Figure(figsize=(1.9 + 4.1 * len(views), 1.75 * len(samples) + 0.5), dpi=130)
     grid = figure.add_gridspec(
@@ -56,10 +56,9 @@ def draw_views(
                 mixed = f"+ {share:.0%} {names[int(batch.partners_B[i])]}" if share else ""
                 axis = figure.add_subplot(grid[row, 1 + 2 * column])
                 _show(axis, batch.images_BCHW[i], f"view {view}" if row == 0 else "", mixed)
-                target = codec.decode(tape.read(view, place, place + 1), spec.classes)
-                log_p, _ = log_probabilities(target)
-                p, k = log_p[0].exp().topk(min(top, log_p.shape[1]))
-                classes = k if target.classes_BK is None else target.classes_BK[0][k]
+                target = tape.target(view, place if spec.order == "position" else sample)
+                p, k = target.log_p_BK[0].exp().topk(min(top, target.log_p_BK.shape[1]))
+                classes = target.classes_BK[0][k]
                 _bars(
                     figure.add_subplot(grid[row, 2 + 2 * column]),
                     p.numpy(),

@@ -1,31 +1,37 @@
 """Record a teacher's answers: loader → teacher → codec → tape.
 
 In: a dataset, a frozen teacher, what the tape shall be. Out: a complete tape. What stays true: a
-shard is written once it is whole; run again, it does the shards that are missing and no others.
+shard is written once it is whole; run again, it does the shards that are missing and no others;
+several processes, on one machine or many, do each shard once and give the bytes that one would.
 Cost: the teacher's forward pass; records of one shard are held, and written while the next runs.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from kdcache import codec
+from kdcache import codec, sampling, views
 from kdcache.codec import Records
 from kdcache.dataset import Dataset
-from kdcache.errors import NonFinite
-from kdcache.loader import Loader
+from kdcache.errors import NonFinite, UsageError
+from kdcache.loader import Loader, pixel_digest
 from kdcache.models import Classifier
 from kdcache.records import Batch
-from kdcache.spec import TapeSpec, ValueType, ViewSpec
+from kdcache.spec import Order, TapeSpec, ValueType, ViewSpec
 from kdcache.tape import Tape
 
 Progress = Callable[[int], None]
+WAIT_S = 1.0
+LEAST_LOG_P = -700.0  # about the logarithm of the smallest float64
 
 
 def tape_spec(
@@ -33,60 +39,132 @@ def tape_spec(
     teacher: Classifier,
     view: ViewSpec,
     *,
-    views: int,
-    top_k: int | None,
-    dtype: ValueType,
+    views: int = 1,
+    top_k: int | None = None,
+    dtype: ValueType = "float16",
+    order: Order = "position",
+    average: int = 0,
+    draws: int = 0,
+    temperature: float = 1.0,
 ) -> TapeSpec:
     """The spec of a tape of this teacher's answers; top_k None keeps all classes.
 
     A k whose records would take as many bytes as all logits do becomes "all".
     """
     classes = len(dataset.classes)
-    k = classes if top_k is None else top_k
+    k = min(draws, classes) if draws else classes if top_k is None else top_k
     spec = TapeSpec(
-        views, len(dataset), classes, k, dtype, dataset.fingerprint, teacher.fingerprint(), view
-    )
-    return replace(spec, top_k=codec.effective_top_k(classes, k, dtype))
+        views, len(dataset), classes, k, dtype, dataset.fingerprint, teacher.fingerprint(), view,
+        order, average, draws, temperature,
+    )  # fmt: skip
+    return spec if draws else replace(spec, top_k=codec.effective_top_k(classes, k, dtype))
 
 
 def precompute(
     dataset: Dataset,
     teacher: Classifier,
     spec: TapeSpec,
-    out: Path,
+    out: Path | str,
     *,
     batch_size: int = 256,
     workers: int | None = None,
+    part: tuple[int, int] = (0, 1),
     progress: Progress = lambda rows: None,
 ) -> Tape:
     """Make or finish the tape of `spec` at `out`; `progress` is called with rows done so far.
 
+    part   (i, n): only the i-th of n equal runs of shards, i from 0. Without it, processes that
+           work on one tape in a folder share its shards among them as they come.
+
     Raises NonFinite when the teacher gives NaN or infinity, and what `Tape` and `Loader` raise.
     """
+    assert spec.view is not None
     device = teacher.mean.device
-    tape = Tape.create(out, spec, _info(dataset, teacher, batch_size))
-    todo = tape.missing()
-    rows = spec.views * spec.samples - sum(tape.rows(shard) for _, shard in todo)
-    progress(rows)
-    if not todo:
-        return tape
-    with (
-        Loader(dataset, spec.view, batch_size, workers=workers, device=device) as loader,
-        ThreadPoolExecutor(1) as writer,
-    ):
-        writing: Future[None] | None = None
-        for view, shard in todo:
-            parts: list[Records] = []
-            for batch in loader.batches(view, slice(*tape.shard_range(shard))):
-                parts.append(codec.encode(ask(teacher, batch), spec.top_k, spec.dtype))
-                rows += len(batch)
-                progress(rows)
+    pixels = pixel_digest(dataset, spec.view)
+    tape = Tape.create(out, spec, _info(dataset, teacher, batch_size), pixels)
+    mine = set(_part(tape.places(), *part))
+    loader = Loader(dataset, spec.view, batch_size, workers=workers, device=device)
+    with loader, ThreadPoolExecutor(1, "kdcache-writer") as writer:
+        while todo := [place for place in tape.missing() if place in mine]:
+            rows = sum(tape.rows(s) for _, s in mine) - sum(tape.rows(s) for _, s in todo)
+            progress(rows)
+            writing: Future[None] | None = None
+            for view, shard in todo:
+                if not tape.claim(view, shard):
+                    continue
+                if tape.has(view, shard):  # another process was faster
+                    tape.release(view, shard)
+                    continue
+                parts: list[Records] = []
+                for records in _answers(loader, teacher, spec, view, *tape.shard_range(shard)):
+                    parts.append(records)
+                    rows += len(records)
+                    progress(rows)
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(_write, tape, view, shard, Records.concatenate(parts))
             if writing is not None:
                 writing.result()
-            writing = writer.submit(tape.write, view, shard, Records.concatenate(parts))
-        if writing is not None:
-            writing.result()
+            else:
+                time.sleep(WAIT_S)  # what is left is in the hands of others, who may fail
+    progress(sum(tape.rows(s) for _, s in mine))
+    if part == (0, 1):
+        tape.store.forget_claims()
     return tape
+
+
+def _write(tape: Tape, view: int, shard: int, records: Records) -> None:
+    tape.write(view, shard, records)
+    tape.release(view, shard)
+
+
+def _part(places: list[tuple[int, int]], i: int, n: int) -> list[tuple[int, int]]:
+    if not 0 <= i < n:
+        raise UsageError(f"part must be from 1/{n} to {n}/{n}, not {i + 1}/{n}")
+    return places[len(places) * i // n : len(places) * (i + 1) // n]
+
+
+def _answers(
+    loader: Loader, teacher: Classifier, spec: TapeSpec, view: int, start: int, stop: int
+) -> Iterator[Records]:
+    """Records of rows [start, stop) of a view of the tape, some at a time."""
+    assert spec.view is not None
+    if spec.order == "position":
+        for batch in loader.batches(view, slice(start, stop)):
+            yield _records(ask(teacher, batch), spec, view, batch.positions_B)
+        return
+    for first in range(start, stop, loader.batch_size):
+        samples = np.arange(first, min(first + loader.batch_size, stop))
+        if not spec.average:
+            logits_BC = _ask_samples(loader, teacher, view, samples)
+        else:
+            # Mean probability; its logarithm serves as logits.
+            total = sum(
+                torch.softmax(_ask_samples(loader, teacher, v, samples).double(), 1)
+                for v in range(spec.average)
+            )
+            assert isinstance(total, torch.Tensor)
+            logits_BC = (total / spec.average).log().clamp_(min=LEAST_LOG_P)
+        yield _records(logits_BC, spec, view, samples)
+
+
+def _ask_samples(
+    loader: Loader, teacher: Classifier, view: int, samples: NDArray[np.int64]
+) -> torch.Tensor:
+    """The teacher's logits [B, C] for a view of these samples, in their order."""
+    places = views.position(loader.spec, view, len(loader.dataset))[samples]
+    return torch.cat([ask(teacher, batch) for batch in loader.batches(view, places)])
+
+
+def _records(
+    logits_BC: torch.Tensor, spec: TapeSpec, view: int, rows_B: NDArray[np.int64]
+) -> Records:
+    if not spec.draws:
+        return codec.encode(logits_BC, spec.top_k, spec.dtype)
+    assert spec.view is not None
+    return sampling.encode(
+        logits_BC, spec.draws, spec.temperature, seed=spec.view.seed, view=view, rows_B=rows_B
+    )
 
 
 def ask(teacher: Classifier, batch: Batch) -> torch.Tensor:
@@ -109,6 +187,7 @@ def _info(dataset: Dataset, teacher: Classifier, batch_size: int) -> dict[str, o
         "teacher": teacher.name,
         "class_names": list(dataset.classes),
         "batch_size": batch_size,
+        "precision": teacher.precision,
         "device": f"{device.type} ({name})",
         "torch": torch.__version__,
         "python": platform.python_version(),

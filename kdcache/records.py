@@ -83,8 +83,18 @@ class TemperedTarget:
     temperature: float
     num_classes: int
 
+    def to(self, device: torch.device) -> TemperedTarget:
+        tail = self.log_tail_B
+        return TemperedTarget(
+            self.log_p_BK.to(device, non_blocking=True),
+            self.classes_BK.to(device, non_blocking=True),
+            None if tail is None else tail.to(device, non_blocking=True),
+            self.temperature,
+            self.num_classes,
+        )
+
 
 class TargetSource(Protocol):
     """Gives the targets of a batch; the training loop does not know which kind it has."""
 
-    def __call__(self, batch: Batch) -> Target: ...
+    def __call__(self, batch: Batch) -> Target | TemperedTarget: ...

@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     FLIP = 2
     ORDER = 3
     MIX = 4
+    TARGET = 5
 
 
 def philox(counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: int) -> tuple[U64, ...]:

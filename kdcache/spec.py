@@ -19,6 +19,8 @@ ValueType = Literal["float32", "float16", "uint8"]
 Mode = Literal["labels", "online", "cached"]
 Split = Literal["train", "test"]
 OnError = Literal["fail", "skip"]
+Order = Literal["position", "sample"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 VIEW_VERSION = 1
 TAPE_VERSION = 1
@@ -97,10 +99,19 @@ def evaluation_views(size_px: int) -> ViewSpec:
 class TapeSpec:
     """What a tape is: whose answers, to which views, kept how.
 
-    classes   C, the number of classes of the teacher
-    top_k     k <= C classes kept for each record; k = C keeps all logits, without indices
-    dtype     how a kept logit is stored: "float32", "float16", or "uint8"
-    dataset   fingerprint of the samples; teacher: fingerprint of the weights
+    classes      C, the number of classes of the teacher
+    top_k        k <= C classes kept for each record; k = C keeps all logits, without indices
+    dtype        how a kept logit is stored: "float32", "float16", or "uint8"
+    dataset      fingerprint of the samples; teacher: fingerprint of the weights
+    view         what the teacher saw; None where it is not a view of ours (an imported cache)
+    order        "position": row p of view v answers position p of that view, for training on the
+                 same views; "sample": row i answers sample i, for training on others (the "fixed
+                 teacher" and "independent noise" of Beyer et al. 2022, section 3)
+    average      each record is of the mean probabilities over views 0 ... average - 1; 0: it is of
+                 one view
+    draws        keep this many random draws from softmax(logits / temperature) instead of the top k
+                 (Random Sampling KD, arXiv 2503.16870); top_k is then the most classes of a record
+    temperature  of the draws, and so of training from them; 1 without draws
     """
 
     views: int
@@ -110,7 +121,11 @@ class TapeSpec:
     dtype: ValueType
     dataset: str
     teacher: str
-    view: ViewSpec
+    view: ViewSpec | None
+    order: Order = "position"
+    average: int = 0
+    draws: int = 0
+    temperature: float = 1.0
     version: int = TAPE_VERSION
 
     def __post_init__(self) -> None:
@@ -129,26 +144,43 @@ class TapeSpec:
             f"one of {', '.join(get_args(ValueType))}",
             self.dtype,
         )
+        _need(self.order in get_args(Order), "order", " or ".join(get_args(Order)), self.order)
+        _need(0 <= self.average <= MAX_VIEWS, "average", f"0 to {MAX_VIEWS}", self.average)
+        _need(0 <= self.draws <= 255, "sampled", "1 to 255 draws", self.draws)
+        _need(0 < self.temperature < math.inf, "temperature", "above 0", self.temperature)
         if self.version != TAPE_VERSION:
             raise UsageError(
                 f"this kdcache reads tapes of version {TAPE_VERSION}, the tape has version "
                 f"{self.version}: install the kdcache that made it"
             )
+        if self.view is None and self.order == "position":
+            raise UsageError("a tape in position order needs the spec of its views")
+        if self.average and (self.views != 1 or self.order != "sample"):
+            raise UsageError("an averaged tape has one view, in sample order")
+        if self.order == "sample" and self.view is not None and self.view.mixup:
+            raise UsageError("a tape in sample order answers single images: it needs --mixup 0")
+        if not self.draws and self.temperature != 1:
+            raise UsageError("only draws have a temperature: the top k serve any T >= 1")
+        if self.draws and self.top_k != min(self.draws, self.classes):
+            raise UsageError(f"{self.draws} draws name at most {self.draws} classes")
 
     @property
     def dense(self) -> bool:
-        return self.top_k == self.classes
+        """Every class's logit is kept."""
+        return self.top_k == self.classes and not self.draws
 
     @property
     def digest(self) -> str:
         return digest(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "view": self.view.to_json()}
+        view = self.view.to_json() if self.view else None
+        return {**asdict(self), "view": view, "temperature": float(self.temperature)}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> TapeSpec:
-        return TapeSpec(**{**value, "view": ViewSpec(**value["view"])})
+        view = ViewSpec(**value["view"]) if value["view"] else None
+        return TapeSpec(**{**value, "view": view})
 
 
 def differences(expected: object, found: object) -> list[str]:
@@ -156,7 +188,7 @@ def differences(expected: object, found: object) -> list[str]:
     out: list[str] = []
     for field in fields(expected):  # type: ignore[arg-type]
         a, b = getattr(expected, field.name), getattr(found, field.name)
-        if isinstance(a, ViewSpec):
+        if isinstance(a, ViewSpec) and isinstance(b, ViewSpec):
             out += differences(a, b)
         elif a != b:
             out.append(f"{field.name}: {_short(a)} here, {_short(b)} there")

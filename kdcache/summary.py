@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kdcache import codec
 from kdcache.loss import log_probabilities
+from kdcache.records import TemperedTarget
 from kdcache.tape import Tape
 
 SUMMARY_ROWS = 65_536
@@ -44,9 +44,12 @@ def summarise(tape: Tape) -> Summary:
     sums, rows = np.zeros(3), 0
     for view in complete:
         stop = min(spec.samples, max(1, SUMMARY_ROWS // len(complete)))
-        target = codec.decode(tape.read(view, 0, stop), spec.classes)
-        log_p, log_tail = log_probabilities(target)
-        entropy = -(log_p.exp() * log_p).sum(1)
+        target = tape.decode(tape.read(view, 0, stop))
+        if isinstance(target, TemperedTarget):
+            log_p, log_tail = target.log_p_BK, target.log_tail_B
+        else:
+            log_p, log_tail = log_probabilities(target)
+        entropy = torch.special.entr(log_p.exp()).sum(1)
         mass = torch.zeros(len(log_p))
         if log_tail is not None:
             mass = log_tail.exp()

