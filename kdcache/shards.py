@@ -6,7 +6,7 @@ and a plain `zarr.open` reads them. Storing them is the business of `store.py`.
 
     logits   [V, N, K]  float32, float16 or uint8    relative to the record's largest
     classes  [V, N, K]  uint16 or uint32             not on dense tapes
-    tail     [V, N, 3]  float16 or float32           neither on dense nor on sampled tapes
+    tail     [V, N, 3]  of the logits' type          neither on dense nor on sampled tapes
     counts   [V, N, K]  uint8                        sampled tapes, in the place of logits
     seals    [V, S, A, 32]  uint8                    a digest for each shard of each other array
 """
@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import zarr
-import zarr.codecs
 from zarr.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
 from kdcache import codec
 from kdcache.codec import Records
+from kdcache.compression import pipeline
 from kdcache.spec import TapeSpec
 
 CHUNK_BYTES = 1 << 18
@@ -88,10 +88,9 @@ def metadata(spec: TapeSpec, layout: Layout, attributes: dict[str, Any]) -> dict
             shards=(1, layout.shard_rows, width),
             dtype=dtype,
             fill_value=np.iinfo(dtype).max if dtype.kind == "u" else np.nan,
-            compressors=[
-                zarr.codecs.BloscCodec(cname="zstd", clevel=5, shuffle="shuffle"),
-                zarr.codecs.Crc32cCodec(),
-            ],
+            **pipeline(
+                name, dtype, classes=spec.classes, dense=spec.dense, chunk_rows=layout.chunk_rows
+            ),
         )
     group.create_array(
         "seals",

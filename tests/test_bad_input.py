@@ -436,7 +436,8 @@ def test_a_damaged_tape(bench: Bench) -> None:
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
     for line in (bench.cached(), ["inspect", bench.tape]):
-        bench.refused(*line, words=("view 0 shard 0 (positions 0 to 296) is damaged", "kdcache verify --discard"))
+        words = ("view 0 shard 0 (positions 0 to 296) is damaged", "kdcache verify --discard")
+        bench.refused(*line, words=words)
 
 
 def _manifest(bench: Bench, change: Callable[[dict[str, object]], object]) -> None:

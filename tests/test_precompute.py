@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from kdcache import codec, models, shards
-from kdcache import store as stores
 from kdcache import precompute as recording
+from kdcache import store as stores
 from kdcache.dataset import Dataset
 from kdcache.errors import NonFinite, StorageError, TapeMismatch, UsageError
 from kdcache.loader import Loader

@@ -349,7 +349,7 @@ def test_a_shard_of_another_place_is_refused(
             if names == made._names and (source, at) in ((made, (0, 1)), (other, (1, 1))):
                 assert equal(Tape.open(tmp_path / "t").read_shard(1, 1), made.read_shard(0, 1))
             else:
-                with pytest.raises(TapeCorrupt, match="view 1 shard 1 .* or is of another place"):
+                with pytest.raises(TapeCorrupt, match=r"view 1 shard 1 .* or is of another place"):
                     made.read_shard(1, 1)
             for name, data in whole.items():
                 assert data is not None
