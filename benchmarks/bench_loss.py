@@ -38,7 +38,7 @@ CPU_SHAPES = ((512, 1000), (256, 21841))
 GPU_SHAPES = ((1024, 1000), (4096, 1000), (4096, 1008), (1024, 21841), (1024, 21848), (4096, 32000),
               (1024, 151936))  # fmt: skip
 FLUSH_BYTES = 256 << 20
-GRAPH_UP_TO = 16 << 20  # logits: above, a launch is nothing
+GRAPH_UP_TO = 32 << 20  # logits: above, a launch is nothing
 
 Step = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
@@ -181,7 +181,7 @@ class Clock:
             step()
             return (time.perf_counter() - start) * 1e6
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
+        # No wait here: the device is still at work on the above while Python launches the step.
         begin.record()
         step()
         end.record()
@@ -224,8 +224,9 @@ def peak_bytes(case: Case, step: Step, device: str) -> int:
     return most
 
 
-def measure(shape: tuple[int, int], dtype: torch.dtype, device: str, cold: bool,
-            rounds: int) -> list[dict[str, Any]]:  # fmt: skip
+def measure(shape: tuple[int, int], dtype: torch.dtype, device: str,
+            rounds: int) -> list[list[dict[str, Any]]]:  # fmt: skip
+    """Result lines of a warm cache, and of a cold one."""
     B, C = shape
     case = Case.make(B, C, dtype, device)
     out = torch.empty_like(case.z)
@@ -233,40 +234,52 @@ def measure(shape: tuple[int, int], dtype: torch.dtype, device: str, cold: bool,
         "copy": lambda: torch.mul(case.z.detach(), 0.5, out=out)
     }
     launch = "graph" if device == "cuda" and B * C <= GRAPH_UP_TO else "eager"
-    lines, memory = [], {}
+    failures, memory = [], {}
     for name, (step, kind) in contestants(case, device).items():
         if not correct(case, step, kind):
-            lines.append({"contestant": name, "result": "FAIL"})
+            failures.append({"contestant": name, "result": "FAIL"})
             continue
         memory[name] = peak_bytes(case, step, device) / (B * C)
         try:
             steps[name] = graphed(step) if launch == "graph" else step
         except RuntimeError as error:  # a form that waits for the device cannot be captured
-            lines.append({"contestant": name, "result": f"no graph: {str(error)[:60]}"})
+            failures.append({"contestant": name, "result": f"no graph: {str(error)[:60]}"})
             torch.cuda.synchronize()
-    clock, shuffle = Clock(device, cold), random.Random(0)
+    common = {"device": device, "shape": f"{B}x{C}", "dtype": str(dtype)[6:], "k": K, "T": T,
+              "launch": launch, "rounds": rounds,
+              "threads": torch.get_num_threads() if device == "cpu" else None}  # fmt: skip
+    found = []
+    for cache in ("warm", "cold"):
+        times = interleaved(steps, Clock(device, cache == "cold"), rounds)
+        copy = float(np.median(times["copy"]))
+        lines = list(failures)
+        for name, us in times.items():
+            p20, p50, p80 = (float(q) for q in np.quantile(us, [0.2, 0.5, 0.8]))
+            moved = bytes_of(name, case.z.element_size(), device)
+            lines.append({
+                "contestant": name, "p20": p20, "p50": p50, "p80": p80, "min": min(us),
+                "bytes_per_logit": moved, "gb_s": moved and moved * B * C / p50 / 1e3,
+                "of_copy": moved and moved / (2 * case.z.element_size()) * copy / p50,
+                "peak_bytes_per_logit": memory.get(name),
+            })  # fmt: skip
+        found.append([common | {"cache": cache} | line for line in lines])
+    return found
+
+
+def interleaved(
+    steps: dict[str, Callable[[], object]], clock: Clock, rounds: int
+) -> dict[str, list[float]]:
+    """Microseconds of each step in each round, in a new random order each; two rounds not kept."""
+    shuffle = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 2):
         names = list(steps)
         shuffle.shuffle(names)
         for name in names:
-            found = clock(steps[name])
+            us = clock(steps[name])
             if number > 1:
-                times[name].append(found)
-    copy = float(np.median(times["copy"]))
-    for name, found in times.items():
-        p20, p50, p80 = (float(q) for q in np.quantile(found, [0.2, 0.5, 0.8]))
-        moved = bytes_of(name, case.z.element_size(), device)
-        lines.append({
-            "contestant": name, "p20": p20, "p50": p50, "p80": p80, "min": min(found),
-            "bytes_per_logit": moved, "gb_s": moved and moved * B * C / p50 / 1e3,
-            "of_copy": moved and moved / (2 * case.z.element_size()) * copy / p50,
-            "peak_bytes_per_logit": memory.get(name),
-        })  # fmt: skip
-    common = {"device": device, "shape": f"{B}x{C}", "dtype": str(dtype)[6:], "k": K, "T": T,
-              "cache": "cold" if cold else "warm", "launch": launch, "rounds": rounds,
-              "threads": torch.get_num_threads() if device == "cpu" else None}  # fmt: skip
-    return [common | line for line in lines]
+                times[name].append(us)
+    return times
 
 
 def bytes_of(name: str, size: int, device: str) -> int | None:
@@ -316,15 +329,15 @@ def main(arguments: list[str] | None = None) -> None:
     if args.save:
         harness.start_results(name)
     for shape in shapes or (GPU_SHAPES if device == "cuda" else CPU_SHAPES):
-        for cold in (False, True):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the compiler's
-                lines = measure(shape, dtype, device, cold, args.rounds)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler's
+            found = measure(shape, dtype, device, args.rounds)
+        for lines in found:
             title = f"{shape[0]} x {shape[1]}, {lines[0]['cache']}, {args.rounds} rounds, us"
             harness.report(name, title, lines, args.save)
             for sentence in bars(lines):
                 print(f"  {sentence}")
-            torch.compiler.reset()
+        torch.compiler.reset()
 
 
 if __name__ == "__main__":

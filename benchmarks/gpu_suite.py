@@ -1,18 +1,24 @@
 """All GPU tests and benchmarks of the kernels, offline, in under 8 minutes; a short table last.
 
     python -m benchmarks.gpu_suite [--minutes 8]
+
+The tests' time is Triton's compiler, several hundred times: so they run in several processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = ["tests/test_kernels_triton.py", "tests/test_loss_module.py"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+BENCH = [sys.executable, "-m", "benchmarks.bench_loss"]
 
 
 def run(name: str, command: list[str], seconds: float) -> tuple[str, str, float]:
@@ -25,18 +31,34 @@ def run(name: str, command: list[str], seconds: float) -> tuple[str, str, float]
     return name, verdict, time.monotonic() - start
 
 
+def gpu_tests() -> list[str]:
+    """Their ids, wherever they are."""
+    command = [*PYTEST, "--collect-only", "tests"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    return re.findall(r"^tests/\S+::.+$", listed, re.M)
+
+
+def tests(seconds: float, processes: int) -> list[tuple[str, str, float]]:
+    """All GPU tests, dealt to this many processes."""
+    ids = gpu_tests()
+    if not ids:
+        return [("tests", "FAILED (none)", 0.0)]
+    hands = [ids[n::processes] for n in range(min(processes, len(ids)))]
+    with ThreadPoolExecutor(len(hands)) as pool:
+        jobs = [
+            pool.submit(run, f"{len(hand)} tests", [*PYTEST, *hand], seconds) for hand in hands
+        ]
+    return [job.result() for job in jobs]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=8)
     args = parser.parse_args()
     end = time.monotonic() + args.minutes * 60
-    python = sys.executable
-    jobs = [
-        ("tests", [python, "-m", "pytest", "-q", "-m", "gpu", *TESTS]),
-        ("cold and warm", [python, "-m", "benchmarks.bench_loss", "--save", "--rounds", "50"]),
-        ("page", [python, "-m", "benchmarks.bench_loss", "--write"]),
-    ]
-    done = [run(name, command, end - time.monotonic()) for name, command in jobs]
+    done = tests(end - time.monotonic(), min(os.cpu_count() or 1, 8))
+    for name, options in (("times", ["--save", "--rounds", "50"]), ("page", ["--write"])):
+        done.append(run(name, [*BENCH, *options], end - time.monotonic()))
     from benchmarks.bench_loss import bars
     from benchmarks.loss_report import saved
 
@@ -47,7 +69,7 @@ def main() -> None:
             if x["contestant"].startswith("kdcache sparse") and "p50" in x:
                 print(f"{key[0]:>12} {key[1]}  {x['contestant']:<28} {x['p50']:9.1f} us  "
                       f"{x['of_copy']:.0%} of a copy")  # fmt: skip
-        print(f"{'':>12} {bars(here)[:1]}")
+        print(f"{'':>12} {', '.join(bars(here)[:1])}")
     for name, verdict, seconds in done:
         print(f"{name:<16} {verdict:<14} {seconds:5.0f} s")
     sys.exit(any(verdict != "passed" for _, verdict, _ in done))

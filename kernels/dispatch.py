@@ -34,15 +34,15 @@ ANY = 1 << 30
 
 SPARSE_FORWARD = (
     Entry(32, "row", 32, 16, 4, "many rows a program; 32 give sm_90 a stack"),
-    Entry(128, "row", 128, 16, 4, "many rows a program"),
-    Entry(256, "row", 256, 8, 4, "many rows a program"),
+    Entry(128, "row", 128, 8, 4, "rows that have more named classes spill", 16),
+    Entry(128, "row", 128, 4, 4, "half the rows, for the registers of their named classes"),
+    Entry(256, "row", 256, 4, 4, "eight rows of 256 spill beside a label's exponentials"),
     Entry(512, "row", 512, 1, 1, "one warp a row: no shared memory, no barrier"),
     Entry(1024, "row", 1024, 1, 1, "one warp a row: half the instructions of four warps"),
     Entry(2048, "row", 2048, 1, 2, "32 elements a thread"),
     Entry(4096, "row", 4096, 1, 4, "32 elements a thread"),
     Entry(8192, "row", 8192, 1, 8, "32 elements a thread"),
-    Entry(16384, "row", 16384, 1, 16, "32 elements a thread; many named ones spill", MANY_NAMED),
-    Entry(ANY, "loop", 4096, 1, 8, "longer rows do not fit in the registers of two programs"),
+    Entry(ANY, "loop", 4096, 1, 8, "longer rows spill beside a label's exponentials"),
 )
 DENSE_FORWARD = (
     Entry(32, "row", 32, 64, 4, "many rows a program"),
@@ -53,8 +53,7 @@ DENSE_FORWARD = (
     Entry(2048, "row", 2048, 1, 4, "16 elements of each a thread"),
     Entry(4096, "row", 4096, 1, 8, "16 elements of each a thread"),
     Entry(8192, "row", 8192, 1, 16, "16 elements of each a thread"),
-    Entry(16384, "row", 16384, 1, 32, "16 elements of each a thread"),
-    Entry(ANY, "loop", 4096, 1, 8, "two rows of 32768 spill with any number of warps"),
+    Entry(ANY, "loop", 4096, 1, 8, "longer rows spill beside a label's exponentials"),
 )
 BACKWARD = (
     Entry(32, "grad", 32, 64, 4, "many rows a program"),

@@ -50,7 +50,8 @@ def edges(off, start, in_R, C: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.conste
     begin, end = off[:, None], (off + C)[:, None]
     col = tl.where(lane < VEC, lane, end // VEC * VEC + lane - VEC)
     own = (col >= begin) & (col < end) & (col >= start) & (col < start + BLOCK)
-    return col, own & ((lane >= VEC) | (begin > 0)) & in_R[:, None]
+    first = (begin > 0) & (end >= VEC)
+    return col, own & ((lane >= VEC) | first) & in_R[:, None]
 
 
 @triton.jit

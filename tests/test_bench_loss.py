@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_loss, loss_report
+from benchmarks import bench_loss, gpu_suite, loss_report
 from tests.conftest import Result
 
 
@@ -39,10 +39,36 @@ def test_the_gate_lets_nothing_wrong_pass() -> None:
 @pytest.mark.filterwarnings("default")
 def test_a_line_has_what_the_table_and_the_bars_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
-    lines = bench_loss.measure((8, 50), torch.float32, "cpu", False, 3)
-    assert not [x for x in lines if "result" in x]
-    assert bench_loss.bars(lines)
-    assert "| copy |" in loss_report._table(lines)
+    found = bench_loss.measure((8, 50), torch.float32, "cpu", 3)
+    assert [lines[0]["cache"] for lines in found] == ["warm", "cold"]
+    for lines in found:
+        assert not [x for x in lines if "result" in x]
+        assert bench_loss.bars(lines)
+        assert "| copy |" in loss_report._table(lines)
+
+
+def test_the_gpu_suite_runs_every_gpu_test_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [f"tests/test_a.py::test_{n}[a b]" for n in range(10)]
+    monkeypatch.setattr(gpu_suite, "gpu_tests", lambda: ids)
+    dealt: list[str] = []
+
+    def run(name: str, command: list[str], seconds: float) -> tuple[str, str, float]:
+        hand = command[len(gpu_suite.PYTEST) :]
+        assert name == f"{len(hand)} tests"
+        dealt.extend(hand)
+        return name, "passed", 1.0
+
+    monkeypatch.setattr(gpu_suite, "run", run)
+    assert len(gpu_suite.tests(480, 4)) == 4
+    assert sorted(dealt) == sorted(ids)
+    monkeypatch.setattr(gpu_suite, "gpu_tests", list)
+    assert gpu_suite.tests(480, 4) == [("tests", "FAILED (none)", 0.0)]
+
+
+@pytest.mark.slow
+def test_the_gpu_suite_finds_the_gpu_tests() -> None:
+    found = gpu_suite.gpu_tests()
+    assert any("test_it_runs_in_a_cuda_graph[sparse-False]" in name for name in found)
 
 
 def test_the_command_needs_a_checkout(
