@@ -1,0 +1,135 @@
+"""Tapes of released versions stay readable: by kdcache, and by the reader in docs/tape-format.md.
+
+`python -m tests.test_golden` makes those of the current version anew: only while it is unreleased.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kdcache import codec, sampling
+from kdcache.spec import TAPE_VERSION, TapeSpec, ViewSpec
+from kdcache.tape import Tape
+
+GOLDEN = Path(__file__).parent / "golden"
+PAGE = Path(__file__).parents[1] / "docs" / "tape-format.md"
+VIEWS, SAMPLES, CLASSES = 2, 7, 20
+KINDS: dict[str, dict[str, Any]] = {
+    "top-uint8": {"top_k": 4, "dtype": "uint8"},
+    "top-float16": {"top_k": 4, "dtype": "float16"},
+    "top-float32": {"top_k": 4, "dtype": "float32"},
+    "dense-uint8": {"top_k": CLASSES, "dtype": "uint8"},
+    "dense-float16": {"top_k": CLASSES, "dtype": "float16"},
+    "draws": {"top_k": 6, "dtype": "uint8", "draws": 6, "temperature": 2.0},
+    "average": {
+        "views": 1, "top_k": 4, "dtype": "float16", "order": "sample", "average": 3,
+        "view": ViewSpec(8, mixup=0),
+    },
+    "foreign": {"top_k": 4, "dtype": "float16", "order": "sample", "view": None},
+}  # fmt: skip
+TAPES = sorted(GOLDEN.glob("v*/*.zarr"))
+
+
+def logits() -> torch.Tensor:
+    """[V, N, C], spelled out: no generator of random numbers stays as it is for ever."""
+    i = torch.arange(VIEWS * SAMPLES * CLASSES, dtype=torch.float64)
+    return (torch.sin(i * 12.9898) * 4.0).float().reshape(VIEWS, SAMPLES, CLASSES)
+
+
+def make(folder: Path) -> None:
+    for name, fields in KINDS.items():
+        base: dict[str, Any] = {
+            "views": VIEWS, "samples": SAMPLES, "classes": CLASSES, "dataset": "0123456789abcdef",
+            "teacher": "fedcba9876543210", "view": ViewSpec(8),
+        }  # fmt: skip
+        spec = TapeSpec(**{**base, **fields})
+        tape = Tape.create(folder / f"{name}.zarr", spec, {"teacher": "golden"})
+        for view, shard in tape.missing():
+            z, rows = logits()[view], np.arange(SAMPLES)
+            if spec.draws:
+                records = sampling.encode(z, spec.draws, 2.0, seed=0, view=view, rows_B=rows)
+            else:
+                records = codec.encode(z, spec.top_k, spec.dtype)
+            tape.write(view, shard, records)
+
+
+def reader() -> Any:
+    """The function in the page, without the line that uses it."""
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(block[: block.rindex("\n\n\n")], space)
+    return space["read"]
+
+
+@pytest.mark.parametrize("path", TAPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_a_tape_of_each_version_is_read(path: Path) -> None:
+    """By us, and the truth comes out within what the record's type can keep."""
+    tape = Tape.open(path)
+    assert tape.missing() == []
+    wide = {"uint8": 0.15, "float16": 0.005, "float32": 1e-4}[tape.spec.dtype]
+    for view in range(tape.spec.views):
+        for T in (1.0, 4.0) if not tape.spec.draws else (2.0,):
+            found = tape.target(view, np.arange(SAMPLES), T)
+            truth = torch.log_softmax(logits()[view] / T, 1).gather(1, found.classes_BK)
+            if tape.spec.draws:
+                assert found.log_p_BK.exp().sum(1).allclose(torch.ones(SAMPLES))
+                assert truth.exp()[found.log_p_BK > -9].mean() > 1.5 / CLASSES
+            else:
+                cubic = 0.05 if T > 1 else 0.0  # what the tail's mass may be off by
+                torch.testing.assert_close(found.log_p_BK, truth, rtol=0, atol=wide + cubic)
+
+
+@pytest.mark.parametrize("path", TAPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_the_reader_in_the_docs_reads_the_same(path: Path) -> None:
+    read, tape = reader(), Tape.open(path)
+    for view in range(tape.spec.views):
+        for T in (1.0, 3.0) if not tape.spec.draws else (2.0,):
+            ours = tape.target(view, np.arange(SAMPLES), T)
+            classes, log_p, log_tail = read(path, view, T)
+            np.testing.assert_allclose(ours.log_p_BK, log_p, rtol=1e-5, atol=1e-5)
+            if classes is not None:
+                np.testing.assert_array_equal(ours.classes_BK, classes)
+            if log_tail is not None:
+                np.testing.assert_allclose(ours.log_tail_B, log_tail, rtol=1e-5, atol=2e-5)
+            assert (ours.log_tail_B is None) == (log_tail is None)
+
+
+def test_the_reader_in_the_docs_notices(tmp_path: Path) -> None:
+    for place in ("zarr.json", "tail/zarr.json", "tail/c/0/0/0", "seals/c/0/0/0/0"):
+        shutil.copytree(GOLDEN / "v1" / "top-float16.zarr", tmp_path / "t", dirs_exist_ok=True)
+        file = tmp_path / "t" / place
+        whole = file.read_bytes()
+        file.write_bytes(whole[:40] + bytes([whole[40] ^ 4]) + whole[41:])
+        with pytest.raises((AssertionError, json.JSONDecodeError)):
+            reader()(tmp_path / "t", 0)
+
+
+def test_there_is_a_golden_tape_of_each_kind_and_version() -> None:
+    wanted = {f"v{version}" for version in range(1, TAPE_VERSION + 1)}
+    assert {path.parent.name for path in TAPES} == wanted
+    assert {path.stem for path in TAPES if path.parent.name == f"v{TAPE_VERSION}"} == set(KINDS)
+
+
+@pytest.mark.parametrize("path", TAPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_records_are_written_as_they_were(path: Path, tmp_path: Path) -> None:
+    """The same logits give the same numbers; compressed bytes may change with the libraries."""
+    make(tmp_path)
+    ours, theirs = Tape.open(tmp_path / path.name), Tape.open(path)
+    assert ours.spec.digest == theirs.spec.digest
+    for view in range(theirs.spec.views):
+        a, b = ours[view].arrays(), theirs[view].arrays()
+        for name in b:
+            np.testing.assert_allclose(a[name].astype(float), b[name].astype(float), rtol=1e-6)
+
+
+if __name__ == "__main__":
+    shutil.rmtree(GOLDEN / f"v{TAPE_VERSION}", ignore_errors=True)
+    make(GOLDEN / f"v{TAPE_VERSION}")
