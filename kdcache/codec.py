@@ -110,12 +110,23 @@ def encode(logits_BC: torch.Tensor, top_k: int, dtype: ValueType) -> Records:
     mean = relative.masked_fill(named, 0).sum(1) / left
     variance = (relative - mean[:, None]).square_().masked_fill_(named, 0).sum(1) / left
     tail = torch.stack([at_one, mean, variance], 1)
+    return from_parts(kept, classes, tail, z.shape[1], dtype)
+
+
+def from_parts(
+    kept_BK: torch.Tensor,
+    classes_BK: torch.Tensor,
+    tail_B3: torch.Tensor,
+    num_classes: int,
+    dtype: ValueType,
+) -> Records:
+    """Records of kept logits, falling from 0, of their classes, and of the summary of the rest."""
     if dtype == "uint8":
-        kept, tail = _steps(kept, tail, left)
+        kept_BK, tail_B3 = _steps(kept_BK, tail_B3, num_classes - kept_BK.shape[1])
     return Records(
-        logits=_array(kept, dtype),
-        classes=classes.cpu().numpy().astype(class_dtype(z.shape[1])),
-        tail=_array(tail, dtype),
+        logits=_array(kept_BK, dtype),
+        classes=classes_BK.cpu().numpy().astype(class_dtype(num_classes)),
+        tail=_array(tail_B3, dtype),
     )
 
 
