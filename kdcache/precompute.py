@@ -96,9 +96,10 @@ def precompute(
                     tape.release(view, shard)
                     continue
                 parts: list[Records] = []
-                for records in _answers(loader, teacher, spec, view, *tape.shard_range(shard)):
-                    parts.append(records)
-                    rows += len(records)
+                places = np.arange(*tape.shard_range(shard))
+                for rows_B, logits_BC in answers(loader, teacher, spec, view, places):
+                    parts.append(record(logits_BC, spec, view, rows_B))
+                    rows += len(rows_B)
                     progress(rows)
                 if writing is not None:
                     writing.result()
@@ -124,28 +125,29 @@ def _part(places: list[tuple[int, int]], i: int, n: int) -> list[tuple[int, int]
     return places[len(places) * i // n : len(places) * (i + 1) // n]
 
 
-def _answers(
-    loader: Loader, teacher: Classifier, spec: TapeSpec, view: int, start: int, stop: int
-) -> Iterator[Records]:
-    """Records of rows [start, stop) of a view of the tape, some at a time."""
-    assert spec.view is not None
+def answers(
+    loader: Loader, teacher: Classifier, spec: TapeSpec, view: int, rows: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
+    """Some rows of a view of the tape at a time, and the logits [B, C] that they record.
+
+    Raises NonFinite for a teacher's NaN or infinity, and what the loader's `batches` raises.
+    """
     if spec.order == "position":
-        for batch in loader.batches(view, slice(start, stop)):
-            yield _records(ask(teacher, batch), spec, view, batch.positions_B)
+        for batch in loader.batches(view, rows):
+            yield batch.positions_B, ask(teacher, batch)
         return
-    for first in range(start, stop, loader.batch_size):
-        samples = np.arange(first, min(first + loader.batch_size, stop))
+    for first in range(0, len(rows), loader.batch_size):
+        samples = rows[first : first + loader.batch_size]
         if not spec.average:
-            logits_BC = _ask_samples(loader, teacher, view, samples)
-        else:
-            # Mean probability; its logarithm serves as logits.
-            total = sum(
-                torch.softmax(_ask_samples(loader, teacher, v, samples).double(), 1)
-                for v in range(spec.average)
-            )
-            assert isinstance(total, torch.Tensor)
-            logits_BC = (total / spec.average).log().clamp_(min=LEAST_LOG_P)
-        yield _records(logits_BC, spec, view, samples)
+            yield samples, _ask_samples(loader, teacher, view, samples)
+            continue
+        # Mean probability; its logarithm serves as logits.
+        total = sum(
+            torch.softmax(_ask_samples(loader, teacher, v, samples).double(), 1)
+            for v in range(spec.average)
+        )
+        assert isinstance(total, torch.Tensor)
+        yield samples, (total / spec.average).log().clamp_(min=LEAST_LOG_P)
 
 
 def _ask_samples(
@@ -156,9 +158,10 @@ def _ask_samples(
     return torch.cat([ask(teacher, batch) for batch in loader.batches(view, places)])
 
 
-def _records(
+def record(
     logits_BC: torch.Tensor, spec: TapeSpec, view: int, rows_B: NDArray[np.int64]
 ) -> Records:
+    """What a tape of `spec` keeps of the teacher's logits for these rows of a view."""
     if not spec.draws:
         return codec.encode(logits_BC, spec.top_k, spec.dtype)
     assert spec.view is not None

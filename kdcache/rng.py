@@ -37,6 +37,8 @@ class Purpose(IntEnum):
     ORDER = 3
     MIX = 4
     TARGET = 5
+    VERIFY = 6
+    SEED = 7
 
 
 def philox(counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: int) -> tuple[U64, ...]:

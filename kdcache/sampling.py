@@ -61,6 +61,35 @@ def decode(records: Records, draws: int, temperature: float, classes: int) -> Te
     return TemperedTarget((counts / draws).log(), named, None, temperature, classes)
 
 
+def distances(
+    records: Records,
+    logits_BC: torch.Tensor,
+    temperature: float,
+    *,
+    seed: int,
+    view: int,
+    rows_B: NDArray[np.int64],
+) -> torch.Tensor:
+    """How far each draw [B, n] lies from its class in the cumulative softmax(logits / T).
+
+    0 for a draw that these logits give again; small for one that rounding has moved across the
+    boundary between two classes; at most 1. The records are such that `decode` takes them.
+    """
+    assert records.classes is not None
+    assert records.counts is not None
+    counts_BK = torch.from_numpy(records.counts.astype(np.int64))
+    classes_BK = torch.from_numpy(records.classes.astype(np.int64))
+    draws = int(counts_BK[0].sum())
+    # Larger draws hit later classes, so the sorted ones belong to the classes in rising order.
+    hits_Bn = classes_BK.reshape(-1).repeat_interleave(counts_BK.reshape(-1)).view(-1, draws)
+    u_Bn = torch.from_numpy(_uniform(seed, view, rows_B, draws)).sort(1).values
+    cumulative_BC = torch.softmax(logits_BC.double().cpu() / temperature, 1).cumsum(1)
+    cumulative_BC /= cumulative_BC[:, -1:].clone()
+    upper_Bn = cumulative_BC.gather(1, hits_Bn)
+    lower_Bn = cumulative_BC.gather(1, (hits_Bn - 1).clamp(min=0)).masked_fill(hits_Bn == 0, 0)
+    return torch.maximum(lower_Bn - u_Bn, u_Bn - upper_Bn).clamp(min=0)
+
+
 def _uniform(
     seed: int, view: int, rows_B: NDArray[np.int64], draws: int
 ) -> NDArray[np.float64]:

@@ -28,7 +28,14 @@ from numpy.typing import ArrayLike
 
 from kdcache import codec, sampling, shards
 from kdcache.codec import Records
-from kdcache.errors import StorageError, TapeCorrupt, TapeIncomplete, TapeMismatch, UsageError
+from kdcache.errors import (
+    MissingDependency,
+    StorageError,
+    TapeCorrupt,
+    TapeIncomplete,
+    TapeMismatch,
+    UsageError,
+)
 from kdcache.loss import check_temperature, log_probabilities
 from kdcache.records import Target, TemperedTarget
 from kdcache.shards import GROUP, Layout
@@ -206,8 +213,8 @@ class Tape:
     def read_shard(self, view: int, shard: int) -> Records:
         """All records of a shard.
 
-        Raises TapeIncomplete for a shard that is not there and TapeCorrupt for one that is not
-        what was written there.
+        Raises TapeIncomplete for a shard that is not there, TapeCorrupt for one that is not what
+        was written there, MissingDependency where Zarr or its codecs cannot read what was.
         """
         objects = {}
         for name in ("seals", *self._names):
@@ -230,7 +237,7 @@ class Tape:
         try:
             return shards.decode(self._zarr_json, view, start, stop, placed)
         except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
-            raise TapeCorrupt(
+            raise MissingDependency(
                 f"{self.url}: view {view} shard {shard} is as it was written, and cannot be "
                 f"decoded here ({error}): install the zarr and numcodecs that made it"
             ) from error
