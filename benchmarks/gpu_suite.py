@@ -16,6 +16,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks.bench_loss import bars
+from benchmarks.loss_report import saved
+
 ROOT = Path(__file__).parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
 BENCH = [sys.executable, "-m", "benchmarks.bench_loss"]
@@ -59,9 +62,6 @@ def main() -> None:
     done = tests(end - time.monotonic(), min(os.cpu_count() or 1, 8))
     for name, options in (("times", ["--save", "--rounds", "50"]), ("page", ["--write"])):
         done.append(run(name, [*BENCH, *options], end - time.monotonic()))
-    from benchmarks.bench_loss import bars
-    from benchmarks.loss_report import saved
-
     lines = saved("cuda")
     for key in dict.fromkeys((x["shape"], x["cache"]) for x in lines):
         here = [x for x in lines if (x["shape"], x["cache"]) == key]

@@ -2,7 +2,7 @@
 
     cuda   Triton; backward reads the logits again, or forward leaves the gradient (`in_forward`)
     cpu    numba; forward leaves the gradient, backward hands it over
-    else, float64, or where either is missing: `reference.rows`, differentiated by torch
+    else, float64, or where either is missing or old: `reference.rows`, differentiated by torch
 
 In eager mode an autograd.Function calls the kernels; under torch.compile the operators
 `kdcache::loss_forward` and `kdcache::loss_backward` do. Only the student's logits get a gradient.
@@ -11,6 +11,7 @@ A mean's 1/B is folded into the rows, so that the gradient needs no pass of its 
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 
 import torch
@@ -20,8 +21,22 @@ from kdcache.kernels import layout, reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
+
+def _has_triton() -> bool:
+    """3.4 or later, the first whose histogram takes a mask; older ones come with torch < 2.8."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    for name in ("triton", "pytorch-triton"):
+        try:
+            major, minor = importlib.metadata.version(name).split(".")[:2]
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return (int(major), int(minor)) >= (3, 4)
+    return False
+
+
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = _has_triton()
 
 
 def backend(student_BC: Tensor, classes_BK: Tensor | None) -> str:

@@ -2,6 +2,8 @@
 
 numba's own exp stays scalar without Intel's SVML, so 2^x is a polynomial here, its integer part set
 by the exponent's bits. A NaN reaches the maximum of its row, and through it every result.
+
+numba's cache of `cpu.py` does not notice a change here: touch `cpu.py` after one.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ if INTERPRETED or ON_DEVICE:
 
 
 @pytest.mark.skipif(INTERPRETED or ON_DEVICE, reason="this is the interpreter, or a GPU")
+@pytest.mark.timeout(900)  # all tests of this file
 @pytest.mark.parametrize("part", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_under_the_interpreter(part: str) -> None:
     run = subprocess.run(

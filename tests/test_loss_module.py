@@ -200,6 +200,14 @@ print(ops.backend(z, goal.classes_BK), loss.item(), z.grad.sum().abs().item() < 
     assert float(loss) == pytest.approx(fused, rel=1e-6)
 
 
+@pytest.mark.parametrize(("version", "serves"), [("3.3.1", False), ("3.4.0+git1", True)])
+def test_a_triton_without_masked_histograms_is_left_alone(
+    version: str, serves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops.importlib.metadata, "version", lambda _: version)
+    assert ops._has_triton() == serves
+
+
 def test_no_rows_cost_nothing() -> None:
     z = torch.empty(0, C, requires_grad=True)
     named = Target(torch.empty(0, 5), torch.empty(0, 5, dtype=torch.int64), torch.empty(0, 3), C)
