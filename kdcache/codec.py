@@ -103,12 +103,14 @@ def encode(logits_BC: torch.Tensor, top_k: int, dtype: ValueType) -> Records:
     if top_k == z.shape[1]:
         dense = _codes(-relative) if dtype == "uint8" else relative
         return Records(logits=_array(dense, dtype))
-    kept, classes = relative.topk(top_k, dim=1)
-    named = torch.zeros_like(relative, dtype=torch.bool).scatter_(1, classes, True)
+    top, order = relative.topk(top_k + 1, dim=1)
+    kept, classes, next_B1 = top[:, :top_k], order[:, :top_k], top[:, top_k:]
     left = z.shape[1] - top_k
-    at_one = relative.masked_fill(named, -torch.inf).logsumexp(1)
-    mean = relative.masked_fill(named, 0).sum(1) / left
-    variance = (relative - mean[:, None]).square_().masked_fill_(named, 0).sum(1) / left
+    # Not logsumexp of what a mask leaves: exp takes ten times as long where it meets -inf.
+    rest = (relative - next_B1).scatter_(1, classes, -80).exp_()
+    at_one = rest.sum(1).log() + next_B1[:, 0]
+    mean = relative.scatter(1, classes, 0).sum(1) / left
+    variance = (relative - mean[:, None]).scatter_(1, classes, 0).square_().sum(1) / left
     tail = torch.stack([at_one, mean, variance], 1)
     return from_parts(kept, classes, tail, z.shape[1], dtype)
 
@@ -148,6 +150,18 @@ def decode(records: Records, classes: int) -> Target:
     elif not bool(tail.isfinite().all()):
         raise TapeCorrupt("a record has no tail, so it was never written")
     return Target(logits.float(), named, tail.float(), classes)
+
+
+def error_bound(gaps: torch.Tensor, dtype: ValueType) -> torch.Tensor:
+    """The largest error of kept logits, or of a tail's numbers, by their gap below the largest."""
+    if dtype == "float32":
+        return torch.zeros_like(gaps)
+    return gaps * 2**-11 + 2**-25 if dtype == "float16" else gaps.sqrt() / 31.8 + 0.0008
+
+
+def limit(dtype: ValueType) -> float:
+    """The largest gap that a record holds."""
+    return GAP_LIMIT if dtype == "uint8" else float(np.finfo(dtype).max)
 
 
 def dense_target(logits_BC: torch.Tensor) -> Target:
@@ -201,6 +215,5 @@ def _from_steps(
 def _array(values: torch.Tensor, dtype: ValueType) -> NDArray[np.generic]:
     array = values.cpu().numpy()
     if dtype == "float16":
-        limit = float(np.finfo(np.float16).max)
-        array = array.clip(-limit, limit)
+        array = array.clip(-limit(dtype), limit(dtype))
     return np.ascontiguousarray(array.astype(dtype))
