@@ -51,17 +51,17 @@ FONTS = Path("/usr/share/fonts")
 SIZE_PX = 32
 ROWS = 1 << 16
 TEST_EVERY = 6
+VIEW = ViewSpec(SIZE_PX, min_area=0.3, flip=False, mixup=1.0)
 MISSING = "\U000ffffd"  # a private character: fonts draw their box for what they lack
 
 
 @dataclass(frozen=True)
 class GlyphSet:
-    """copies: images of each class in each typeface; the views are those that a tape would hold."""
+    """copies: images of each class in each typeface."""
 
     name: str
     copies: int
     epochs: int
-    view: ViewSpec = ViewSpec(SIZE_PX, min_area=0.3, flip=False, mixup=1.0)
 
     @property
     def characters(self) -> str:
@@ -140,10 +140,10 @@ def teach(glyphs: GlyphSet, data: datasets.Dataset) -> Classifier:
     return teacher.eval().requires_grad_(False)
 
 
-def answers(glyphs: GlyphSet, data: datasets.Dataset, teacher: Classifier) -> torch.Tensor:
+def answers(data: datasets.Dataset, teacher: Classifier) -> torch.Tensor:
     """Logits [ROWS, C] of the tape's views, front to back."""
     parts, rows = [], 0
-    with Loader(data, glyphs.view, 256, workers=1) as loader:
+    with Loader(data, VIEW, 256, workers=1) as loader:
         for view in range(math.ceil(ROWS / len(data))):
             for batch in loader.batches(view):
                 parts.append(ask(teacher, batch).clone())
@@ -163,13 +163,13 @@ def make(glyphs: GlyphSet, folder: Path) -> None:
     print(f"{glyphs.name}: {len(paths)} typefaces, {len(data)} images", flush=True)
     teacher = teach(glyphs, data)
     accuracy = evaluate(teacher, test, size_px=SIZE_PX, workers=1).top1
-    logits_BC = answers(glyphs, data, teacher)
+    logits_BC = answers(data, teacher)
     np.save(folder / f"{glyphs.name}.npy", logits_BC.numpy())
     largest_B = torch.softmax(logits_BC, 1).amax(1)
     about = {
         "set": glyphs.name, "classes": len(data.classes), "typefaces": len(paths),
         "images": len(data), "epochs": glyphs.epochs, "accuracy": accuracy,
-        "mean_top1_probability": float(largest_B.mean()), "view": asdict(glyphs.view),
+        "mean_top1_probability": float(largest_B.mean()), "view": asdict(VIEW),
         "seconds": time.perf_counter() - start,
     }  # fmt: skip
     (folder / f"{glyphs.name}.json").write_text(json.dumps(about, indent=2) + "\n")
