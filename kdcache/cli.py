@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcache import __version__, tape_commands
+from kdcache import __version__, exchange_commands, tape_commands
 from kdcache.console import (
     AreaOption,
     BatchOption,
@@ -119,6 +119,7 @@ def convert(
     show(answer, as_json)
 
 
+app.command()(exchange_commands.plan)
 app.command()(tape_commands.precompute)
 
 
@@ -259,6 +260,8 @@ def eval_command(
 
 
 app.command()(tape_commands.inspect)
+app.command()(exchange_commands.export)
+app.command("import")(exchange_commands.import_tape)
 
 
 @app.command()

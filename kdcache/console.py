@@ -18,10 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from kdcache.errors import UsageError
-from kdcache.spec import Crop, Precision, ViewSpec
+from kdcache.spec import Crop, Order, Precision, TapeSpec, ValueType, ViewSpec
 
 if TYPE_CHECKING:
     from kdcache.dataset import Dataset
+    from kdcache.models import Classifier
 
 out_console = Console(highlight=False)
 err_console = Console(stderr=True, highlight=False)
@@ -61,6 +62,28 @@ MixupOption = Annotated[
 ViewSeedOption = Annotated[
     int | None, typer.Option(help="Decides crops, flips, order and pairs.  [default: 0]")
 ]
+TeacherOption = Annotated[str, typer.Option("--teacher", help="The model that answers.")]
+ViewsOption = Annotated[int, typer.Option(help="How many views of the data to record.")]
+TopKOption = Annotated[
+    str | None,
+    typer.Option(help="Classes to keep of an answer, or 'all'.  [default: 16, or all if fewer]"),
+]
+DtypeOption = Annotated[ValueType, typer.Option(help="How a logit is stored.")]
+OrderOption = Annotated[
+    Order,
+    typer.Option(
+        help="position: for training on the same views; sample: for training on other views "
+        "than the teacher saw, without mixing."
+    ),
+]
+AverageOption = Annotated[
+    int,
+    typer.Option(min=0, help="One record a sample: mean probabilities over this many views of it."),
+]
+SampledOption = Annotated[
+    int, typer.Option(min=0, help="Keep this many random draws instead of the top k.")
+]
+DrawTemperatureOption = Annotated[float, typer.Option(help="T of the draws, for --sampled.")]
 PrecisionOption = Annotated[
     Precision, typer.Option(help="Of the teacher's arithmetic, by autocast.")
 ]
@@ -113,6 +136,31 @@ def require_classes(model: str | None, dataset: Dataset) -> None:
                     f"{model} was trained on other classes than {dataset.path}: {there!r} there, "
                     f"{here!r} here"
                 )
+
+
+def teacher_and_spec(
+    dataset: Dataset, teacher: str, given: dict[str, Any], device: str, precision: Precision, *,
+    views: int, top_k: str | None, dtype: ValueType, order: Order, average: int, sampled: int,
+    temperature: float,
+) -> tuple[Classifier, TapeSpec]:  # fmt: skip
+    """What precompute records, from its options; `given` are those of the view."""
+    from kdcache import models, precompute
+
+    if sampled and (top_k is not None or average):
+        raise UsageError("--sampled goes without --top-k and --average")
+    k = top_k_of(top_k, len(dataset.classes))
+    if average:
+        order = "sample"
+    view = view_of({"mixup": 0, **given} if order == "sample" else given, dataset)
+    require_classes(teacher, dataset)
+    model = models.load(
+        teacher, "teacher", num_classes=len(dataset.classes), size_px=view.size_px, device=device
+    )
+    model.precision = precision
+    return model, precompute.tape_spec(
+        dataset, model, view, views=views, top_k=k, dtype="uint8" if sampled else dtype,
+        order=order, average=average, draws=sampled, temperature=temperature,
+    )  # fmt: skip
 
 
 def device_of(name: str | None) -> str:

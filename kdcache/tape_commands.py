@@ -15,61 +15,48 @@ import typer
 
 from kdcache.console import (
     AreaOption,
+    AverageOption,
     BatchOption,
     CropOption,
     DataOption,
     DeviceOption,
+    DrawTemperatureOption,
+    DtypeOption,
     FlipOption,
     JsonOption,
     MixupOption,
+    OrderOption,
     PrecisionOption,
+    SampledOption,
     SizeOption,
+    TeacherOption,
+    TopKOption,
     ViewSeedOption,
+    ViewsOption,
     WorkersOption,
     describe,
     device_of,
     err_console,
     given_view,
     progress_bar,
-    require_classes,
     show,
     size_of,
-    top_k_of,
-    view_of,
+    teacher_and_spec,
 )
 from kdcache.errors import UsageError
-from kdcache.spec import Order, ValueType
 
 
 def precompute(
     data: DataOption,
-    teacher: Annotated[str, typer.Option(help="The model that answers.")],
+    teacher: TeacherOption,
     out: Annotated[str, typer.Option(help="The tape to make or finish: a folder, or s3://...")],
-    views: Annotated[int, typer.Option(help="How many views of the data to record.")] = 1,
-    top_k: Annotated[
-        str | None,
-        typer.Option(
-            help="Classes to keep of an answer, or 'all'.  [default: 16, or all if fewer]"
-        ),
-    ] = None,
-    dtype: Annotated[ValueType, typer.Option(help="How a logit is stored.")] = "float16",
-    order: Annotated[
-        Order,
-        typer.Option(
-            help="position: for training on the same views; sample: for training on other views "
-            "than the teacher saw, without mixing."
-        ),
-    ] = "position",
-    average: Annotated[
-        int,
-        typer.Option(
-            min=0, help="One record a sample: mean probabilities over this many views of it."
-        ),
-    ] = 0,
-    sampled: Annotated[
-        int, typer.Option(min=0, help="Keep this many random draws instead of the top k.")
-    ] = 0,
-    temperature: Annotated[float, typer.Option(help="T of the draws, for --sampled.")] = 1.0,
+    views: ViewsOption = 1,
+    top_k: TopKOption = None,
+    dtype: DtypeOption = "float16",
+    order: OrderOption = "position",
+    average: AverageOption = 0,
+    sampled: SampledOption = 0,
+    temperature: DrawTemperatureOption = 1.0,
     view_seed: ViewSeedOption = None,
     size: SizeOption = None,
     crop: CropOption = None,
@@ -91,31 +78,16 @@ def precompute(
 ) -> None:
     """Run the teacher over views of the data and store its answers on a tape."""
     from kdcache import dataset as datasets
-    from kdcache import models
     from kdcache import precompute as recording
     from kdcache.tape import Tape
 
     start = time.perf_counter()
     mine = _part(part)
     dataset = datasets.open_dataset(data)
-    if sampled and (top_k is not None or average):
-        raise UsageError("--sampled goes without --top-k and --average")
-    k = top_k_of(top_k, len(dataset.classes))
-    given = given_view(view_seed, size, crop, min_area, flip, mixup)
-    if average:
-        order = "sample"
-    if order == "sample":
-        given.setdefault("mixup", 0)
-    view = view_of(given, dataset)
-    require_classes(teacher, dataset)
-    model = models.load(
-        teacher, "teacher", num_classes=len(dataset.classes), size_px=view.size_px,
-        device=device_of(device),
-    )  # fmt: skip
-    model.precision = precision
-    spec = recording.tape_spec(
-        dataset, model, view, views=views, top_k=k, dtype="uint8" if sampled else dtype,
-        order=order, average=average, draws=sampled, temperature=temperature,
+    model, spec = teacher_and_spec(
+        dataset, teacher, given_view(view_seed, size, crop, min_area, flip, mixup),
+        device_of(device), precision, views=views, top_k=top_k, dtype=dtype, order=order,
+        average=average, sampled=sampled, temperature=temperature,
     )  # fmt: skip
     rows = spec.views * spec.samples
     try:

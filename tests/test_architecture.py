@@ -20,11 +20,11 @@ RANKS = {
     "spec": 1, "ffcv_import": 1, "loss": 1, "store": 1,
     "codec": 2, "compression": 2, "sources": 2, "views": 2, "models": 2,
     "dataset": 3, "pixels": 3, "sampling": 3, "shards": 3,
-    "loader": 4, "tape": 4,
-    "precompute": 5, "evaluate": 5, "summary": 5, "picture": 5,
+    "loader": 4, "tape": 4, "saved_logits": 4,
+    "precompute": 5, "evaluate": 5, "summary": 5, "picture": 5, "tinyvit": 5,
     "targets": 6, "train": 6, "demo": 6,
-    "console": 7,
-    "tape_commands": 8,
+    "console": 7, "plan": 7,
+    "exchange_commands": 8, "tape_commands": 8,
     "cli": 9,
     "__main__": 10,
 }  # fmt: skip
@@ -38,12 +38,18 @@ OWNERS = {
     "torchvision": {"kdcache/models.py", "kdcache/sources.py"},
     "timm": {"kdcache/models.py"},
     "safetensors": {"kdcache/models.py"},
-    "typer": {"kdcache/cli.py", "kdcache/console.py", "kdcache/tape_commands.py"},
+    "typer": {
+        "kdcache/cli.py", "kdcache/console.py", "kdcache/exchange_commands.py",
+        "kdcache/tape_commands.py",
+    },
     "matplotlib": {"kdcache/picture.py"},
     "sklearn": {"kdcache/sources.py"},
 }
 KERNEL_USERS = {"kdcache/loss.py"}
-LOCAL_IMPORTS_ALLOWED = {"kdcache/cli.py", "kdcache/console.py", "kdcache/tape_commands.py"}
+LOCAL_IMPORTS_ALLOWED = {
+    "kdcache/cli.py", "kdcache/console.py", "kdcache/exchange_commands.py",
+    "kdcache/tape_commands.py",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

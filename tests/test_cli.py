@@ -26,6 +26,11 @@ VIEW = ["--view-seed", "--size", "--crop", "--min-area", "--flip", "--no-flip", 
 MACHINE = ["--batch-size", "--workers", "--device"]
 OPTIONS = {
     "convert": ["--split", "--max-side", "--quality", "--on-error", "--json"],
+    "plan": [
+        "--data", "--teacher", "--views", "--top-k", "--dtype", "--order", "--average",
+        "--sampled", "--temperature", "--out", "--student", "--students", "--epochs",
+        "--precision", *VIEW, *MACHINE, "--json",
+    ],
     "precompute": [
         "--data", "--teacher", "--out", "--views", "--top-k", "--dtype", "--order", "--average",
         "--sampled", "--temperature", "--part", "--precision", *VIEW, *MACHINE, "--json",
@@ -37,6 +42,8 @@ OPTIONS = {
     ],
     "eval": ["--data", "--teacher", "--size", *MACHINE, "--json"],
     "inspect": ["--json"],
+    "export": ["--top-k", "--json"],
+    "import": ["--data", "--average", "--names", "--dtype", "--json"],
     "demo": ["--out", "--epochs"],
     "bench": [],
 }  # fmt: skip

@@ -1,0 +1,254 @@
+"""What a tape will take, before it is made: bytes, objects, hours, and when it pays.
+
+In: data, a teacher, the spec of a tape, perhaps a student. Out: a `Plan`, estimated from some
+seconds of the real thing: loader, teacher, codec and Zarr's pipelines in memory, and the training
+loop itself, with the teacher live and with its answers at hand. With
+
+    V  passes that the teacher makes over N samples: views, or those that are averaged
+    r  seconds to record one view of one sample: load, ask, encode
+    o  seconds of a training step for one sample, online; c the same from a tape
+
+    bytes   = bytes of a record, as packed here * records + seals + metadata
+    record  = V N r                         packing overlaps, and costs only where it takes longer
+    cached  = V N r + students epochs N c
+    online  = students epochs N o           so cached is faster where
+              students * epochs > V r / (o - c)
+
+If loading takes no time, r = o - c, and a tape pays as soon as it is played more often than once:
+students * epochs > V. What stays true: nothing is written. Figures are estimates: a machine that is
+busy now, a disk that is slow later, or more processes change them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdcache import codec, sampling, shards, train
+from kdcache.codec import Records
+from kdcache.dataset import Dataset
+from kdcache.loader import Loader
+from kdcache.models import Classifier
+from kdcache.precompute import answers, record
+from kdcache.records import Batch, Target, TargetSource, TemperedTarget
+from kdcache.shards import Layout
+from kdcache.spec import Mode, TapeSpec
+from kdcache.targets import OnlineTargets
+
+MEASURE_S = 3.0
+WARM_BATCHES = 2  # compile kernels, choose algorithms, fill queues
+AVERAGED = 2  # views that stand for all those of an averaged tape
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What recording takes, for each record; `records` of them were measured.
+
+    seconds   of the teacher's passes, loading and encoding; packed_s of Zarr, which overlaps
+    """
+
+    records: Records
+    seconds: float
+    packed_s: float
+    packed_bytes: float
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Seconds that a training step takes for each sample."""
+
+    online_s: float
+    cached_s: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Estimates for a whole tape: bytes and objects in the store, hours to make it."""
+
+    bytes: int
+    bytes_per_record: float
+    objects: int
+    shards: int
+    hours: float
+    packing_hours: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Hours for some students of some epochs each, the tape's own included in `cached`."""
+
+    students: int
+    cached: float
+    online: float
+
+
+def record_some(
+    dataset: Dataset, teacher: Classifier, spec: TapeSpec, *, batch_size: int, workers: int | None
+) -> Recording:
+    """Record for some seconds, and pack what came of it. Raises what `precompute` does."""
+    assert spec.view is not None
+    asked = replace(spec, average=min(spec.average, AVERAGED))
+    parts, rows, start = [], 0, 0.0
+    with Loader(
+        dataset, spec.view, batch_size, workers=workers, device=teacher.mean.device
+    ) as loader:
+        for batch, (view, rows_B, logits_BC) in enumerate(_passes(loader, teacher, asked)):
+            parts.append(record(logits_BC, asked, view, rows_B))
+            if batch < WARM_BATCHES:
+                start = time.perf_counter()
+                continue
+            rows += len(rows_B)
+            seconds = time.perf_counter() - start
+            if seconds > MEASURE_S:
+                break
+    scale = spec.average / asked.average if spec.average else 1
+    records = Records.concatenate(parts)[: min(spec.samples, Layout.of(spec).shard_rows)]
+    packed_s, packed_bytes = _pack(records, spec)
+    return Recording(records, seconds / rows * scale, packed_s, packed_bytes)
+
+
+def _passes(
+    loader: Loader, teacher: Classifier, spec: TapeSpec
+) -> Iterator[tuple[int, NDArray[np.int64], torch.Tensor]]:
+    """(view, rows, logits) of batch after batch, without end."""
+    for view in itertools.count():
+        for rows_B, logits_BC in answers(loader, teacher, spec, view, np.arange(spec.samples)):
+            yield view, rows_B, logits_BC
+
+
+def _pack(records: Records, spec: TapeSpec) -> tuple[float, float]:
+    """Seconds and bytes that each record takes in Zarr's pipelines, in whole chunks."""
+    layout, rows = Layout.of(spec), len(records)
+    if rows < min(spec.samples, layout.shard_rows):
+        chunk = min(layout.chunk_rows, rows)
+        rows = rows // chunk * chunk
+        layout = Layout(chunk, rows)
+    zarr_json = shards.metadata(replace(spec, views=1, samples=rows), layout, {})
+    for _ in range(2):  # the first warms up
+        start = time.perf_counter()
+        objects = shards.encode(zarr_json, 0, 0, records[:rows])
+    return (time.perf_counter() - start) / rows, sum(map(len, objects.values())) / rows
+
+
+def plan_of(spec: TapeSpec, recording: Recording) -> Plan:
+    """The whole tape, from what some of its records take."""
+    layout, records = Layout.of(spec), spec.views * spec.samples
+    places = spec.views * layout.shards(spec.samples)
+    arrays = len(shards.columns(spec))
+    zarr_json = shards.metadata(spec, layout, {"kdcache": {"spec": spec.to_json()}})
+    seals = places * arrays * shards.SEAL_BYTES
+    size = round(records * recording.packed_bytes) + seals + sum(map(len, zarr_json.values()))
+    packing = records * recording.packed_s / 3600
+    return Plan(
+        size, size / records, places * (arrays + 1) + len(zarr_json), places,
+        max(records * recording.seconds / 3600, packing), packing,
+    )  # fmt: skip
+
+
+def train_some(
+    dataset: Dataset,
+    teacher: Classifier,
+    student: Classifier,
+    spec: TapeSpec,
+    recording: Recording,
+    *,
+    batch_size: int,
+    workers: int | None,
+) -> Steps:
+    """Train the student for some seconds each way. Raises what `train` does."""
+    online = _step_s("online", OnlineTargets(teacher), dataset, student, spec, batch_size, workers)
+    replayed = _Replay(spec, recording.records)
+    cached = _step_s("cached", replayed, dataset, student, spec, batch_size, workers)
+    return Steps(online, cached)
+
+
+def break_even(spec: TapeSpec, recording: Recording, steps: Steps) -> float:
+    """The number of epochs, over all students, from which on a tape is faster; inf for never."""
+    saved_s = steps.online_s - steps.cached_s
+    return spec.views * recording.seconds / saved_s if saved_s > 0 else math.inf
+
+
+def compare(spec: TapeSpec, plan: Plan, steps: Steps, *, students: int, epochs: int) -> Comparison:
+    """Hours of this many students, both ways."""
+    views_h = students * epochs * spec.samples / 3600
+    return Comparison(students, plan.hours + views_h * steps.cached_s, views_h * steps.online_s)
+
+
+def free_bytes(out: str) -> int | None:
+    """Room on the disk where a tape would lie; None for an object store."""
+    if "://" in out:
+        return None
+    folder = Path(out).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+class _Replay:
+    """The measured records as targets, over and over."""
+
+    def __init__(self, spec: TapeSpec, records: Records) -> None:
+        self.spec = spec
+        self.records = records
+
+    def __call__(self, batch: Batch) -> Target | TemperedTarget:
+        spec, records = self.spec, self.records[np.arange(len(batch)) % len(self.records)]
+        device = batch.images_BCHW.device
+        if spec.draws:
+            return sampling.decode(records, spec.draws, spec.temperature, spec.classes).to(device)
+        return codec.decode(records, spec.classes).to(device)
+
+
+class _EnoughError(Exception):
+    """The time to measure is over."""
+
+
+class _Watch:
+    """A `TargetSource` that ends the training it is asked from once it knows a step's time."""
+
+    def __init__(self, targets: TargetSource) -> None:
+        self.targets = targets
+        self.steps = 0
+        self.start = self.seconds = 0.0
+
+    def __call__(self, batch: Batch) -> Target | TemperedTarget:
+        device = batch.images_BCHW.device
+        if self.steps == WARM_BATCHES:
+            _wait(device)
+            self.start = time.perf_counter()
+        elif self.steps > WARM_BATCHES and time.perf_counter() - self.start > MEASURE_S:
+            _wait(device)
+            self.seconds = (time.perf_counter() - self.start) / (self.steps - WARM_BATCHES)
+            raise _EnoughError
+        self.steps += 1
+        return self.targets(batch)
+
+
+def _step_s(
+    mode: Mode, targets: TargetSource, dataset: Dataset, student: Classifier, spec: TapeSpec,
+    batch_size: int, workers: int | None,
+) -> float:  # fmt: skip
+    assert spec.view is not None
+    endless = train.TrainSpec(
+        mode, spec.view, epochs=1 << 30, batch_size=batch_size, temperature=spec.temperature
+    )
+    watch = _Watch(targets)
+    try:
+        train.train(endless, dataset, student, watch, workers=workers)
+    except _EnoughError:
+        return watch.seconds / batch_size
+    raise AssertionError("training has no end")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
