@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from kdcache import codec, sampling, views
 from kdcache.codec import Records
 from kdcache.dataset import Dataset
-from kdcache.errors import NonFinite, UsageError
+from kdcache.errors import NonFinite, TapeMismatch, UsageError
 from kdcache.loader import Loader, pixel_digest
 from kdcache.models import Classifier
 from kdcache.records import Batch
@@ -76,42 +76,71 @@ def precompute(
     part   (i, n): only the i-th of n equal runs of shards, i from 0. Without it, processes that
            work on one tape in a folder share its shards among them as they come.
 
-    Raises NonFinite when the teacher gives NaN or infinity, and what `Tape` and `Loader` raise.
+    A shard's bytes depend on the batch size and on what the teacher's arithmetic depends on (the
+    device, torch, its number of threads, so OMP_NUM_THREADS, which torchrun sets to 1), not on who
+    computes it, when, or after what: where these are equal, any division of the work gives equal
+    bytes. Raises NonFinite when the teacher gives NaN or infinity, and what `Tape` and `Loader` do.
     """
     assert spec.view is not None
+    i, n = part
+    if not 0 <= i < n:
+        raise UsageError(f"part must be from 1/{n} to {n}/{n}, not {i + 1}/{n}")
     device = teacher.mean.device
     pixels = pixel_digest(dataset, spec.view)
     tape = Tape.create(out, spec, _info(dataset, teacher, batch_size), pixels)
-    mine = set(_part(tape.places(), *part))
+    _require_precision(tape, teacher)
+    places = tape.places()
+    mine = set(places[len(places) * i // n : len(places) * (i + 1) // n])
     loader = Loader(dataset, spec.view, batch_size, workers=workers, device=device)
-    with loader, ThreadPoolExecutor(1, "kdcache-writer") as writer:
-        while todo := [place for place in tape.missing() if place in mine]:
-            rows = sum(tape.rows(s) for _, s in mine) - sum(tape.rows(s) for _, s in todo)
-            progress(rows)
-            writing: Future[None] | None = None
-            for view, shard in todo:
-                if not tape.claim(view, shard):
-                    continue
-                if tape.has(view, shard):  # another process was faster
-                    tape.release(view, shard)
-                    continue
-                parts: list[Records] = []
-                places = np.arange(*tape.shard_range(shard))
-                for rows_B, logits_BC in answers(loader, teacher, spec, view, places):
-                    parts.append(record(logits_BC, spec, view, rows_B))
-                    rows += len(rows_B)
-                    progress(rows)
-                if writing is not None:
-                    writing.result()
-                writing = writer.submit(_write, tape, view, shard, Records.concatenate(parts))
-            if writing is not None:
-                writing.result()
-            else:
-                time.sleep(WAIT_S)  # what is left is in the hands of others, who may fail
-    progress(sum(tape.rows(s) for _, s in mine))
-    if part == (0, 1):
-        tape.store.forget_claims()
+    whole = False
+    try:
+        with loader, ThreadPoolExecutor(1, "kdcache-writer") as writer:
+            while True:
+                missing = tape.missing()
+                todo = [place for place in missing if place in mine]
+                done = sum(tape.rows(s) for _, s in mine) - sum(tape.rows(s) for _, s in todo)
+                progress(done)
+                if not todo:
+                    break
+                if _record(loader, teacher, tape, todo, writer, done, progress) == done:
+                    time.sleep(WAIT_S)  # what is left is in the hands of others, who may fail
+        whole = not missing
+    finally:
+        tape.store.forget_claims(whole)
     return tape
+
+
+def _record(
+    loader: Loader,
+    teacher: Classifier,
+    tape: Tape,
+    places: list[tuple[int, int]],
+    writer: ThreadPoolExecutor,
+    rows: int,
+    progress: Progress,
+) -> int:
+    """Compute what others do not hold, writing one shard as the next runs; `rows` done by then."""
+    writing: Future[None] | None = None
+    for view, shard in places:
+        if not tape.claim(view, shard):
+            continue
+        if tape.has(view, shard):  # another process was faster
+            tape.release(view, shard)
+            continue
+        parts: list[Records] = []
+        positions = np.arange(*tape.shard_range(shard))
+        for rows_B, logits_BC in answers(loader, teacher, tape.spec, view, positions):
+            parts.append(record(logits_BC, tape.spec, view, rows_B))
+            rows += len(rows_B)
+            progress(rows)
+            if writing is not None and writing.done():
+                writing.result()  # a write that failed ends the work at once
+        if writing is not None:
+            writing.result()
+        writing = writer.submit(_write, tape, view, shard, Records.concatenate(parts))
+    if writing is not None:
+        writing.result()
+    return rows
 
 
 def _write(tape: Tape, view: int, shard: int, records: Records) -> None:
@@ -119,10 +148,14 @@ def _write(tape: Tape, view: int, shard: int, records: Records) -> None:
     tape.release(view, shard)
 
 
-def _part(places: list[tuple[int, int]], i: int, n: int) -> list[tuple[int, int]]:
-    if not 0 <= i < n:
-        raise UsageError(f"part must be from 1/{n} to {n}/{n}, not {i + 1}/{n}")
-    return places[len(places) * i // n : len(places) * (i + 1) // n]
+def _require_precision(tape: Tape, teacher: Classifier) -> None:
+    """The teacher's fingerprint is of its weights alone."""
+    found = tape.info.get("precision", teacher.precision)
+    if found != teacher.precision:
+        raise TapeMismatch(
+            f"{tape.url} holds another tape (precision: {teacher.precision} here, {found} there): "
+            "choose another path, or the same options"
+        )
 
 
 def answers(

@@ -15,6 +15,7 @@ The format is in docs/tape-format.md. Cost: reading in order reads and hashes ea
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -80,13 +81,12 @@ class Tape:
         """
         store = open_store(url)
         if store.read(GROUP) is None:
-            if store.sizes() or Path(store.url).is_file():
+            objects = _manifest(spec, Layout.of(spec), info, pixels)
+            # What a killed creation left, or another process is creating, is no obstacle.
+            foreign = store.sizes().keys() - objects.keys() or Path(store.url).is_file()
+            if foreign and store.read(GROUP) is None:
                 raise UsageError(f"{store.url} exists and is not a tape; choose another path")
-            try:
-                store.create(_manifest(spec, Layout.of(spec), info, pixels), last=GROUP)
-            except StorageError:
-                if store.read(GROUP) is None:  # else another process was faster
-                    raise
+            store.create(objects, last=GROUP)
         tape = Tape.open(url)
         tape.require(spec)
         tape.require_pixels(pixels)
@@ -192,9 +192,10 @@ class Tape:
                 self.store.write(shards.key(name, view, shard), data)
             self.store.write(shards.key("seals", view, shard), seal)
         except StorageError as error:
-            self.discard(view, shard)
+            with contextlib.suppress(StorageError):
+                self.discard(view, shard)
             raise StorageError(
-                f"view {view} shard {shard}: {error}; make room and run the same command again, "
+                f"view {view} shard {shard}: {error}; mend that and run the same command again, "
                 "finished shards are kept"
             ) from error
 

@@ -488,7 +488,7 @@ def test_a_full_disk_while_recording(
         patch.setattr(stores, "_write_file", full)
         bench.refused(
             *bench.precompute(),
-            words=("view 0 shard 0: cannot write", "make room and run the same command again"),
+            words=("view 0 shard 0: cannot write", "mend that and run the same command again"),
         )
     assert bench.command(*bench.precompute()).code == 0
     assert Tape.open(bench.folder / "new.zarr").missing() == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
 from dataclasses import replace
@@ -66,6 +65,10 @@ def read_all(path: Path) -> list[Records]:
     for part in records:
         codec.decode(part, found.spec.classes)
     return records
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
 
 
 def shard_files(path: Path) -> list[Path]:
@@ -139,11 +142,18 @@ def test_a_tape_is_made_in_folders_that_do_not_exist_yet(tmp_path: Path) -> None
 
 
 def test_what_a_killed_creation_left_does_not_matter(tmp_path: Path) -> None:
-    partial = tmp_path / f"t.partial-{os.getpid()}"
-    (partial / "logits").mkdir(parents=True)
-    (partial / "logits" / "zarr.json").write_text("{")
-    assert Tape.create(tmp_path / "t", SPEC, {}).spec == SPEC
-    assert not partial.exists()
+    """Whichever files it had come to."""
+    Tape.create(tmp_path / "whole", SPEC, {})
+    names = sorted(stores.FolderStore(tmp_path / "whole").sizes())
+    for count in range(len(names) - 1):
+        left = tmp_path / str(count)
+        for name in names[:count]:
+            (left / name).parent.mkdir(parents=True)
+            (left / name).write_text("{")
+        (left / "zarr.json.partial").write_text("{") if count else left.mkdir()
+        (left / ".creating").touch()
+        assert Tape.create(left, SPEC, {}).spec == SPEC
+        assert contents(left) == contents(tmp_path / "whole")
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -414,7 +424,7 @@ def test_a_full_disk_leaves_no_part_of_a_shard(
     records = codec.encode(logits[0], 4, "float16")
     with monkeypatch.context() as patch:
         patch.setattr(stores, "_write_file", full)
-        with pytest.raises(StorageError, match=r"view 0 shard 0: .*No space left on device; make"):
+        with pytest.raises(StorageError, match=r"view 0 shard 0: .*No space left on device; mend"):
             made.write(0, 0, records)
     assert shard_files(tmp_path / "t") == []
     made.write(0, 0, records)
