@@ -21,9 +21,11 @@ busy now, a disk that is slow later, or more processes change them.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import shutil
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -41,10 +43,12 @@ from kdcache.models import Classifier
 from kdcache.precompute import answers, record
 from kdcache.records import Batch, Target, TargetSource, TemperedTarget
 from kdcache.shards import Layout
-from kdcache.spec import Mode, TapeSpec
+from kdcache.spec import TapeSpec
 from kdcache.targets import OnlineTargets
 
-MEASURE_S = 3.0
+# A busy machine is busy in bursts: a rate is the median of some blocks, and what is compared takes
+# turns, block by block.
+BLOCKS, BLOCK_S = 5, 0.6
 WARM_BATCHES = 2  # compile kernels, choose algorithms, fill queues
 AVERAGED = 2  # views that stand for all those of an averaged tape
 
@@ -97,23 +101,23 @@ def record_some(
     """Record for some seconds, and pack what came of it. Raises what `precompute` does."""
     assert spec.view is not None
     asked = replace(spec, average=min(spec.average, AVERAGED))
-    parts, rows, start = [], 0, 0.0
+    parts, rates, rows, start = [], [], 0, 0.0
     with Loader(
         dataset, spec.view, batch_size, workers=workers, device=teacher.mean.device
     ) as loader:
-        for batch, (view, rows_B, logits_BC) in enumerate(_passes(loader, teacher, asked)):
+        for batch, (view, rows_B, logits_BC) in enumerate(_passes(loader, teacher, asked), 1):
             parts.append(record(logits_BC, asked, view, rows_B))
-            if batch < WARM_BATCHES:
-                start = time.perf_counter()
-                continue
             rows += len(rows_B)
             seconds = time.perf_counter() - start
-            if seconds > MEASURE_S:
+            if batch == WARM_BATCHES or (batch > WARM_BATCHES and seconds > BLOCK_S):
+                rates += [seconds / rows] * (batch > WARM_BATCHES)
+                rows, start = 0, time.perf_counter()
+            if len(rates) == BLOCKS:
                 break
     scale = spec.average / asked.average if spec.average else 1
     records = Records.concatenate(parts)[: min(spec.samples, Layout.of(spec).shard_rows)]
     packed_s, packed_bytes = _pack(records, spec)
-    return Recording(records, seconds / rows * scale, packed_s, packed_bytes)
+    return Recording(records, statistics.median(rates) * scale, packed_s, packed_bytes)
 
 
 def _passes(
@@ -165,9 +169,14 @@ def train_some(
     workers: int | None,
 ) -> Steps:
     """Train the student for some seconds each way. Raises what `train` does."""
-    online = _step_s("online", OnlineTargets(teacher), dataset, student, spec, batch_size, workers)
-    replayed = _Replay(spec, recording.records)
-    cached = _step_s("cached", replayed, dataset, student, spec, batch_size, workers)
+    assert spec.view is not None
+    endless = train.TrainSpec(
+        "cached", spec.view, epochs=1 << 30, batch_size=batch_size, temperature=spec.temperature
+    )
+    turns = _Turns(OnlineTargets(teacher), _Replay(spec, recording.records))
+    with contextlib.suppress(_EnoughError):
+        train.train(endless, dataset, student, turns, workers=workers)
+    online, cached = (statistics.median(times) / batch_size for times in turns.step_s)
     return Steps(online, cached)
 
 
@@ -212,41 +221,32 @@ class _EnoughError(Exception):
     """The time to measure is over."""
 
 
-class _Watch:
-    """A `TargetSource` that ends the training it is asked from once it knows a step's time."""
+class _Turns:
+    """A `TargetSource` that is one and the other in turns, and ends the training that asks it.
 
-    def __init__(self, targets: TargetSource) -> None:
-        self.targets = targets
-        self.steps = 0
-        self.start = self.seconds = 0.0
+    step_s   of each, the seconds of a whole step: the mean of each block
+    """
+
+    def __init__(self, *sources: TargetSource) -> None:
+        self.sources = sources
+        self.step_s: tuple[list[float], ...] = tuple([] for _ in sources)
+        self.turn = self.steps = 0
+        self.start = time.perf_counter()
 
     def __call__(self, batch: Batch) -> Target | TemperedTarget:
         device = batch.images_BCHW.device
-        if self.steps == WARM_BATCHES:
+        warm = self.turn < len(self.sources)  # the first block of each
+        enough = self.steps >= WARM_BATCHES if warm else self.steps > 0
+        if enough and (warm or time.perf_counter() - self.start > BLOCK_S):
             _wait(device)
-            self.start = time.perf_counter()
-        elif self.steps > WARM_BATCHES and time.perf_counter() - self.start > MEASURE_S:
-            _wait(device)
-            self.seconds = (time.perf_counter() - self.start) / (self.steps - WARM_BATCHES)
-            raise _EnoughError
+            if not warm:
+                seconds = (time.perf_counter() - self.start) / self.steps
+                self.step_s[self.turn % len(self.sources)].append(seconds)
+            if self.turn + 1 == (BLOCKS + 1) * len(self.sources):
+                raise _EnoughError
+            self.turn, self.steps, self.start = self.turn + 1, 0, time.perf_counter()
         self.steps += 1
-        return self.targets(batch)
-
-
-def _step_s(
-    mode: Mode, targets: TargetSource, dataset: Dataset, student: Classifier, spec: TapeSpec,
-    batch_size: int, workers: int | None,
-) -> float:  # fmt: skip
-    assert spec.view is not None
-    endless = train.TrainSpec(
-        mode, spec.view, epochs=1 << 30, batch_size=batch_size, temperature=spec.temperature
-    )
-    watch = _Watch(targets)
-    try:
-        train.train(endless, dataset, student, watch, workers=workers)
-    except _EnoughError:
-        return watch.seconds / batch_size
-    raise AssertionError("training has no end")
+        return self.sources[self.turn % len(self.sources)](batch)
 
 
 def _wait(device: torch.device) -> None:
