@@ -6,6 +6,7 @@ target to the bit when the tape keeps all of them as float32.
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -35,6 +36,8 @@ class OnlineTargets:
 class CachedTargets:
     """Reads a tape in position order. A thread reads ahead by one shard.
 
+    waited_s   seconds that batches have waited for the disk or the store so far
+
     Raises TapeMismatch unless the tape was made of this view spec and of the data with this
     fingerprint, TapeIncomplete when it lacks a shard.
     """
@@ -45,6 +48,7 @@ class CachedTargets:
         tape.require_plays(fingerprint, view)
         tape.require_complete()
         self.tape = tape
+        self.waited_s = 0.0
         self._shards: dict[tuple[int, int], Future[Records]] = {}
         self._reader = ThreadPoolExecutor(1, "kdcache-tape")
         # The first read overlaps with whatever comes before the first batch.
@@ -57,10 +61,10 @@ class CachedTargets:
         wanted = [(batch.view, int(s)) for s in np.unique(numbers)]
         keys = [*wanted, self._after(wanted[-1])]
         self._shards = {key: self._shards.get(key) or self._start(key) for key in keys}
-        parts = [
-            self._shards[view, s].result()[batch.positions_B[numbers == s] - s * rows]
-            for view, s in wanted
-        ]
+        start = time.perf_counter()
+        found = {s: self._shards[view, s].result() for view, s in wanted}
+        self.waited_s += time.perf_counter() - start
+        parts = [found[s][batch.positions_B[numbers == s] - s * rows] for _, s in wanted]
         records = Records.concatenate(parts)
         if (np.diff(numbers) < 0).any():
             records = records[np.argsort(np.argsort(numbers, kind="stable"))]

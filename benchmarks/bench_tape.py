@@ -1,0 +1,282 @@
+"""The tape at work: views streamed, memory as it grows, what training waits, what writing costs.
+
+    python -m benchmarks.bench_tape [--rounds 5] [--save]
+
+stream   records of a tape of C = 1000, k = 10 (1 million views, page cache warm) to targets, as
+         training reads them: sealed, decoded, one shard read ahead. Beside it the same arrays by
+         plain Zarr, unsealed and not made targets, and TinyViT's layout record by record, as its
+         reader seeks and reads, with the tail spread over a dense row.
+memory   peak resident memory of a process that streams tapes of 10^5, 10^6 and 10^7 views, above
+         that of one that has opened a tape and read nothing.
+wait     one epoch of a student (kdcache:small) from a tape in training: the share of its time in
+         which it waits for a shard, and that of all that the tape costs it.
+write    precompute by a teacher (kdcache:medium, 1000 classes, k = 10) with and without storing
+         what it says: encoded, compressed, sealed and fsynced in a thread beside the teacher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import zarr
+
+from benchmarks import harness
+from benchmarks.layouts import TinyViT
+from kdcache import codec, models, precompute, targets
+from kdcache import dataset as datasets
+from kdcache.codec import Records
+from kdcache.dataset import Dataset
+from kdcache.records import Batch, Target, TemperedTarget
+from kdcache.sources import Source, open_source
+from kdcache.spec import TapeSpec, ValueType, ViewSpec
+from kdcache.tape import Tape
+from kdcache.train import TrainSpec, train
+
+CLASSES, K, BATCH = 1000, 10, 256
+VIEW = ViewSpec(28, min_area=0.3, mixup=1.0)
+DISTINCT = 65_536  # records are made once and written again and again
+TINYVIT_ROWS = 20_000
+TAPE_BARS = {"stream": 3e6, "wait": 0.01, "write": 0.03}
+
+
+def logits(rows: int, classes: int) -> torch.Tensor:
+    """Like a classifier's: a few classes stand out, and which ones go together."""
+    g = torch.Generator().manual_seed(0)
+    factors = torch.randn(rows, 32, generator=g)
+    return factors @ torch.randn(32, classes, generator=g) * 0.5
+
+
+def make_tape(path: Path, rows: int, dtype: ValueType) -> Tape:
+    spec = TapeSpec(1, rows, CLASSES, K, dtype, "0" * 16, "0" * 16, VIEW)
+    tape = Tape.create(path, spec, {"teacher": "synthetic"})
+    some = codec.encode(logits(DISTINCT, CLASSES), K, dtype)
+    for view, shard in tape.missing():
+        count = tape.rows(shard)
+        tape.write(view, shard, Records.concatenate([some] * (count // DISTINCT + 1))[:count])
+    return tape
+
+
+def stream(tape: Tape) -> int:
+    """Every record as a target, a shard read ahead."""
+    rows = 0
+    with ThreadPoolExecutor(1) as reader:
+        ahead = None
+        for place in [*tape.places(), None]:
+            future = reader.submit(tape.read_shard, *place) if place else None
+            if ahead is not None:
+                target = tape.decode(ahead.result())
+                assert isinstance(target, Target)
+                rows += len(target.logits_BK)
+            ahead = future
+    return rows
+
+
+def plain_zarr(tape: Tape) -> int:
+    group = zarr.open_group(tape.url, mode="r")
+    names = ("logits", "classes", "tail")
+    rows = tape.layout.shard_rows
+    for start in range(0, tape.spec.samples, rows):
+        for name in names:
+            array = group[name]
+            assert isinstance(array, zarr.Array)
+            np.asarray(array[0, start : start + rows])
+    return tape.spec.samples
+
+
+def tinyvit(path: Path, rows: int) -> Callable[[], int]:
+    """Seek and read a record at a time, then a dense row with an even tail."""
+    layout = TinyViT()
+    packed = layout.pack(logits(rows, CLASSES), K)
+    path.write_bytes(packed.tobytes())
+    size = packed.shape[1]
+
+    def run() -> int:
+        with path.open("rb") as file:
+            for start in range(0, rows, BATCH):
+                batch = []
+                for row in range(start, min(start + BATCH, rows)):
+                    file.seek(row * size)
+                    batch.append(np.frombuffer(file.read(size), np.uint8))
+                named = layout.unpack(np.stack(batch), K, CLASSES)
+                p = named.log_p_BK.exp()
+                even = (1 - p.sum(1, keepdim=True)) / (CLASSES - K)
+                even.expand(-1, CLASSES).scatter(1, named.classes_BK, p)
+        return rows
+
+    return run
+
+
+def bench_stream(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    rows = 1_000_000
+    dtypes: tuple[ValueType, ...] = ("uint8", "float16")
+    tapes = {dtype: make_tape(folder / dtype, rows, dtype) for dtype in dtypes}
+    contestants: dict[str, Callable[[], int]] = {
+        f"kdcache, {dtype}": partial(stream, tape) for dtype, tape in tapes.items()
+    }
+    contestants["plain Zarr, uint8"] = lambda: plain_zarr(tapes["uint8"])
+    contestants["TinyViT's layout, record by record"] = tinyvit(folder / "v.bin", TINYVIT_ROWS)
+    samples = harness.interleave(contestants, rounds)
+    lines: list[dict[str, Any]] = [
+        {"case": name, **found.quantiles()} for name, found in samples.items()
+    ]
+    for dtype, tape in tapes.items():
+        p50 = samples[f"kdcache, {dtype}"].quantiles()["p50"]
+        lines.append({"case": f"views/s, {dtype}", "ratio": p50 / 1e6, "unit": "million",
+                      "bar": 3, "met": p50 >= TAPE_BARS["stream"]})  # fmt: skip
+        lines.append({"case": f"bytes a view on disk, {dtype}",
+                      "ratio": tape.stored_bytes() / rows, "unit": "bytes"})  # fmt: skip
+    for other in ("plain Zarr, uint8", "TinyViT's layout, record by record"):
+        value = harness.ratio(samples, "kdcache, uint8", other)
+        lines.append({"case": f"kdcache, uint8 / {other}", "ratio": value, "unit": "times"})
+    return lines
+
+
+READ = """
+import sys
+from benchmarks.bench_tape import peak_bytes, stream
+from kdcache.tape import Tape
+tape = Tape.open(sys.argv[1])
+if sys.argv[2] == "all":
+    stream(tape)
+print(peak_bytes())
+"""
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def bench_memory(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    lines = []
+    for rows in (100_000, 1_000_000, 10_000_000):
+        tape = make_tape(folder / f"m{rows}", rows, "uint8")
+        peaks = {}
+        for how in ("nothing", "all"):
+            done = subprocess.run(
+                [sys.executable, "-c", READ, tape.url, how], capture_output=True, text=True,
+                check=True, cwd=Path(__file__).parents[1],
+            )  # fmt: skip
+            peaks[how] = int(done.stdout)
+        lines.append({"views": rows, "tape_mb": tape.stored_bytes() / 1e6,
+                      "opened_mb": peaks["nothing"] / 1e6,
+                      "streamed_mb": peaks["all"] / 1e6,
+                      "above_mb": (peaks["all"] - peaks["nothing"]) / 1e6})  # fmt: skip
+    return lines
+
+
+def dataset_of(samples: int, classes: int, folder: Path) -> Dataset:
+    """Fashion-MNIST, said to have this many classes."""
+    whole = open_source("fashion-mnist", "train")
+    names = tuple(f"class {i:04}" for i in range(classes))
+    part = Source(names, whole.images[:samples], whole.labels[:samples])
+    return datasets.convert(part, folder / f"{samples}-{classes}.beton")[0]
+
+
+class Clocked:
+    """A target source and the seconds spent in it."""
+
+    def __init__(self, inner: targets.CachedTargets) -> None:
+        self.inner = inner
+        self.seconds = 0.0
+
+    def __call__(self, batch: Batch) -> Target | TemperedTarget:
+        start = time.perf_counter()
+        target = self.inner(batch)
+        self.seconds += time.perf_counter() - start
+        return target
+
+
+def bench_wait(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    samples = 30_000
+    data = dataset_of(samples, CLASSES, folder)
+    spec = TapeSpec(2, samples, CLASSES, K, "uint8", data.fingerprint, "0" * 16, VIEW)
+    tape = Tape.create(folder / "wait", spec, {"teacher": "synthetic"})
+    some = codec.encode(logits(samples, CLASSES), K, "uint8")
+    for view, shard in tape.missing():
+        tape.write(view, shard, some[slice(*tape.shard_range(shard))])
+    shares = []
+    for _ in range(rounds):
+        student = models.load("kdcache:small", "student", num_classes=CLASSES, size_px=28)
+        clocked = Clocked(targets.CachedTargets(tape, data.fingerprint, VIEW))
+        start = time.perf_counter()
+        train(TrainSpec("cached", VIEW, 2, BATCH, views=2), data, student, clocked)
+        seconds = time.perf_counter() - start
+        shares.append((clocked.inner.waited_s / seconds, clocked.seconds / seconds))
+    wait, whole = np.median(np.array(shares), 0)
+    return [
+        {"case": "share of training that waits for a shard", "ratio": float(wait), "unit": "of 1",
+         "bar": TAPE_BARS["wait"], "met": bool(wait < TAPE_BARS["wait"])},
+        {"case": "share of training that targets take in all", "ratio": float(whole),
+         "unit": "of 1"},
+    ]  # fmt: skip
+
+
+def bench_write(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    data = dataset_of(10_000, CLASSES, folder)
+    teacher = models.load("kdcache:medium", "student", num_classes=CLASSES, size_px=28)
+    teacher.eval().requires_grad_(False)
+    spec = precompute.tape_spec(data, teacher, VIEW, views=1, top_k=K, dtype="uint8")
+    numbers = itertools.count()
+
+    def record() -> int:
+        precompute.precompute(data, teacher, spec, folder / f"w{next(numbers)}")
+        return len(data)
+
+    def discard() -> int:
+        """All that precompute does but to encode and store: the shards are said to be there."""
+        written: set[tuple[int, int]] = set()
+
+        def note(tape: Tape, view: int, shard: int, records: Records) -> None:
+            written.add((view, shard))
+
+        def missing(tape: Tape) -> list[tuple[int, int]]:
+            return [place for place in tape.places() if place not in written]
+
+        with mock.patch.multiple(Tape, write=note, missing=missing), mock.patch.object(
+            precompute.codec, "encode", lambda z, k, dtype: Records(logits=np.empty((len(z), 1)))
+        ):
+            return record()
+
+    samples = harness.interleave({"stored": record, "not stored": discard}, rounds)
+    cost = 1 - harness.ratio(samples, "stored", "not stored")
+    lines: list[dict[str, Any]] = [{"case": n, **s.quantiles()} for n, s in samples.items()]
+    lines.append({"case": "share of precompute that encoding and storing take", "ratio": cost,
+                  "unit": "of 1", "bar": TAPE_BARS["write"],
+                  "met": cost < TAPE_BARS["write"]})  # fmt: skip
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--save", action="store_true", help="keep the result lines")
+    parser.add_argument("--only", action="append", choices=("stream", "memory", "wait", "write"))
+    args = parser.parse_args()
+    if args.save:
+        harness.start_results("tape")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parts: dict[str, Callable[[Path, int], list[dict[str, Any]]]] = {
+            "stream": bench_stream, "memory": bench_memory, "wait": bench_wait,
+            "write": bench_write,
+        }  # fmt: skip
+        for title in args.only or parts:
+            harness.report("tape", title, parts[title](folder, args.rounds), args.save)
+
+
+if __name__ == "__main__":
+    main()
