@@ -200,9 +200,10 @@ def bars(lines: list[Line]) -> list[Line]:
 
 
 def speeds(teacher: Teacher, rounds: int, k: int = 10) -> list[Line]:
-    """Records a second from logits to bytes and back, in this process; logits come in batches."""
+    """Records a second from logits to bytes and back, logits in batches, torch on one thread."""
+    torch.set_num_threads(1)
     z, classes = teacher.logits_BC, teacher.classes
-    batches = z.split(256)
+    batches = torch.split(z, 256)
     contestants: dict[str, Callable[[], int]] = {}
 
     def add(name: str, step: Callable[..., object], *inputs: object) -> None:

@@ -30,12 +30,12 @@ def saved() -> list[Line]:
 
 
 def tables(lines: list[Line]) -> str:
+    points = [x for x in lines if "layout" in x]
     parts = [_passport(lines)]
-    parts += ["### Bars", _bars([x for x in lines if "tinyvit_bytes" in x])]
+    parts += ["### Bars", _bars([x for x in lines if "tinyvit_bytes" in x], points)]
     parts += [f"### {title}\n\n![{title}](tape_codec_{kind}.svg)" for kind, title in KINDS.items()]
     parts += ["### Speed", _speeds([x for x in lines if "p50" in x])]
     parts.append("### Every point")
-    points = [x for x in lines if "layout" in x]
     for name in dict.fromkeys(x["set"] for x in points):
         parts.append(_points([x for x in points if x["set"] == name]))
     return "\n\n".join(parts)
@@ -55,18 +55,22 @@ def _passport(lines: list[Line]) -> str:
     return "\n".join([where, "", *sets])
 
 
-def _bars(bars: list[Line]) -> str:
+def _bars(bars: list[Line], points: list[Line]) -> str:
     """A row for each point of TinyViT's."""
     heads = [f"{kind}, T = {t}" for kind in KINDS for t in TEMPERATURES[1:]]
+    shares = "our share of them, T = 1 | of them after zstd"
     rows = [
-        "| set | TinyViT's k | its bytes | our share of them, T = 1 | " + " | ".join(heads) + " |",
-        "| --- |" + " ---: |" * (3 + len(heads)),
+        f"| set | TinyViT's k | its bytes | {shares} | " + " | ".join(heads) + " |",
+        "| --- |" + " ---: |" * (4 + len(heads)),
     ]
+    zstd = {(x["set"], x["k"]): x["zstd_bytes"] for x in points if x["layout"] == "TinyViT"}
     for name, k in dict.fromkeys((x["set"], x["k"]) for x in bars):
         at = {f"{x['T']:g}": x for x in bars if (x["set"], x["k"]) == (name, k)}
-        cells = [_bar(at["1"], "full")]
+        size, share = at["1"]["tinyvit_bytes"], at["1"]["full"]
+        packed = "out of reach" if share is None else cell(share * size / zstd[name, k])
+        cells = [_bar(at["1"], "full"), packed]
         cells += [_bar(at[t], kind) for kind in KINDS for t in TEMPERATURES[1:]]
-        rows.append(f"| {name} | {k} | {at['1']['tinyvit_bytes']:g} | " + " | ".join(cells) + " |")
+        rows.append(f"| {name} | {k} | {size:g} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
@@ -78,7 +82,7 @@ def _bar(line: Line, kind: str) -> str:
 def _speeds(lines: list[Line]) -> str:
     first = lines[0]
     rows = [
-        f"Million records a second in one process, {first['set']}, k = {first['k']}.", "",
+        f"Million records a second, one thread of torch, {first['set']}, k = {first['k']}.", "",
         "| step | p50 | p20 to p80 |", "| --- | ---: | ---: |",
     ]  # fmt: skip
     for x in lines:

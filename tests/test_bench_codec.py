@@ -45,7 +45,7 @@ def test_layouts_have_their_documented_size_and_come_back(name: str, logits: tor
         error = (named.log_p_BK - truth).abs()
         assert error[:, 0].max() < 0.01
         # float16 probabilities below 2^-14 lose digits; the budget's fit has three terms.
-        assert error[truth > -8].mean() < (0.3 if "budget" in name else 0.02)
+        assert error[truth > -8].mean() < (0.3 if "budget" in name else 0.1)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -99,7 +99,7 @@ def test_lines_of_a_small_teacher_have_what_page_and_bars_need(
     bars = bench_codec.bars(lines)
     assert len(bars) == len(bench_codec.K) * len(bench_codec.TEMPERATURES)
     assert "| TinyViT | 10 | 44.0 |" in codec_report._points(lines)
-    assert "| toy | 10 | 44 |" in codec_report._bars(bars)
+    assert "| toy | 10 | 44 |" in codec_report._bars(bars, lines)
     eight = {x["k"]: x for x in lines if x["layout"] == "kdcache, 8 bit"}
     assert eight["all"]["full_1"] < 1e-3
     assert eight[64]["full_2"] < eight[10]["full_2"]
