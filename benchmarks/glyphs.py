@@ -2,16 +2,17 @@
 
     python -m benchmarks.glyphs FOLDER [--threads 2]      about 20 minutes of 2 CPU cores
 
-Needs Japanese fonts, as many typefaces as there are; of Debian's packages we took
+Needs Japanese fonts, as many typefaces as there are. From Debian 12 we took
 
     apt-get install --no-install-recommends fonts-noto-cjk fonts-ipaexfont-gothic \\
-        fonts-ipaexfont-mincho fonts-takao-gothic fonts-takao-mincho fonts-vlgothic \\
-        fonts-horai-umefont fonts-kiloji fonts-konatu fonts-migmix fonts-monapo \\
-        fonts-motoya-l-cedar fonts-motoya-l-maruberi fonts-morisawa-bizud-gothic \\
+        fonts-ipaexfont-mincho fonts-ipamj-mincho fonts-takao-gothic fonts-takao-mincho \\
+        fonts-vlgothic fonts-horai-umefont fonts-umeplus fonts-kiloji fonts-konatu fonts-migmix \\
+        fonts-monapo fonts-motoya-l-cedar fonts-motoya-l-maruberi fonts-morisawa-bizud-gothic \\
         fonts-morisawa-bizud-mincho fonts-sawarabi-gothic fonts-seto fonts-yozvox-yozfont \\
-        fonts-klee fonts-reggae fonts-dotgothic16 fonts-wqy-zenhei fonts-wqy-microhei \\
-        fonts-droid-fallback fonts-lxgw-wenkai fonts-umeplus fonts-hanazono fonts-train \\
-        fonts-aoyagi-kouzan-t fonts-ipamj-mincho fonts-kouzan-mouhitsu fonts-rocknroll
+        fonts-klee fonts-reggae fonts-rocknroll fonts-rampart fonts-stick fonts-train \\
+        fonts-yusei-magic fonts-dotgothic16 fonts-misaki fonts-hanazono fonts-aoyagi-kouzan-t \\
+        fonts-kouzan-mouhitsu fonts-lxgw-wenkai fonts-wqy-zenhei fonts-wqy-microhei \\
+        fonts-droid-fallback
 
 Two sets: "kana", the 169 hiragana and katakana, and "kanji", 1000 of the 2965 of JIS level 1, each
 in every typeface that has them all, once a typeface and copy, with its own size, tilt, place, ink
