@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcache import __version__, exchange_commands, tape_commands
+from kdcache import __version__, exchange_commands, inspect_commands, tape_commands
 from kdcache.console import (
     AreaOption,
     BatchOption,
@@ -259,7 +259,8 @@ def eval_command(
         show({"model": model, "samples": result.samples, **_percentages(result)}, False)
 
 
-app.command()(tape_commands.inspect)
+app.command()(inspect_commands.inspect)
+app.command()(inspect_commands.verify)
 app.command()(exchange_commands.export)
 app.command("import")(exchange_commands.import_tape)
 

@@ -6,7 +6,9 @@ Heavy modules are imported in the functions that use them, as in the commands.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 out_console = Console(highlight=False)
 err_console = Console(stderr=True, highlight=False)
+PATIENCE_S = 3.0
 
 DataOption = Annotated[Path, typer.Option("--data", help="The .beton file to read.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
@@ -163,11 +166,25 @@ def teacher_and_spec(
     )  # fmt: skip
 
 
+def rank() -> tuple[int, int]:
+    """The number of this process, and of how many, where torchrun started it; else (0, 1)."""
+    found = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if None in found:
+        return 0, 1
+    try:
+        return int(str(found[0])), int(str(found[1]))
+    except ValueError:
+        raise UsageError(f"RANK and WORLD_SIZE must be numbers, not {found}") from None
+
+
 def device_of(name: str | None) -> str:
+    """Checked to work; the processes that torchrun starts on a machine share its GPUs out."""
     import torch
 
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available() and rank() != (0, 1):
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError) as error:
@@ -201,9 +218,51 @@ def show(answer: dict[str, Any], as_json: bool) -> None:
     out_console.print(table)
 
 
+def show_table(rows: list[list[str]]) -> None:
+    """Text in columns under its first row; only the first column wraps."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    for number, heading in enumerate(rows[0]):
+        table.add_column(heading, no_wrap=number > 0)
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
+    out_console.print(table)
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Any) -> Text:
         return Text(f"{task.speed or 0:,.0f} {task.fields['unit']}/s")
+
+
+@contextmanager
+def interruptible(last_words: Callable[[], str]) -> Iterator[Callable[[], None]]:
+    """Ctrl-C ends the command where the value is called next, or after some seconds.
+
+    Raised at once it may meet a destructor or a callback, where Python prints it and goes on.
+    """
+    came = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one does not wait
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    except KeyboardInterrupt:
+        if rank()[0] == 0:
+            err_console.print(f"kdcache: {last_words()}", markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    finally:
+        if came:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -213,7 +272,7 @@ def progress_bar(name: str, total: int, unit: str) -> Iterator[Any]:
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
         _Rate(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    silent = not err_console.is_terminal
+    silent = not err_console.is_terminal or rank()[0] > 0
     with Progress(*columns, console=err_console, transient=True, disable=silent) as progress:
         task = progress.add_task(name, total=total, unit=unit, note="")
 

@@ -37,6 +37,10 @@ def digits_test(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """41 JPEGs (an odd count) of many sizes and shapes, cut from scikit-learn's two photos."""
+    return convert(photo_source(), tmp_path_factory.mktemp("data") / "p.beton")[0]
+
+
+def photo_source() -> Source:
     from sklearn.datasets import load_sample_images
 
     rng = np.random.default_rng(0)
@@ -47,8 +51,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         y, x = rng.integers(0, photo.shape[0] - h), rng.integers(0, photo.shape[1] - w)
         images.append(np.ascontiguousarray(photo[y : y + h, x : x + w]))
         labels.append(i % 2)
-    source = Source(("temple", "flower"), images, labels)
-    return convert(source, tmp_path_factory.mktemp("data") / "p.beton")[0]
+    return Source(("temple", "flower"), images, labels)
 
 
 def subset(dataset: Dataset, count: int, out: Path) -> Dataset:

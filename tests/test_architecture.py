@@ -22,9 +22,9 @@ RANKS = {
     "dataset": 3, "pixels": 3, "sampling": 3, "shards": 3,
     "loader": 4, "tape": 4, "saved_logits": 4,
     "precompute": 5, "evaluate": 5, "summary": 5, "picture": 5, "tinyvit": 5,
-    "targets": 6, "train": 6, "demo": 6,
+    "verify": 5, "targets": 6, "train": 6, "demo": 6, "recompute": 6,
     "console": 7, "plan": 7,
-    "exchange_commands": 8, "tape_commands": 8,
+    "exchange_commands": 8, "inspect_commands": 8, "tape_commands": 8,
     "cli": 9,
     "__main__": 10,
 }  # fmt: skip
@@ -40,7 +40,7 @@ OWNERS = {
     "safetensors": {"kdcache/models.py"},
     "typer": {
         "kdcache/cli.py", "kdcache/console.py", "kdcache/exchange_commands.py",
-        "kdcache/tape_commands.py",
+        "kdcache/inspect_commands.py", "kdcache/tape_commands.py",
     },
     "matplotlib": {"kdcache/picture.py"},
     "sklearn": {"kdcache/sources.py"},
@@ -48,7 +48,7 @@ OWNERS = {
 KERNEL_USERS = {"kdcache/loss.py"}
 LOCAL_IMPORTS_ALLOWED = {
     "kdcache/cli.py", "kdcache/console.py", "kdcache/exchange_commands.py",
-    "kdcache/tape_commands.py",
+    "kdcache/inspect_commands.py", "kdcache/tape_commands.py",
 }  # fmt: skip
 
 

@@ -41,7 +41,10 @@ OPTIONS = {
         "--views", *VIEW, *MACHINE, "--json",
     ],
     "eval": ["--data", "--teacher", "--size", *MACHINE, "--json"],
-    "inspect": ["--json"],
+    "inspect": ["--data", "--sample", "--view", "--draw", "--json"],
+    "verify": [
+        "--data", "--teacher", "--samples", "--discard", "--precision", *MACHINE, "--json",
+    ],
     "export": ["--top-k", "--json"],
     "import": ["--data", "--average", "--names", "--dtype", "--json"],
     "demo": ["--out", "--epochs"],
@@ -312,7 +315,9 @@ def test_inspect_says_what_a_tape_is(kdcache: Run, tape: Path) -> None:
     assert "8 px, inception crop (area 0.5 to 1), flip, mixup 1, seed 0" in text
     assert "all classes, float16, 20 bytes before compression" in text
     assert "2 of 2 views, 2 of 2 shards" in text
-    assert "nats (mean over 594 records, T = 1)" in text
+    assert "594 records, T = 1: mean; p5, p25, p50, p75, p95" in text
+    assert "nats" in text
+    assert "tail mass" not in text
 
 
 def test_inspect_of_an_incomplete_tape(kdcache: Run, tape: Path) -> None:
@@ -320,9 +325,67 @@ def test_inspect_of_an_incomplete_tape(kdcache: Run, tape: Path) -> None:
         (tape / f"logits/c/{view}/0/0").unlink()
     result = kdcache("inspect", tape)
     assert result.code == 0
-    assert "0 of 2 views, 0 of 2 shards" in " ".join(result.out.split())
+    text = " ".join(result.out.split())
+    assert "0 of 2 views, 0 of 2 shards" in text
+    assert "coverage views 0-1 lack all" in text
     assert "entropy" not in result.out
     assert answer(kdcache("inspect", tape, "--json"))["summary"]["rows"] == 0  # type: ignore[index]
+
+
+def test_inspect_with_data_says_how_right_the_teacher_was(
+    kdcache: Run, tape: Path, digits_test: Dataset, digits: Dataset
+) -> None:
+    result = kdcache("inspect", tape, "--data", digits_test.path)
+    assert result.code == 0
+    text = " ".join(result.out.split())
+    assert "name the sample's own class first (at least half of a mixed view)" in text
+    found = answer(kdcache("inspect", tape, "--data", digits_test.path, "--json"))
+    accuracy = found["summary"]["accuracy"]  # type: ignore[index]
+    assert 0 < accuracy["own"] < 1
+    assert 0 < accuracy["partner"] < 1
+    assert answer(kdcache("inspect", tape, "--json"))["summary"]["accuracy"] is None  # type: ignore[index]
+    refused = kdcache("inspect", tape, "--data", digits.path)
+    assert (refused.code, refused.out) == (2, "")
+    assert "was made from other data" in refused.err
+
+
+def test_inspect_of_one_record(kdcache: Run, tape: Path, digits_test: Dataset) -> None:
+    found = answer(kdcache("inspect", tape, "--sample", 7, "--view", 1, "--json"))
+    assert (found["sample"], found["view"], found["tail"]) == (7, 1, 0)
+    assert sorted(found["names"]) == sorted(digits_test.classes)  # type: ignore[call-overload]
+    assert sum(found["probabilities"]) == pytest.approx(1)  # type: ignore[call-overload]
+    result = kdcache("inspect", tape, "--sample", 7, "--view", 1)
+    text = " ".join(result.out.split())
+    assert f"view 1, position {found['position']}" in text
+    assert f"{found['names'][0]} ({found['classes'][0]})" in text  # type: ignore[index]
+    assert answer(kdcache("inspect", tape, "--sample", 7, "--json"))["view"] == 0
+
+
+def test_inspect_draws_the_view_of_a_record(
+    kdcache: Run, tape: Path, digits_test: Dataset, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    line = ("inspect", tape, "--sample", 7, "--data", digits_test.path)
+    out = tmp_path / "v.png"
+    found = answer(kdcache(*line, "--draw", out, "--json"))
+    assert found["picture"] == str(out)
+    assert out.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--view", 1], "--view and --draw go with --sample"),
+        (["--draw", "x.png"], "--view and --draw go with --sample"),
+        (["--sample", 0, "--draw", "x.png"], "--draw needs --data, to render the view"),
+        (["--sample", 297], "sample must be 0 to 296"),
+        (["--sample", 0, "--view", 2], "view must be 0 to 1"),
+    ],
+)
+def test_inspect_refuses(kdcache: Run, tape: Path, options: list[object], words: str) -> None:
+    result = kdcache("inspect", tape, *options)
+    assert (result.code, result.out) == (2, "")
+    assert words in result.err
 
 
 def test_json_is_one_line(kdcache: Run, tape: Path) -> None:

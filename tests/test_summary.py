@@ -11,13 +11,13 @@ import PIL.Image
 import pytest
 import torch
 
-from kdcache import models, summary
+from kdcache import codec, models, sampling, shards, summary, views
 from kdcache.dataset import Dataset
-from kdcache.errors import MissingDependency, TapeCorrupt
+from kdcache.errors import MissingDependency, TapeCorrupt, UsageError
 from kdcache.picture import draw_views
 from kdcache.precompute import precompute, tape_spec
-from kdcache.spec import ViewSpec
-from kdcache.summary import summarise
+from kdcache.spec import TapeSpec, ViewSpec
+from kdcache.summary import Accuracy, Distribution, Gap, coverage, entry, gaps, spans, summarise
 from kdcache.tape import Tape
 from tests.conftest import TEACHER, synthetic_tape
 
@@ -26,13 +26,18 @@ def logits_of(probabilities: list[float], views: int = 2, samples: int = 20) -> 
     return torch.tensor(probabilities).log().expand(views, samples, -1)
 
 
+def mean(found: Distribution | None) -> float:
+    assert found is not None
+    return found.mean
+
+
 def test_figures_of_a_dense_tape(tmp_path: Path) -> None:
     tape = synthetic_tape(tmp_path / "t", logits_of([0.5, 0.25, 0.125, 0.125]), top_k=4)
     found = summarise(tape)
     assert (found.views_complete, found.shards, found.shards_missing, found.rows) == (2, 2, 0, 40)
-    assert found.entropy == pytest.approx(1.75 * math.log(2), rel=1e-5)
-    assert found.largest_probability == pytest.approx(0.5, rel=1e-5)
-    assert found.tail_mass == 0
+    assert mean(found.entropy) == pytest.approx(1.75 * math.log(2), rel=1e-5)
+    assert mean(found.largest_probability) == pytest.approx(0.5, rel=1e-5)
+    assert mean(found.tail_mass) == 0
     assert found.stored_bytes == tape.stored_bytes()
     assert found.bytes_per_record == pytest.approx(tape.stored_bytes() / 40)
 
@@ -42,15 +47,15 @@ def test_figures_of_a_sparse_tape(tmp_path: Path) -> None:
     tape = synthetic_tape(tmp_path / "t", logits_of([0.3, 0.2, *[0.125] * 4]), top_k=2)
     found = summarise(tape)
     entropy = -(0.3 * math.log(0.3) + 0.2 * math.log(0.2) + 0.5 * math.log(0.125))
-    assert found.entropy == pytest.approx(entropy, rel=1e-5)
-    assert found.largest_probability == pytest.approx(0.3, rel=1e-5)
-    assert found.tail_mass == pytest.approx(0.5, rel=1e-5)
+    assert mean(found.entropy) == pytest.approx(entropy, rel=1e-5)
+    assert mean(found.largest_probability) == pytest.approx(0.3, rel=1e-5)
+    assert mean(found.tail_mass) == pytest.approx(0.5, rel=1e-5)
 
 
 def test_figures_are_means_over_views(tmp_path: Path) -> None:
     logits = torch.cat([logits_of([0.5, 0.5], views=1), logits_of([0.9, 0.1], views=1)])
     found = summarise(synthetic_tape(tmp_path / "t", logits, top_k=2))
-    assert found.largest_probability == pytest.approx(0.7, rel=1e-5)
+    assert mean(found.largest_probability) == pytest.approx(0.7, rel=1e-5)
 
 
 def test_only_complete_views_count(tmp_path: Path) -> None:
@@ -59,7 +64,7 @@ def test_only_complete_views_count(tmp_path: Path) -> None:
     (tmp_path / "t" / "logits/c/1/0/0").unlink()
     found = summarise(tape)
     assert (found.views_complete, found.shards_missing, found.rows) == (1, 1, 20)
-    assert found.largest_probability == pytest.approx(0.5)
+    assert mean(found.largest_probability) == pytest.approx(0.5)
     (tmp_path / "t" / "logits/c/0/0/0").unlink()
     found = summarise(tape)
     assert (found.views_complete, found.shards_missing, found.rows) == (0, 2, 0)
@@ -72,15 +77,15 @@ def test_few_rows_of_a_long_view_are_enough(
     monkeypatch.setattr(summary, "SUMMARY_ROWS", 5)
     found = summarise(synthetic_tape(tmp_path / "t", logits_of([0.5, 0.5]), top_k=2))
     assert found.rows == 4
-    assert found.largest_probability == pytest.approx(0.5)
+    assert mean(found.largest_probability) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "uint8"])
 def test_other_types_come_close(tmp_path: Path, dtype: str) -> None:
     logits = logits_of([0.3, 0.2, *[0.125] * 4])
     found = summarise(synthetic_tape(tmp_path / "t", logits, top_k=2, dtype=dtype))
-    assert found.largest_probability == pytest.approx(0.3, rel=1e-2)
-    assert found.tail_mass == pytest.approx(0.5, rel=1e-2)
+    assert mean(found.largest_probability) == pytest.approx(0.3, rel=1e-2)
+    assert mean(found.tail_mass) == pytest.approx(0.5, rel=1e-2)
 
 
 def test_a_damaged_tape_has_no_figures(tmp_path: Path) -> None:
@@ -88,6 +93,149 @@ def test_a_damaged_tape_has_no_figures(tmp_path: Path) -> None:
     (tmp_path / "t" / "logits/c/1/0/0").write_bytes(b"?" * 100)
     with pytest.raises(TapeCorrupt, match="view 1"):
         summarise(tape)
+
+
+def test_quantiles_are_those_of_the_records(tmp_path: Path) -> None:
+    p = torch.linspace(0.5, 0.99, 101)
+    logits = torch.stack([p, 1 - p], 1).log()[None]
+    found = summarise(synthetic_tape(tmp_path / "t", logits, top_k=2)).largest_probability
+    assert found is not None
+    shares = [found.p5, found.p25, found.p50, found.p75, found.p95]
+    assert shares == pytest.approx([0.5 + 0.49 * q for q in (0.05, 0.25, 0.5, 0.75, 0.95)])
+    assert found.mean == pytest.approx(0.745)
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 32)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_figures_come_from_all_over_the_tape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tape in sample order may be sorted by class."""
+    logits = torch.cat([logits_of([0.9, 0.1], 1, 10), logits_of([0.6, 0.4], 1, 10)], 1)
+    tape = synthetic_tape(tmp_path / "t", logits, top_k=2)
+    assert tape.shards_per_view > 4
+    monkeypatch.setattr(summary, "SUMMARY_SHARDS", 4)
+    found = summarise(tape)
+    assert found.rows == 4 * tape.layout.shard_rows
+    assert mean(found.largest_probability) == pytest.approx(0.75, abs=0.08)
+
+
+# --- coverage --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [([], ""), ([4], "4"), ([0, 1], "0-1"), ([0, 1, 2, 5, 7, 8], "0-2, 5, 7-8")],
+)
+def test_spans(numbers: list[int], text: str) -> None:
+    assert spans(numbers) == text
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_coverage_is_said_in_few_words(tmp_path: Path) -> None:
+    tape = synthetic_tape(tmp_path / "t", logits_of([0.5, 0.5], views=9), top_k=2)
+    assert tape.shards_per_view == 5
+    assert coverage(tape, gaps(tape.missing())) == "views 0-8 whole"
+    for view, shard in [(4, 1), (4, 3), (6, 2), (7, 2), *((8, s) for s in range(5))]:
+        tape.discard(view, shard)
+    found = summarise(tape)
+    assert found.missing == (Gap(4, (1, 3)), Gap(6, (2,)), Gap(7, (2,)), Gap(8, (0, 1, 2, 3, 4)))
+    assert (found.views_complete, found.shards_missing) == (5, 9)
+    assert coverage(tape, found.missing) == (
+        "views 0-3, 5 whole; view 4 lacks shards 1, 3; views 6-7 lack shard 2; view 8 lacks all"
+    )
+
+
+# --- accuracy --------------------------------------------------------------------------------
+
+
+def test_accuracy_of_plain_views(tmp_path: Path) -> None:
+    """The teacher names class `sample % 3` for every sample, whatever the view's order."""
+    view = ViewSpec(8, mixup=0)
+    order = views.order(view, 0, 30)
+    logits = 5.0 * torch.nn.functional.one_hot(torch.from_numpy(order % 3))[None].float()
+    tape = synthetic_tape(tmp_path / "t", logits, top_k=3, view=view)
+    labels = np.arange(30) % 3
+    assert summarise(tape, labels).accuracy == Accuracy(1.0, None)
+    labels[:6] = 9
+    assert summarise(tape, labels).accuracy == Accuracy(pytest.approx(0.8), None)
+    assert summarise(tape).accuracy is None
+
+
+def test_accuracy_of_mixed_views_tells_own_class_from_the_partners(tmp_path: Path) -> None:
+    """The teacher always names the partner, and the last sample, which has none."""
+    view = ViewSpec(8, mixup=1)
+    order = views.order(view, 0, 31)
+    place = np.arange(31)
+    said = order[np.minimum(place ^ 1, 30)]
+    logits = 5.0 * torch.nn.functional.one_hot(torch.from_numpy(said), 31)[None].float()
+    tape = synthetic_tape(tmp_path / "t", logits, top_k=3, view=view)
+    mixed = views.pair_weights(view, 0, place, 31) > 0
+    found = summarise(tape, np.arange(31)).accuracy
+    assert found == Accuracy(pytest.approx(1 / 31), pytest.approx(mixed.mean()))
+
+
+def test_accuracy_in_sample_order(tmp_path: Path) -> None:
+    logits = 5.0 * torch.eye(4)[None]
+    spec = TapeSpec(1, 4, 4, 4, "float32", "0" * 16, "0" * 16, None, order="sample")
+    tape = Tape.create(tmp_path / "t", spec, {"teacher": "someone's"})
+    tape.write(0, 0, codec.encode(logits[0], 4, "float32"))
+    assert summarise(tape, np.array([0, 1, 2, 0])).accuracy == Accuracy(0.75, None)
+
+
+# --- one record ------------------------------------------------------------------------------
+
+
+def test_a_record_as_classes_with_names(tmp_path: Path) -> None:
+    view = ViewSpec(8)
+    p = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
+    tape = synthetic_tape(tmp_path / "t", p.log().expand(2, 21, 5), top_k=2, view=view)
+    place = int(views.position(view, 1, 21)[7])
+    found = entry(tape, 7, 1, ["a", "b", "c", "d", "e"])
+    assert (found.view, found.position, found.sample) == (1, place, 7)
+    assert (found.classes, found.names) == ([1, 3], ["b", "d"])
+    assert found.probabilities == pytest.approx([0.4, 0.3], rel=1e-4)
+    assert found.tail == pytest.approx(0.3, rel=1e-4)
+    assert found.temperature == 1
+    weight = int(views.pair_weights(view, 1, place, 21))
+    assert found.weight == weight / 256
+    assert found.partner == (int(views.order(view, 1, 21)[place ^ 1]) if weight else None)
+    assert entry(tape, 7, 1).names == ["1", "3"]
+
+
+def test_the_last_of_an_odd_count_has_no_partner(tmp_path: Path) -> None:
+    view = ViewSpec(8)
+    tape = synthetic_tape(tmp_path / "t", logits_of([0.5, 0.5], 1, 21), top_k=2, view=view)
+    found = entry(tape, int(views.order(view, 0, 21)[20]), 0)
+    assert (found.position, found.partner, found.weight) == (20, None, 0)
+
+
+def test_a_record_of_draws_names_what_was_drawn(tmp_path: Path) -> None:
+    spec = TapeSpec(1, 4, 6, 5, "uint8", "0" * 16, "0" * 16, ViewSpec(8), draws=5, temperature=2.0)
+    tape = Tape.create(tmp_path / "t", spec, {"teacher": "t", "class_names": list("abcdef")})
+    p = torch.tensor([0.0, 0.7, 0.0, 0.0, 0.3, 0.0]).log().clamp(min=-900).expand(4, 6)
+    rows = np.arange(4)
+    tape.write(0, 0, sampling.encode(p, 5, 2.0, seed=0, view=0, rows_B=rows))
+    found = entry(tape, 2, 0)
+    assert set(found.names) <= {"b", "e"}
+    assert sum(found.probabilities) == pytest.approx(1)
+    assert sorted(found.probabilities, reverse=True) == found.probabilities
+    assert (found.tail, found.temperature) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("sample", "view", "words"),
+    [(20, 0, "sample must be 0 to 19"), (-1, 0, "sample must"), (0, 2, "view must be 0 to 1")],
+)
+def test_a_record_that_the_tape_has_not(tmp_path: Path, sample: int, view: int, words: str) -> None:
+    tape = synthetic_tape(tmp_path / "t", logits_of([0.5, 0.5]), top_k=2)
+    with pytest.raises(UsageError, match=words):
+        entry(tape, sample, view)
 
 
 # --- the picture -----------------------------------------------------------------------------
@@ -122,8 +270,6 @@ def test_views_are_drawn(
 def test_views_of_an_odd_dataset_are_drawn(photos: Dataset, tmp_path: Path) -> None:
     """Among them the sample that has no partner; two classes, of which three cannot be shown."""
     pytest.importorskip("matplotlib")
-    from kdcache import views
-
     view = ViewSpec(8)
     alone = int(views.order(view, 1, 41)[40])
     tape = recorded(photos, view, tmp_path / "t")

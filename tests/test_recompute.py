@@ -1,0 +1,391 @@
+"""Records computed again: who made the tape passes, whatever the machine; anybody else fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kdcache import models, pixels, recompute
+from kdcache.dataset import Dataset, convert
+from kdcache.errors import UsageError
+from kdcache.models import Classifier
+from kdcache.precompute import precompute, tape_spec
+from kdcache.recompute import Measure, identify, require_recomputable
+from kdcache.spec import Precision, TapeSpec, ViewSpec
+from kdcache.tape import Tape
+from kdcache.verify import read, sample
+from tests.conftest import TEACHER, Result, linear_teacher, photo_source
+
+Run = Callable[..., Result]
+VIEW = ViewSpec(8, min_area=0.3, seed=5)
+PLAIN = replace(VIEW, mixup=0.0)
+KINDS: dict[str, dict[str, Any]] = {
+    "uint8, top 3": {"top_k": 3, "dtype": "uint8"},
+    "float16, top 3": {"top_k": 3, "dtype": "float16"},
+    "float32, top 3": {"top_k": 3, "dtype": "float32"},
+    "uint8, all": {"top_k": None, "dtype": "uint8"},
+    "float32, all": {"top_k": None, "dtype": "float32"},
+    "unmixed": {"view": PLAIN, "top_k": 3},
+    "sample order": {"view": PLAIN, "top_k": 3, "order": "sample"},
+    "averaged": {"view": PLAIN, "top_k": 3, "order": "sample", "average": 3, "views": 1},
+    "draws": {"draws": 20, "dtype": "uint8"},
+    "draws at T = 2": {"draws": 20, "dtype": "uint8", "temperature": 2.0},
+}
+
+
+def linear_of(seed: int, **norm: Any) -> Classifier:
+    """`linear_teacher` with weights of another seed, or another normalisation."""
+    network = linear_teacher(10)
+    if seed != 7:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            network[1].reset_parameters()
+            network[1].weight.mul_(4)
+    mean = norm.get("mean", models.IMAGENET_MEAN)
+    teacher = Classifier(network, "linear", mean, norm.get("std", models.IMAGENET_STD))
+    return teacher.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Classifier:
+    return models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+
+
+def recorded(
+    dataset: Dataset, teacher: Classifier, out: Path, *, view: ViewSpec = VIEW, **kind: Any
+) -> Tape:
+    spec = tape_spec(dataset, teacher, view, **{"views": 2, "dtype": "float16", **kind})
+    return precompute(dataset, teacher, spec, out)
+
+
+@pytest.fixture(scope="module")
+def tapes(
+    digits_test: Dataset, teacher: Classifier, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Tape]:
+    """The tape of each kind, made when it is first asked for."""
+    folder, made = tmp_path_factory.mktemp("tapes"), {}
+
+    def tape(kind: str) -> Tape:
+        if kind not in made:
+            made[kind] = recorded(digits_test, teacher, folder / str(len(made)), **KINDS[kind])
+        return made[kind]
+
+    return tape
+
+
+def judged(
+    tape: Tape, dataset: Dataset, teacher: Classifier, *, count: int = 100, batch_size: int = 64
+) -> dict[str, Measure]:
+    faults, picked = read(tape, sample(tape.spec, count))
+    assert faults == []
+    seen: list[int] = []
+    found = recompute.recompute(
+        tape, dataset, teacher, picked, batch_size=batch_size, workers=1, progress=seen.append
+    )
+    assert seen[-1] == sum(len(some.rows_B) for some in picked)
+    return {measure.name: measure for measure in found}
+
+
+def failed(found: dict[str, Measure]) -> set[str]:
+    return {name for name, measure in found.items() if not measure.ok}
+
+
+def under(tape: Tape, out: Path, **spec: Any) -> Tape:
+    """The same records on a tape that says another spec."""
+    other = Tape.create(out, replace(tape.spec, **spec), tape.info, None)
+    for view, shard in other.places():
+        other.write(view, shard, tape.read_shard(view, shard))
+    return other
+
+
+# --- who passes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_the_teacher_of_the_tape_passes(
+    tapes: Callable[[str], Tape], digits_test: Dataset, kind: str, precision: Precision
+) -> None:
+    here = linear_of(7)
+    here.precision = precision
+    found = judged(tapes(kind), digits_test, here)
+    assert failed(found) == set(), found
+    assert list(found) == (
+        ["drawn", "distance", "reach"] if "draws" in kind else ["top1", "kl", "gap"]
+    )
+    assert all(measure.ok for measure in identify(tapes(kind), digits_test, here))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 297])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_batches_and_threads_do_not_matter(
+    tapes: Callable[[str], Tape], digits_test: Dataset, batch_size: int, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    tape = tapes("uint8, top 3")
+    assert failed(judged(tape, digits_test, linear_of(7), batch_size=batch_size)) == set()
+
+
+@pytest.mark.parametrize("kind", ["float32, all", "draws"])
+def test_a_tape_made_in_bfloat16_passes_in_float32(
+    digits_test: Dataset, tmp_path: Path, kind: str
+) -> None:
+    here = linear_of(7)
+    here.precision = "bfloat16"
+    tape = recorded(digits_test, here, tmp_path / "t", **KINDS[kind])
+    assert failed(judged(tape, digits_test, linear_of(7))) == set()
+
+
+class Half(nn.Module):
+    """A network whose weights are rounded, as a checkpoint in a smaller type holds them."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network = network.to(dtype)
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network(x.to(self.dtype))
+        return logits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_smaller_copy_passes_on_the_records_and_is_named(
+    tapes: Callable[[str], Tape], digits_test: Dataset, dtype: torch.dtype
+) -> None:
+    copy = linear_of(7)
+    copy.network = Half(copy.network, dtype).requires_grad_(False)
+    assert failed(judged(tapes("float16, top 3"), digits_test, copy)) == set()
+    named = {m.name: m for m in identify(tapes("float16, top 3"), digits_test, copy)}
+    assert failed(named) == {"teacher"}
+    assert "another type" in named["teacher"].note
+
+
+@pytest.mark.parametrize("mixup", [0.0, 1.0])
+def test_photos_of_an_odd_count_pass(photos: Dataset, tmp_path: Path, mixup: float) -> None:
+    here = models.load(TEACHER, "teacher", num_classes=2, size_px=8)
+    tape = recorded(photos, here, tmp_path / "t", view=ViewSpec(8, mixup=mixup), top_k=None)
+    assert failed(judged(tape, photos, here, count=1000)) == set()
+    assert all(measure.ok for measure in identify(tape, photos, here))
+
+
+def test_a_peaked_teacher_passes(digits_test: Dataset, tmp_path: Path) -> None:
+    """Gaps far beyond what uint8 holds."""
+    here = linear_of(7)
+    here.network[1].weight.mul_(20)
+    for kind in ("uint8, top 3", "uint8, all", "averaged", "draws"):
+        tape = recorded(digits_test, here, tmp_path / kind, **KINDS[kind])
+        assert failed(judged(tape, digits_test, here)) == set(), kind
+
+
+# --- who fails -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_teacher_fails(
+    tapes: Callable[[str], Tape], digits_test: Dataset, kind: str
+) -> None:
+    found = judged(tapes(kind), digits_test, linear_of(8))
+    assert failed(found) == set(found)
+    named = {m.name: m for m in identify(tapes(kind), digits_test, linear_of(8))}
+    assert failed(named) == {"teacher"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_normalisation_fails(
+    tapes: Callable[[str], Tape], digits_test: Dataset, kind: str
+) -> None:
+    other = linear_of(7, mean=models.OWN_MEAN, std=models.OWN_STD)
+    found = judged(tapes(kind), digits_test, other)
+    assert failed(found) & {"gap", "reach"}, found
+    assert failed(found) & {"kl", "drawn"}, found
+    assert not identify(tapes(kind), digits_test, other)[1].ok
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_crop_range_fails(
+    tapes: Callable[[str], Tape], digits_test: Dataset, tmp_path: Path, kind: str
+) -> None:
+    """All fingerprints agree: only the records can tell."""
+    tape = tapes(kind)
+    assert tape.spec.view is not None
+    stated = under(tape, tmp_path / "t", view=replace(tape.spec.view, min_area=0.5))
+    found = judged(stated, digits_test, linear_of(7))
+    assert failed(found) == set(found)
+    assert all(measure.ok for measure in identify(stated, digits_test, linear_of(7)))
+
+
+def test_one_wrong_view_fails_and_is_named(
+    tapes: Callable[[str], Tape], digits_test: Dataset, tmp_path: Path
+) -> None:
+    tape = tapes("uint8, top 3")
+    other = under(tape, tmp_path / "t", views=2, teacher="0" * 16)
+    other.write(1, 0, tape.read_shard(0, 0))
+    found = judged(other, digits_test, linear_of(7))
+    assert failed(found) == {"top1", "kl", "gap"}
+    assert "view 1 row" in found["gap"].note
+
+
+@pytest.mark.parametrize("top_k", [3, None])
+def test_a_wrong_tail_or_logit_fails(
+    digits_test: Dataset, tmp_path: Path, top_k: int | None
+) -> None:
+    """A single number of a single record, among those that are sampled."""
+    here = linear_of(7)
+    tape = recorded(digits_test, here, tmp_path / "t", top_k=top_k, dtype="float32", views=1)
+    records = tape.read_shard(0, 0)
+    assert records.logits is not None
+    row = int(sample(tape.spec, 100)[0][9])
+    wrong = {name: array.copy() for name, array in records.arrays().items()}
+    if top_k is None:
+        wrong["logits"][row, records.logits[row].argmin()] -= 0.5
+    else:
+        wrong["tail"][row, 1] -= 0.5
+    tape.write(0, 0, type(records)(**wrong))
+    found = judged(tape, digits_test, here)
+    assert failed(found) == {"gap"}
+    assert f"view 0 row {row}" in found["gap"].note
+
+
+def test_another_decoder_fails(
+    photos: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It differs by one level in some pixels: too little for the teacher, enough for the digest."""
+    here = models.load(TEACHER, "teacher", num_classes=2, size_px=8)
+    tape = recorded(photos, here, tmp_path / "t", top_k=None)
+    real = pixels.split_rows
+
+    def other_rounding(rows: Any, size_px: int) -> Any:
+        images, *rest = real(rows, size_px)
+        images = images.copy()
+        images[..., ::3, ::3, 0] ^= 1
+        return images, *rest
+
+    monkeypatch.setattr(pixels, "split_rows", other_rounding)
+    found = {measure.name: measure for measure in identify(tape, photos, here)}
+    assert failed(found) == {"pixels"}
+    assert (
+        found["pixels"].note == "the decoder or the view code differs from where the tape was made"
+    )
+
+
+def test_data_encoded_again_fails(photos: Dataset, tmp_path: Path) -> None:
+    here = models.load(TEACHER, "teacher", num_classes=2, size_px=8)
+    tape = recorded(photos, here, tmp_path / "t", top_k=None)
+    again = convert(photo_source(), tmp_path / "p.beton", quality=80)[0]
+    found = {measure.name: measure for measure in identify(tape, again, here)}
+    assert failed(found) == {"data", "pixels"}
+    assert found["pixels"].note == "other data look otherwise"
+
+
+def test_other_data_is_not_compared_row_by_row(
+    tapes: Callable[[str], Tape], digits: Dataset, teacher: Classifier
+) -> None:
+    with pytest.raises(UsageError, match=r"has 1500 samples, .* was made from 297"):
+        judged(tapes("unmixed"), digits, teacher)
+
+
+def test_an_imported_tape_cannot_be_recomputed(tmp_path: Path) -> None:
+    spec = TapeSpec(1, 20, 4, 2, "float16", "0" * 16, "0" * 16, None, order="sample")
+    tape = Tape.create(tmp_path / "t", spec, {"teacher": "someone's"})
+    with pytest.raises(UsageError, match="was imported, and its views are not of kdcache's making"):
+        require_recomputable(tape)
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def verified(kdcache: Run, tape: Tape, data: Dataset, *options: object) -> Result:
+    return kdcache(
+        "verify", tape.url, "--data", data.path, "--teacher", TEACHER, "--samples", 60, *options
+    )
+
+
+def test_verify_shows_each_measure(
+    kdcache: Run, tapes: Callable[[str], Tape], digits_test: Dataset
+) -> None:
+    result = verified(kdcache, tapes("float16, top 3"), digits_test)
+    assert (result.code, result.err) == (0, "")
+    lines = [" ".join(line.split()) for line in result.out.splitlines()]
+    assert lines[1] == "shards 2 of 2 are there and right"
+    assert lines[2] == "measure found allowed verdict"
+    fingerprint = digits_test.fingerprint
+    assert lines[3] == f"data {fingerprint} {fingerprint} ok"
+    assert lines[6] == "top-1 agreement, near ties aside 100.00% 100.00% ok"
+    assert lines[7].startswith("mean KL(tape || live), nats ")
+    assert lines[8].startswith("largest gap, of what is allowed 0.")
+    assert "FAIL" not in result.out
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_verify_takes_a_precision(
+    kdcache: Run, tapes: Callable[[str], Tape], digits_test: Dataset, precision: str
+) -> None:
+    tape = tapes("draws")
+    result = verified(kdcache, tape, digits_test, "--precision", precision, "--batch-size", 5)
+    assert (result.code, result.err) == (0, "")
+
+
+def test_verify_in_json(kdcache: Run, tapes: Callable[[str], Tape], digits_test: Dataset) -> None:
+    result = verified(kdcache, tapes("averaged"), digits_test, "--json")
+    assert (result.code, result.err) == (0, "")
+    found = json.loads(result.out)
+    assert (found["ok"], found["records"]) == (True, 60)
+    names = [measure["name"] for measure in found["measures"]]
+    assert names == ["data", "teacher", "pixels", "top1", "kl", "gap"]
+    assert all(measure["ok"] for measure in found["measures"])
+    assert found["measures"][4]["found"] <= found["measures"][4]["tolerance"]
+
+
+def another_teacher(num_classes: int) -> nn.Module:
+    network = linear_teacher(num_classes)
+    with torch.no_grad():
+        network[1].weight.neg_()
+    return network
+
+
+def test_verify_of_another_teacher_exits_with_1(
+    kdcache: Run, tapes: Callable[[str], Tape], digits_test: Dataset
+) -> None:
+    line = ("--teacher", "python:tests.test_recompute:another_teacher")
+    result = verified(kdcache, tapes("uint8, all"), digits_test, *line)
+    assert (result.code, result.err) == (1, "")
+    assert result.out.count("FAIL") == 4
+    assert "teacher: other weights, another type of them, or another normalisation" in result.out
+    assert "worst in view" in result.out
+
+
+def test_verify_with_other_data_exits_with_1(
+    kdcache: Run, tapes: Callable[[str], Tape], digits: Dataset
+) -> None:
+    result = verified(kdcache, tapes("unmixed"), digits)
+    assert (result.code, result.err) == (1, "")
+    assert "data: other images or labels than the tape was made from" in result.out
+    assert "top-1" not in result.out
+
+
+def test_verify_of_an_imported_tape_with_data_is_refused(
+    kdcache: Run, digits_test: Dataset, tmp_path: Path
+) -> None:
+    spec = TapeSpec(1, 297, 10, 2, "float16", "0" * 16, "0" * 16, None, order="sample")
+    tape = Tape.create(tmp_path / "t", spec, {"teacher": "someone's"})
+    result = verified(kdcache, tape, digits_test)
+    assert (result.code, result.out) == (2, "")
+    assert "leave out --data and --teacher to check its shards" in result.err
+
+
+def test_what_is_there_of_an_incomplete_tape_is_judged(
+    kdcache: Run, digits_test: Dataset, teacher: Classifier, tmp_path: Path
+) -> None:
+    tape = recorded(digits_test, teacher, tmp_path / "t", top_k=None)
+    tape.discard(1, 0)
+    found = json.loads(verified(kdcache, tape, digits_test, "--json").out)
+    assert (found["ok"], found["records"]) == (False, 30)
+    assert all(measure["ok"] for measure in found["measures"])
