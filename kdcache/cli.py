@@ -68,6 +68,8 @@ def main() -> None:
     except KDCacheError as error:
         err_console.print(f"kdcache: {error}", markup=False, soft_wrap=True, style="red")
         sys.exit(2)
+    except KeyboardInterrupt:  # before there was a command
+        sys.exit(130)
 
 
 @app.callback(invoke_without_command=True)

@@ -89,8 +89,7 @@ def precompute(
     pixels = pixel_digest(dataset, spec.view)
     tape = Tape.create(out, spec, _info(dataset, teacher, batch_size), pixels)
     _require_precision(tape, teacher)
-    places = tape.places()
-    mine = set(places[len(places) * i // n : len(places) * (i + 1) // n])
+    mine = set(share(tape, i, n))
     loader = Loader(dataset, spec.view, batch_size, workers=workers, device=device)
     whole = False
     try:
@@ -108,6 +107,20 @@ def precompute(
     finally:
         tape.store.forget_claims(whole)
     return tape
+
+
+def share(tape: Tape, i: int, n: int) -> list[tuple[int, int]]:
+    """The i-th of n equal runs of (view, shard) pairs; m runs of it are i * m ... of n * m."""
+    places = tape.places()
+    return places[len(places) * i // n : len(places) * (i + 1) // n]
+
+
+def wait_for_others(tape: Tape, i: int, n: int, progress: Progress) -> None:
+    """Return when the i-th of n runs of shards is on the tape, whoever puts it there."""
+    wanted = set(share(tape, i, n))
+    while missing := wanted & set(tape.missing()):
+        progress(sum(tape.rows(s) for _, s in wanted - missing))
+        time.sleep(WAIT_S)
 
 
 def _record(

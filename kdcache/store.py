@@ -135,9 +135,9 @@ class FolderStore:
         if self._claims is not None:
             os.close(self._claims)
             self._claims = None
-        if whole:
-            with contextlib.suppress(OSError):  # the folder may be read-only by now
-                (self.root / CLAIMS).unlink()
+        for name in (CLAIMS, CREATING) if whole else ():
+            with contextlib.suppress(OSError):  # not there, or the folder is read-only by now
+                (self.root / name).unlink()
 
     @contextmanager
     def _doing(self, verb: str, key: str = "") -> Iterator[None]:

@@ -33,7 +33,6 @@ from kdcache.console import (
     ViewsOption,
     WorkersOption,
     device_of,
-    err_console,
     given_view,
     interruptible,
     progress_bar,

@@ -1,0 +1,186 @@
+"""Killed, interrupted or out of room at any moment: nothing is lost, and a rerun ends the same."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdcache import codec
+from kdcache.dataset import Dataset
+from kdcache.errors import KDCacheError
+from kdcache.spec import TapeSpec, ViewSpec
+from kdcache.tape import Tape
+from tests import processes
+from tests.conftest import TEACHER
+from tests.processes import Job, contents
+
+SPEC = TapeSpec(1, 100, 30, 4, "float16", "data", "teacher", ViewSpec(8))
+
+
+@pytest.fixture(scope="module")
+def whole(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A tape that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    job = Job(digits_test.path, folder / "t", folder / "log")
+    job.run()
+    assert job.computed() == Tape.open(job.out).places()
+    return job
+
+
+# --- killed ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kills", "seed"), [(10, 0), pytest.param(30, 1, marks=pytest.mark.slow)]
+)
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(
+    whole: Job, tmp_path: Path, kills: int, seed: int
+) -> None:
+    """Tapes are begun until there were enough kills; each is finished, however often killed."""
+    dice = random.Random(seed)
+    killed, redone = 0, 0
+    while killed < kills:
+        folder = tmp_path / str(killed)
+        folder.mkdir()
+        job = Job(whole.data, folder / "t", folder / "log", fsync_s=0.002)
+        lives = 0
+        while True:
+            missing = set(_missing(job, whole))
+            before = len(job.computed())
+            lives += 1
+            process = job.start()
+            process.join(dice.uniform(0, 0.8))
+            process.kill()
+            code = processes.ended(process)
+            computed = job.computed()[before:]
+            assert set(computed) <= missing
+            assert len(computed) - len(missing - set(_missing(job, whole))) <= 2
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL
+        killed += lives - 1
+        redone += len(job.computed()) - len(whole.computed())
+        assert contents(folder / "t") == contents(Path(whole.out))
+        assert {f.name for f in folder.iterdir()} == {"t", "log"}
+    print(f"{killed} kills, {redone} shards computed again")
+    assert redone <= 2 * killed
+
+
+def _missing(job: Job, whole: Job) -> list[tuple[int, int]]:
+    try:
+        return Tape.open(job.out).missing()
+    except KDCacheError:  # not even created
+        return whole.computed()
+
+
+def test_killed_before_any_change_of_a_file_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    """Every state that a tape passes through, in order, from nothing to whole."""
+    assert processes.run(_make, tmp_path / "whole") == 0
+    truth = contents(tmp_path / "whole")
+    killed = 0
+    while processes.run(_make_and_die, tmp_path / str(killed), killed) == -signal.SIGKILL:
+        out = tmp_path / str(killed)
+        assert processes.run(_make, out) == 0
+        assert contents(out) == truth
+        killed += 1
+    assert killed > 60
+    assert contents(tmp_path / str(killed)) == truth
+    assert len(list(tmp_path.iterdir())) == killed + 2
+
+
+def _make(out: Path) -> None:
+    """A tape of two shards, as precompute makes it; a kill does not need what a power cut does."""
+    processes.small_shards()
+    os.fsync = lambda descriptor: None
+    tape = Tape.create(out, SPEC, {})
+    for view, shard in tape.missing():
+        assert tape.claim(view, shard)
+        rows = torch.arange(*tape.shard_range(shard))[:, None] * torch.arange(30)
+        tape.write(view, shard, codec.encode(rows.float(), SPEC.top_k, SPEC.dtype))
+        tape.release(view, shard)
+    tape.store.forget_claims()
+
+
+def _make_and_die(out: Path, moment: int) -> None:
+    """Make a tape, and be killed before the given change of its files."""
+    changes = iter(range(1000))
+
+    def watch(event: str, args: tuple[object, ...]) -> None:
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "fcntl.lockf"):
+            path = "" if event == "fcntl.lockf" else str(args[0])
+            if (path.startswith(str(out)) or not path) and next(changes) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    _make(out)
+
+
+# --- interrupted -----------------------------------------------------------------------------
+
+
+def _line(data: Dataset, out: Path, *options: object) -> list[object]:
+    line = ["precompute", "--data", data.path, "--teacher", TEACHER, "--out", out]
+    return [*line, "--batch-size", 64, "--workers", 1, *options]
+
+
+def _wait_for(ready: Callable[[], object]) -> None:
+    end = time.monotonic() + processes.LIMIT_S
+    while not ready():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [False, True])
+def test_ctrl_c_of_a_real_command_says_how_to_go_on(
+    digits: Dataset, tmp_path: Path, group: bool
+) -> None:
+    """Sent to the process, or as a terminal does, to its whole group."""
+    out = tmp_path / "a tape, größer.zarr"
+    line = [sys.executable, "-m", "kdcache", *map(str, _line(digits, out, "--views", 100))]
+    options: dict[str, Any] = {"cwd": Path(__file__).parents[1], "text": True}
+    with subprocess.Popen(line, start_new_session=True, stderr=subprocess.PIPE, **options) as run:
+        _wait_for(lambda: run.poll() is not None or list(out.glob("seals/c/3/*/0/0")))
+        start = time.monotonic()
+        (os.killpg if group else os.kill)(run.pid, signal.SIGINT)
+        assert run.wait(5) == 130
+        assert time.monotonic() - start < 5
+        assert run.stderr is not None
+        words = run.stderr.read()
+    done = 100 - len(Tape.open(out).missing())
+    assert 4 <= done < 100
+    assert words == (
+        f"kdcache: stopped with {done} of 100 shards on {out}; the same command goes on from there\n"
+    )
+    assert processes.command(tmp_path, *line[3:])().code == 0
+    assert Tape.open(out).missing() == []
+    assert not (out / ".claims").exists()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ctrl_c_at_any_moment_is_one_line(digits_test: Dataset, tmp_path: Path, seed: int) -> None:
+    """From the start, while the model is loaded, to the end."""
+    out = tmp_path / "t"
+    line = _line(digits_test, out, "--views", 20)
+    wait = processes.command(tmp_path, *line)
+    wait.process.join(random.Random(seed).uniform(0.02, 0.8))
+    if wait.process.exitcode is None:
+        os.kill(wait.process.pid, signal.SIGINT)
+    result = wait()
+    assert result.code in (0, 130), result
+    words = r"kdcache: stopped (with \d+ of 20 shards on|before the tape) [^\n]*\n"
+    assert re.fullmatch(rf"({words})?", result.err), result
+    assert processes.command(tmp_path, *line)().code == 0
+    assert Tape.open(out).missing() == []
+    assert {f.name for f in tmp_path.iterdir()} == {"t", "stdout", "stderr"}
