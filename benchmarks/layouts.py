@@ -5,7 +5,7 @@ their log-probabilities at T = 1. None of them says more about the tail than the
 over, which their losses spread evenly, and none keeps logits, so another temperature means
 tempering that even tail too (`Named.at`).
 
-tinyvit     int32 seed, k float16 probabilities, k int16 classes: 4 + 4k bytes
+tinyvit     int32 seed, k int16 classes, k float16 probabilities: 4 + 4k bytes
 fkd         4 crop coordinates and k pairs (class, probability), all float32 or all float16, and a
             byte for the flip: 17 + 8k or 9 + 4k. float16 holds class numbers up to 2048 only.
 distillkit  the log-probabilities of the first classes as bfloat16, the others as a least-squares
@@ -75,12 +75,12 @@ class TinyViT:
         log_p_BK, classes_BK = _top(logits_BC, k)
         seeds_B = np.zeros((len(logits_BC), 1), np.int32)
         values_BK = log_p_BK.exp().numpy().astype(np.float16)
-        parts = (seeds_B, values_BK, classes_BK.numpy().astype(np.int16))
+        parts = (seeds_B, classes_BK.numpy().astype(np.int16), values_BK)
         return np.concatenate([_bytes(part) for part in parts], axis=1)
 
     def unpack(self, rows: Bytes, k: int, num_classes: int) -> Named:
-        values_BK = rows[:, 4 : 4 + 2 * k].copy().view(np.float16)
-        classes_BK = rows[:, 4 + 2 * k :].copy().view(np.int16).astype(np.int64)
+        classes_BK = rows[:, 4 : 4 + 2 * k].copy().view(np.int16).astype(np.int64)
+        values_BK = rows[:, 4 + 2 * k :].copy().view(np.float16)
         return Named(torch.from_numpy(classes_BK), _log(values_BK), num_classes)
 
 

@@ -67,6 +67,7 @@ class Tape:
         self.pixels = pixels
         self._zarr_json = zarr_json
         self._names = tuple(shards.columns(spec))
+        self._command = "`kdcache precompute`" if spec.view else "`kdcache import`"
         self._recent: tuple[tuple[int, int], Records] | None = None
 
     @staticmethod
@@ -177,7 +178,7 @@ class Tape:
             raise TapeIncomplete(
                 f"{self.url} lacks {len(missing)} of {len(self.places())} "
                 f"shards, the first is view {view} shard {shard}: run the same "
-                "`kdcache precompute` again to finish it"
+                f"{self._command} again to finish it"
             )
 
     def write(self, view: int, shard: int, records: Records) -> None:
@@ -223,7 +224,7 @@ class Tape:
             if not data:
                 raise TapeIncomplete(
                     f"{self.url} lacks view {view} shard {shard} ({name}): run the same "
-                    "`kdcache precompute` again to finish it"
+                    f"{self._command} again to finish it"
                 )
             objects[name] = data
         seal = objects.pop("seals")
@@ -232,7 +233,7 @@ class Tape:
             raise TapeCorrupt(
                 f"{self.url}: view {view} shard {shard} (positions {start} to {stop - 1}) is "
                 "damaged, or is of another place or tape: `kdcache verify --discard` takes it off "
-                "the tape, then run the same `kdcache precompute` again"
+                f"the tape, then run the same {self._command} again"
             )
         placed = {shards.key(name, view, shard): data for name, data in objects.items()}
         try:

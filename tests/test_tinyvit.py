@@ -14,7 +14,7 @@ import torch
 
 from kdcache import models, saved_logits, shards, tinyvit, views
 from kdcache.dataset import Dataset, convert
-from kdcache.errors import TapeMismatch, UsageError
+from kdcache.errors import TapeIncomplete, TapeMismatch, UsageError
 from kdcache.precompute import precompute, tape_spec
 from kdcache.sources import Source, open_source
 from kdcache.spec import TapeSpec, ValueType, ViewSpec
@@ -347,7 +347,10 @@ def test_a_killed_import_is_finished_by_the_same_command(
     spec = tinyvit.tape_spec(saved, data)
     with pytest.raises(Killed):
         tinyvit.import_tape(saved, data, spec, tmp_path / "t", kill)
-    assert 0 < len(Tape.open(tmp_path / "t").missing()) < len(whole.places())
+    partial = Tape.open(tmp_path / "t")
+    assert 0 < len(partial.missing()) < len(whole.places())
+    with pytest.raises(TapeIncomplete, match="run the same `kdcache import` again to finish it"):
+        partial.require_complete()
     seen: list[int] = []
     tape = tinyvit.import_tape(saved, data, spec, tmp_path / "t", seen.append)
     assert 30 < seen[0] < seen[-1] == 120
