@@ -3,7 +3,7 @@
 In: an array's name and type, and what tells its records apart. Out: filters and compressors for
 `create_array`. What stays true: they are codecs of the Zarr v3 specification, so that any reader
 of Zarr v3 reads a tape, and the last one is a CRC-32C, so that a changed byte is an error.
-Cost at k = 10: one core reads about 10 million records a second through them.
+Cost at k = 10: a process on 2 cores reads some 8 million records a second through them.
 """
 
 from __future__ import annotations
