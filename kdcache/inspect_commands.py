@@ -276,11 +276,12 @@ def _show_verdict(
         for measure in measures:
             if measure.note:
                 out_console.print(f"{measure.what}: {measure.note}", markup=False, soft_wrap=True)
+    made = "`kdcache precompute`" if tape.spec.view else "`kdcache import`"
     if any(fault.kind == "damaged" for fault in bad) and not discarded:
         line = "`kdcache verify --discard` takes damaged shards off the tape; then run the same "
-        out_console.print(line + "`kdcache precompute` again", markup=False, soft_wrap=True)
+        out_console.print(f"{line}{made} again", markup=False, soft_wrap=True)
     elif absent or discarded:
-        line = "run the same `kdcache precompute` again: it makes what is missing"
+        line = f"run the same {made} again: it makes what is missing"
         out_console.print(line, markup=False, soft_wrap=True)
 
 

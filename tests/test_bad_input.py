@@ -339,6 +339,8 @@ def test_eval_refuses(bench: Bench, options: list[object], words: str) -> None:
         (["demo", "--epochs", 0], "Invalid value for '--epochs'"),
         (["train"], "Missing option '--mode'"),
         (["inspect"], "Missing argument"),
+        (["verify"], "Missing argument"),
+        (["verify", "t.zarr", "--samples", 0], "Invalid value for '--samples'"),
         (["eval", "x"], "Missing option '--data'"),
     ],
 )
@@ -381,7 +383,9 @@ def test_a_cache_that_is_not_there_or_something_else(bench: Bench) -> None:
     no, file = bench.folder / "no.zarr", bench.folder / "file"
     file.write_text("x")
     bench.refused(*bench.cached(cache=no), words=("no tape at", "kdcache precompute"))
-    bench.refused("inspect", no, words="no tape at")
+    for command in ("inspect", "verify"):
+        bench.refused(command, no, words="no tape at")
+        bench.refused(command, file, words="exists and is not a tape")
     for line in (bench.cached(cache=file), ["inspect", file], bench.precompute(out="file")):
         bench.refused(*line, words="exists and is not a tape; choose another path")
     bench.refused(*bench.precompute("--out", bench.folder), words="exists and is not a tape")

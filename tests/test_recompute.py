@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from kdcache import models, pixels, recompute
+from kdcache import models, pixels, recompute, sampling
 from kdcache.dataset import Dataset, convert
 from kdcache.errors import UsageError
 from kdcache.models import Classifier
@@ -299,6 +300,24 @@ def test_an_imported_tape_cannot_be_recomputed(tmp_path: Path) -> None:
         require_recomputable(tape)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_a_draw_lies_on_its_class_or_as_far_from_it_as_the_logits_moved(temperature: float) -> None:
+    random = torch.Generator().manual_seed(2)
+    logits = 3 * torch.randn(50, 40, generator=random)
+    key: dict[str, Any] = {"seed": 4, "view": 1, "rows_B": np.arange(50) * 3}
+    records = sampling.encode(logits, 30, temperature, **key)
+    own = sampling.distances(records, logits, temperature, **key)
+    assert own.shape == (50, 30)
+    assert float(own.max()) < 1e-9
+    for error in (1e-3, 1e-2, 1e-1):
+        moved = logits + error * (2 * torch.rand(50, 40, generator=random) - 1)
+        found = sampling.distances(records, moved, temperature, **key)
+        assert float(found.max()) <= error / temperature / 2
+    assert float(found.max()) > 0
+    other = sampling.distances(records, logits.flip(1), temperature, **key)
+    assert float(other.mean()) > 0.1
+
+
 # --- the command -----------------------------------------------------------------------------
 
 
@@ -360,6 +379,18 @@ def test_verify_of_another_teacher_exits_with_1(
     assert result.out.count("FAIL") == 4
     assert "teacher: other weights, another type of them, or another normalisation" in result.out
     assert "worst in view" in result.out
+
+
+@pytest.mark.parametrize("kind", ["averaged", "draws", "sample order"])
+def test_every_kind_of_record_is_drawn(
+    kdcache: Run, tapes: Callable[[str], Tape], digits_test: Dataset, tmp_path: Path, kind: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "v.png"
+    line = ("inspect", tapes(kind).url, "--data", digits_test.path, "--sample", 5, "--draw", out)
+    result = kdcache(*line)
+    assert (result.code, result.err) == (0, "")
+    assert out.exists()
 
 
 def test_verify_with_other_data_exits_with_1(

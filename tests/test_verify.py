@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache import shards
+from kdcache import codec, shards
 from kdcache.codec import Records
 from kdcache.dataset import Dataset
 from kdcache.errors import StorageError
@@ -249,3 +249,31 @@ def test_verify_refuses_half_of_a_pair(kdcache: Run, tape: Tape, digits_test: Da
         assert (result.code, result.out) == (2, "")
         assert "--data and --teacher go together" in result.err
     assert kdcache("verify", f"{tape.url}.no").code == 2
+
+
+def test_a_tape_in_an_object_store(kdcache: Run, small_shards: None) -> None:
+    url = "memory://verified/t.zarr"
+    made = synthetic_tape(url, torch.randn(2, 20, 6), top_k=2)  # type: ignore[arg-type]
+    assert kdcache("verify", url).code == 0
+    made.store.write(shards.key("tail", 1, 1), b"?" * 50)
+    result = kdcache("verify", url, "--discard")
+    assert (result.code, result.err) == (1, "")
+    assert "view 1 shard 1 is damaged, and now discarded" in result.out
+    assert made.missing() == [(1, 1)]
+    text = " ".join(kdcache("inspect", url).out.split())
+    assert "coverage view 0 whole; view 1 lacks shard 1" in text
+    assert kdcache("inspect", url, "--sample", 3).code == 0
+
+
+def test_an_imported_tape(kdcache: Run, tmp_path: Path) -> None:
+    """Its views are not ours, and it is made anew by another command."""
+    spec = replace(SPEC, views=1, view=None, order="sample")
+    made = Tape.create(tmp_path / "t", spec, {"teacher": "someone's"})
+    result = kdcache("verify", made.url)
+    assert result.code == 1
+    assert "run the same `kdcache import` again" in result.out
+    made.write(0, 0, codec.encode(torch.randn(41, 6), 2, "float32"))
+    assert kdcache("verify", made.url).code == 0
+    assert "not of kdcache's making" in kdcache("inspect", made.url).out
+    found = json.loads(kdcache("inspect", made.url, "--sample", 9, "--json").out)
+    assert (found["position"], found["sample"], found["partner"]) == (9, 9, None)
