@@ -168,7 +168,10 @@ def plan(
 
 def _pays(even: float, epochs: int) -> str:
     if not math.isfinite(even):
-        return "never, in time: a step takes as long with the teacher as without it"
+        return (
+            "never: a step took no longer with the teacher than without it, so it is cheap beside "
+            "the student, or this machine is too busy to tell"
+        )
     least = math.floor(even / epochs) + 1
     some = f"{least} student{'s' * (least > 1)} of {epochs} epoch{'s' * (epochs > 1)}"
     return f"students x epochs > {even:.3g}: from {some} on"
