@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-from kdcache.errors import UsageError
+from kdcache.errors import KDCacheError, UsageError
 from kdcache.spec import Crop, Order, Precision, TapeSpec, ValueType, ViewSpec
 
 if TYPE_CHECKING:
@@ -263,6 +263,19 @@ def interruptible(last_words: Callable[[], str]) -> Iterator[Callable[[], None]]
         if came:
             signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGINT, before)
+
+
+def stopped(out: str) -> str:
+    """The last words of a command that was making a tape."""
+    from kdcache.tape import Tape
+
+    try:
+        tape = Tape.open(out)
+        left, whole = len(tape.missing()), len(tape.places())
+    except KDCacheError:
+        return f"stopped before the tape {out} was begun"
+    done = f"{whole - left} of {whole} shards on {out}"
+    return f"stopped with {done}; the same command goes on from there"
 
 
 @contextmanager

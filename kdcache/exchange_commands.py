@@ -39,10 +39,12 @@ from kdcache.console import (
     device_of,
     err_console,
     given_view,
+    interruptible,
     out_console,
     progress_bar,
     show,
     size_of,
+    stopped,
     teacher_and_spec,
 )
 from kdcache.errors import UsageError
@@ -236,30 +238,29 @@ def import_tape(
     as_json: JsonOption = False,
 ) -> None:
     """Make a tape of logits that TinyViT has saved, in sample order: a view for each epoch."""
-    from kdcache import dataset as datasets
-    from kdcache import saved_logits, tinyvit
-    from kdcache.tape import Tape
-
     start = time.perf_counter()
-    dataset = datasets.open_dataset(data)
-    known = _lines(names) if names else None
-    with progress_bar("check", len(dataset), "records of an epoch") as update:
-        saved = saved_logits.open_saved(
-            folder, dataset, known, lambda n: update(n % len(dataset), f"{n:,} records")
-        )
-    spec = tinyvit.tape_spec(saved, dataset, dtype=dtype, average=average)
-    total = spec.views * spec.samples
-    try:
+    with interruptible(lambda: stopped(out)) as check:
+        from kdcache import dataset as datasets
+        from kdcache import saved_logits, tinyvit
+
+        dataset = datasets.open_dataset(data)
+        known = _lines(names) if names else None
+        with progress_bar("check", len(dataset), "records of an epoch") as update:
+
+            def checking(done: int) -> None:
+                check()
+                update(done % len(dataset), f"{done:,} records")
+
+            saved = saved_logits.open_saved(folder, dataset, known, checking)
+        spec = tinyvit.tape_spec(saved, dataset, dtype=dtype, average=average)
+        total = spec.views * spec.samples
         with progress_bar("import", total, "records") as update:
-            tape = tinyvit.import_tape(saved, dataset, spec, out, update)
-    except KeyboardInterrupt:
-        tape = Tape.open(out)
-        left, whole = len(tape.missing()), len(tape.places())
-        err_console.print(
-            f"kdcache: stopped with {whole - left} of {whole} shards on {out}; the same command "
-            "goes on from there", markup=False, soft_wrap=True,
-        )  # fmt: skip
-        raise typer.Exit(130) from None
+
+            def importing(done: int) -> None:
+                check()
+                update(done)
+
+            tape = tinyvit.import_tape(saved, dataset, spec, out, importing)
     accuracy = _accuracy(tape, dataset)
     stored = tape.stored_bytes()
     answer = {

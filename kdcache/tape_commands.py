@@ -38,9 +38,10 @@ from kdcache.console import (
     progress_bar,
     rank,
     show,
+    stopped,
     teacher_and_spec,
 )
-from kdcache.errors import KDCacheError, UsageError
+from kdcache.errors import UsageError
 
 
 def precompute(
@@ -78,7 +79,7 @@ def precompute(
     number, processes = rank()
     job = _part(part)
     mine = job[0] * processes + number, job[1] * processes
-    with interruptible(lambda: _stopped(out)) as check:
+    with interruptible(lambda: stopped(out)) as check:
         from kdcache import dataset as datasets
         from kdcache import precompute as recording
 
@@ -110,18 +111,6 @@ def precompute(
         "shards_missing": len(missing), "seconds": round(time.perf_counter() - start, 2),
     }  # fmt: skip
     show(answer, as_json)
-
-
-def _stopped(out: str) -> str:
-    from kdcache.tape import Tape
-
-    try:
-        tape = Tape.open(out)
-        left, whole = len(tape.missing()), len(tape.places())
-    except KDCacheError:
-        return f"stopped before the tape {out} was begun"
-    done = f"{whole - left} of {whole} shards on {out}"
-    return f"stopped with {done}; the same command goes on from there"
 
 
 def _part(text: str | None) -> tuple[int, int]:
