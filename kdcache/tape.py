@@ -189,8 +189,8 @@ class Tape:
         seal = b"".join(self._seal(name, view, shard, objects[name]) for name in self._names)
         try:
             self.store.delete(shards.key("seals", view, shard))
-            for name, data in objects.items():
-                self.store.write(shards.key(name, view, shard), data)
+            for name in self._names:
+                self.store.write(shards.key(name, view, shard), objects[name])
             self.store.write(shards.key("seals", view, shard), seal)
         except StorageError as error:
             with contextlib.suppress(StorageError):

@@ -31,6 +31,7 @@ from tests.conftest import TEACHER, Result
 LIMIT_S = 60
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.processes"])
+ANSWERS, FSYNC = recording.answers, os.fsync
 HEAVY = (cli, train)  # what the commands would import
 # A forked process would look through all that was imported, copying it, before anything else.
 gc.collect()
@@ -86,10 +87,10 @@ class Job:
     start_s: float = 0.0
 
     def start(self) -> BaseProcess:
-        return start(_record, self)
+        return start(record, self)
 
     def run(self) -> None:
-        assert run(_record, self) == 0
+        assert run(record, self) == 0
 
     def computed(self) -> list[tuple[int, int]]:
         """The (view, shard) pairs that were computed, by all with this log, in order."""
@@ -97,18 +98,17 @@ class Job:
         return [(int(v), int(s)) for v, s in (line.split() for line in lines)]
 
 
-def _record(job: Job) -> None:
+def record(job: Job) -> None:
     small_shards()
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    answers, fsync = recording.answers, os.fsync
 
     def logged(loader: Any, teacher: Any, spec: Any, view: int, rows: Any) -> Any:
         os.write(log, f"{view} {rows[0] // shards.Layout.of(spec).shard_rows}\n".encode())
-        return answers(loader, teacher, spec, view, rows)
+        return ANSWERS(loader, teacher, spec, view, rows)
 
     def slow(descriptor: int) -> None:
         time.sleep(job.fsync_s)
-        fsync(descriptor)
+        FSYNC(descriptor)
 
     recording.answers, os.fsync = logged, slow
     recording.WAIT_S = 0.1

@@ -41,9 +41,7 @@ def whole(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Job
 # --- killed ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kills", "seed"), [(10, 0), pytest.param(30, 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("kills", "seed"), [(10, 0), pytest.param(30, 1, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     whole: Job, tmp_path: Path, kills: int, seed: int
 ) -> None:
@@ -160,9 +158,8 @@ def test_ctrl_c_of_a_real_command_says_how_to_go_on(
         words = run.stderr.read()
     done = 100 - len(Tape.open(out).missing())
     assert 4 <= done < 100
-    assert words == (
-        f"kdcache: stopped with {done} of 100 shards on {out}; the same command goes on from there\n"
-    )
+    said = f"kdcache: stopped with {done} of 100 shards on {out}; the same command goes on"
+    assert words == f"{said} from there\n"
     assert processes.command(tmp_path, *line[3:])().code == 0
     assert Tape.open(out).missing() == []
     assert not (out / ".claims").exists()

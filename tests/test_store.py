@@ -1,0 +1,348 @@
+"""Stores: durable writes, full and read-only disks, locks, and every way to name a place."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import io
+import os
+import resource
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdcache import cli, codec
+from kdcache import store as stores
+from kdcache.dataset import Dataset
+from kdcache.errors import MissingDependency, StorageError, UsageError
+from kdcache.spec import TapeSpec, ViewSpec
+from kdcache.store import FolderStore, ObjectStore, open_store
+from kdcache.tape import Tape
+from tests import processes
+from tests.conftest import TEACHER
+from tests.processes import Job, contents
+
+SPEC = TapeSpec(2, 50, 30, 4, "float16", "data", "teacher", ViewSpec(8))
+STUDENT = "python:tests.conftest:convolutional_student"
+CANNOT = 77  # exit code: this machine does not allow what the test needs
+
+
+@pytest.fixture(scope="module")
+def whole(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("whole")
+    job = Job(digits_test.path, folder / "t", folder / "log")
+    job.run()
+    return job
+
+
+def write_all(tape: Tape) -> None:
+    torch.manual_seed(0)
+    for view, shard in tape.places():
+        logits = torch.randn(tape.rows(shard), SPEC.classes)
+        tape.write(view, shard, codec.encode(logits, SPEC.top_k, SPEC.dtype))
+
+
+# --- durable ---------------------------------------------------------------------------------
+
+
+def test_what_counts_is_on_the_disk_first_and_the_seal_comes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File, name, folder: in this order for every object, and the folders that hold them."""
+    events: list[tuple[str, Path]] = []
+    fsync, replace, mkdir = os.fsync, os.replace, os.mkdir
+
+    def synced(descriptor: int) -> None:
+        events.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def replaced(source: Any, target: Any) -> None:
+        events.append(("name", Path(target)))
+        replace(source, target)
+
+    def made(path: Any, *rest: Any) -> None:
+        events.append(("mkdir", Path(path)))
+        mkdir(path, *rest)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(os, "mkdir", made)
+    out = tmp_path / "deep" / "t"
+    write_all(Tape.create(out, SPEC, {}))
+    named = [path.relative_to(out).as_posix() for what, path in events if what == "name"]
+    assert sorted(named) == sorted(contents(out))
+    assert named.index("zarr.json") == 4
+    assert [n for n in named if "/c/" in n] == [
+        f"{name}/c/{view}/0/0{'/0' if name == 'seals' else ''}"
+        for view in (0, 1)
+        for name in ("logits", "classes", "tail", "seals")
+    ]
+    for i, (what, path) in enumerate(events):
+        if what == "name":
+            assert events[i - 1] == ("fsync", path.with_name(path.name + ".partial"))
+        if what != "fsync":
+            assert events[i + 1] == ("fsync", path.parent)
+
+
+# --- full ------------------------------------------------------------------------------------
+
+
+def _record(job: Job) -> str:
+    """The words of a command that fails; "" for one that does not."""
+    words = io.StringIO()
+    with contextlib.redirect_stderr(words):
+        try:
+            processes.record(job)
+        except SystemExit as end:
+            code = end.code
+        else:
+            code = 0
+    assert code == (2 if words.getvalue() else 0)
+    return words.getvalue()
+
+
+def _on_a_full_disk(job: Job, disk: Path, pages: int) -> None:
+    try:
+        processes.own_mounts()
+        processes.mount("-t", "tmpfs", "-o", f"size={4096 * pages}", "tmpfs", disk)
+    except OSError as error:
+        print(error)
+        sys.exit(CANNOT)
+    words = _record(job)
+    assert "No space left on device" in words, words
+    assert len(words.splitlines()) == 1
+    begun, before = (Path(job.out) / "zarr.json").exists(), len(job.computed())
+    missing = len(Tape.open(job.out).missing()) if begun else 21
+    processes.mount("-o", "remount,size=4m", disk)
+    assert _record(job) == ""
+    assert len(job.computed()) - before == missing
+    shutil.copytree(job.out, disk.parent / "copy")
+
+
+@pytest.mark.parametrize("pages", [1, 4, 8, 9, 10, 11, 12, 30])
+def test_a_full_disk(whole: Job, tmp_path: Path, pages: int) -> None:
+    """Full while the tape is created, in a shard's first object, its second, its seal, or later."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    job = Job(whole.data, disk / "t", tmp_path / "log")
+    code = processes.run(_on_a_full_disk, job, disk, pages)
+    if code == CANNOT:
+        pytest.skip("no mounts allowed here")
+    assert code == 0
+    assert contents(tmp_path / "copy") == contents(Path(whole.out))
+
+
+def _with_files_limited(job: Job) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
+    words = _record(job)
+    assert words.startswith("view 0 shard 0: cannot write"), words
+    assert "File too large; mend that and run the same command again" in words
+    assert len(words.splitlines()) == 1
+    left = {f.name for f in Path(job.out).rglob("*") if f.is_file()}
+    assert left == {"zarr.json", ".claims"}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    assert _record(job) == ""
+
+
+def test_a_write_that_the_system_refuses(whole: Job, tmp_path: Path) -> None:
+    """Files may not grow above 1500 bytes, a shard here has more: no privileges needed."""
+    job = Job(whole.data, tmp_path / "t", tmp_path / "log")
+    assert processes.run(_with_files_limited, job) == 0
+    assert contents(tmp_path / "t") == contents(Path(whole.out))
+
+
+# --- read-only -------------------------------------------------------------------------------
+
+
+def _main(*line: object) -> tuple[int, str]:
+    words = io.StringIO()
+    sys.argv = ["kdcache", *map(str, line)]
+    with contextlib.redirect_stderr(words), contextlib.redirect_stdout(io.StringIO()):
+        cli.err_console.file = words
+        try:
+            cli.main()
+        except SystemExit as end:
+            return int(end.code or 0), words.getvalue()
+    return 0, words.getvalue()
+
+
+def _read_only(folder: Path, data: Path) -> None:
+    if os.getuid():
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+    else:
+        try:
+            processes.own_mounts()
+            processes.mount("--bind", folder, folder)
+            processes.mount("-o", "remount,bind,ro", folder)
+        except OSError as error:
+            print(error)
+            sys.exit(CANNOT)
+    make = ["precompute", "--data", data, "--teacher", TEACHER, "--views", 2, "--out"]
+    for name in ("part.zarr", "new.zarr", "deep/new.zarr"):
+        code, words = _main(*make, folder / name)
+        assert (code, len(words.splitlines())) == (2, 1), words
+        assert f"kdcache: cannot write {folder}" in words
+        assert "Read-only file system" in words or "Permission denied" in words
+    line = ["train", "--mode", "cached", "--data", data, "--cache", folder / "whole.zarr"]
+    line += ["--student", STUDENT, "--epochs", 1, "--out", folder.parent / "run"]
+    assert _main(*line) == (0, "")
+    assert _main("inspect", folder / "whole.zarr") == (0, "")
+    assert _main(*make, folder / "whole.zarr") == (0, "")
+
+
+def test_a_folder_that_is_read_only(digits_test: Dataset, tmp_path: Path) -> None:
+    """What is there is read and trained from; what is not cannot be made, in a line."""
+    folder = tmp_path / "folder"
+    line = ["precompute", "--data", digits_test.path, "--teacher", TEACHER, "--views", 2]
+    assert processes.command(tmp_path, *line, "--out", folder / "whole.zarr")().code == 0
+    shutil.copytree(folder / "whole.zarr", folder / "part.zarr")
+    (folder / "part.zarr/seals/c/1/0/0/0").unlink()
+    code = processes.run(_read_only, folder, digits_test.path)
+    if code == CANNOT:
+        pytest.skip("no mounts allowed here")
+    assert code == 0
+
+
+# --- places ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["t", "./t/", "a b/größer 張.zarr", "../sideways/t", "{}/t", "file://{}/t", "local://{}/t"],
+)
+def test_a_folder_by_any_name(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    url = name.format(tmp_path)
+    write_all(Tape.create(url, SPEC, {}))
+    found = Tape.open(url)
+    assert found.missing() == []
+    assert found.store.sizes() == {k: len(v) for k, v in contents(Path(found.url)).items()}
+    assert len(list(tmp_path.rglob("zarr.json"))) == 5
+
+
+def test_a_tape_in_the_working_folder_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own folder may be prepared (striping, a mount), so it is not replaced."""
+    monkeypatch.chdir(tmp_path)
+    before = tmp_path.stat().st_ino
+    tape = Tape.create(".", SPEC, {})
+    assert tape.claim(0, 0)
+    write_all(tape)
+    tape.store.forget_claims()
+    assert Tape.open(".").missing() == []
+    assert tmp_path.stat().st_ino == before
+    assert not list(tmp_path.glob(".c*"))
+
+
+@pytest.mark.parametrize("url", ["memory://bucket/t", "memory://bucket/deep/t/"])
+def test_an_object_store_keeps_the_same_bytes(tmp_path: Path, url: str) -> None:
+    write_all(Tape.create(tmp_path / "t", SPEC, {}))
+    tape = Tape.create(url, SPEC, {})
+    assert isinstance(tape.store, ObjectStore)
+    write_all(tape)
+    assert {k: tape.store.read(k) for k in tape.store.sizes()} == contents(tmp_path / "t")
+    tape.discard(1, 0)
+    assert Tape.open(url).missing() == [(1, 0)]
+    tape.discard(1, 0)
+    for key in tape.store.sizes():
+        tape.store.delete(key)
+
+
+def test_a_killed_creation_in_an_object_store_is_done_again() -> None:
+    store = open_store("memory://bucket/killed")
+    store.write("logits/zarr.json", b"{")
+    with pytest.raises(UsageError, match="exists and is not a tape"):
+        Tape.open(store.url)
+    assert Tape.create(store.url, SPEC, {}).spec == SPEC
+    open_store("memory://bucket/other").write("thesis.txt", b"two years of work")
+    with pytest.raises(UsageError, match="exists and is not a tape"):
+        Tape.create("memory://bucket/other", SPEC, {})
+
+
+def test_a_store_that_nobody_knows() -> None:
+    with pytest.raises(StorageError, match=r"cannot open odd://bucket/t: Protocol not known"):
+        Tape.open("odd://bucket/t")
+
+
+def test_a_store_that_needs_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(MissingDependency, match=r"needs a package .*pip install 'kdcache\[s3\]'"):
+        open_store("s3://bucket/t")
+
+
+def test_a_file_that_cannot_be_read_is_an_error_and_not_a_missing_shard(tmp_path: Path) -> None:
+    write_all(Tape.create(tmp_path / "t", SPEC, {}))
+    shard = tmp_path / "t/logits/c/0/0/0"
+    shard.unlink()
+    shard.mkdir()
+    with pytest.raises(StorageError, match=rf"cannot read {shard}: Is a directory"):
+        Tape.open(tmp_path / "t").read(0, 0, 1)
+
+
+# --- claims ----------------------------------------------------------------------------------
+
+
+def _claim(folder: Path) -> None:
+    store = FolderStore(folder)
+    sys.exit(sum(store.claim(n) << n for n in range(4)))
+
+
+def test_a_claim_holds_for_other_processes_until_it_is_given_back(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    assert store.claim(1)
+    assert store.claim(3)
+    assert processes.run(_claim, tmp_path) == 0b0101
+    store.release(3)
+    assert processes.run(_claim, tmp_path) == 0b1101
+    store.forget_claims(whole=False)
+    assert processes.run(_claim, tmp_path) == 0b1111
+    store.forget_claims()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_there_are_no_locks_all_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    tape = Tape.create(tmp_path / "t", SPEC, {})
+    assert tape.claim(0, 0)
+    write_all(tape)
+    tape.release(0, 0)
+    tape.store.forget_claims()
+    assert Tape.open(tmp_path / "t").missing() == []
+
+
+def _create(folder: Path) -> None:
+    FolderStore(folder).create({"a": bytes(1000), "b": str(os.getpid()).encode()}, "b")
+
+
+def test_whoever_waited_for_a_creation_finds_it_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first holds the lock while the other has opened it; both end, one has written."""
+    waiting: list[Any] = []
+    write = stores._write_file
+
+    def slowly(path: Path, data: bytes) -> None:
+        if not waiting:
+            waiting.append(processes.start(_create, tmp_path))
+            waiting[0].join(0.3)
+            assert waiting[0].exitcode is None
+        write(path, data)
+
+    monkeypatch.setattr(stores, "_write_file", slowly)
+    _create(tmp_path)
+    assert processes.ended(waiting[0]) == 0
+    assert (tmp_path / "b").read_bytes() == str(os.getpid()).encode()
+    assert {f.name for f in tmp_path.iterdir()} == {"a", "b"}
