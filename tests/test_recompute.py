@@ -186,6 +186,38 @@ def test_a_peaked_teacher_passes(digits_test: Dataset, tmp_path: Path) -> None:
         assert failed(judged(tape, digits_test, here)) == set(), kind
 
 
+def restless(seed: int) -> Classifier:
+    """A network that makes much of every rounding: 12 layers that each amplify differences."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for _ in range(12):
+        layers += [nn.Linear(192, 192), nn.Tanh()]
+        nn.init.normal_(layers[-2].weight, std=2 / 192**0.5)
+    network = nn.Sequential(*layers, nn.Linear(192, 10))
+    norm = models.IMAGENET_MEAN, models.IMAGENET_STD
+    return Classifier(network, "restless", *norm).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["float32, all", "draws"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_teacher_with_noisy_arithmetic_passes_and_another_does_not(
+    digits_test: Dataset,
+    tmp_path: Path,
+    kind: str,
+    precision: Precision,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tape = recorded(digits_test, restless(3), tmp_path / "t", **KINDS[kind])
+    here, other = restless(3), restless(4)
+    here.precision = other.precision = precision
+    assert failed(judged(tape, digits_test, here)) == set()
+    assert failed(judged(tape, digits_test, other)) != set()
+    if precision == "bfloat16" and kind != "draws":
+        monkeypatch.setattr(recompute, "LARGEST_NOISE", 0)
+        monkeypatch.setattr(recompute, "TYPICAL_NOISE", 0)
+        assert failed(judged(tape, digits_test, here)) != set()
+
+
 # --- who fails -------------------------------------------------------------------------------
 
 
