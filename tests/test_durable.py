@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from kdcache import codec
 from kdcache.dataset import Dataset
@@ -22,7 +23,7 @@ from kdcache.errors import KDCacheError
 from kdcache.spec import TapeSpec, ViewSpec
 from kdcache.tape import Tape
 from tests import processes
-from tests.conftest import TEACHER
+from tests.conftest import TEACHER, linear_teacher
 from tests.processes import Job, contents
 
 SPEC = TapeSpec(1, 100, 30, 4, "float16", "data", "teacher", ViewSpec(8))
@@ -49,7 +50,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     dice = random.Random(seed)
     killed, redone = 0, 0
     while killed < kills:
-        folder = tmp_path / str(killed)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         job = Job(whole.data, folder / "t", folder / "log", fsync_s=0.002)
         lives = 0
@@ -181,3 +182,71 @@ def test_ctrl_c_at_any_moment_is_one_line(digits_test: Dataset, tmp_path: Path, 
     assert processes.command(tmp_path, *line)().code == 0
     assert Tape.open(out).missing() == []
     assert {f.name for f in tmp_path.iterdir()} == {"t", "stdout", "stderr"}
+
+
+# --- resumed ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def begun(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """The command that made a tape which now lacks a shard."""
+    folder = tmp_path_factory.mktemp("begun")
+    line = _line(digits_test, folder / "t", "--views", 2, "--top-k", 2, "--dtype", "float32")
+    assert processes.command(folder, *line)().code == 0
+    Tape.open(folder / "t").discard(1, 0)
+    return line
+
+
+OTHERS: list[tuple[list[object], str]] = [
+    (["--teacher", "python:tests.test_durable:another_teacher"], r"teacher: \w{16} here, \w{16}"),
+    (["--data", "OTHER"], r"samples: 1500 here, 297 there; dataset: \w{16} here, \w{16} there"),
+    (["--views", 3], "views: 3 here, 2 there"),
+    (["--top-k", 3], "top_k: 3 here, 2 there"),
+    (["--top-k", "all"], "top_k: 10 here, 2 there"),
+    (["--dtype", "float16"], "dtype: float16 here, float32 there"),
+    (["--dtype", "uint8"], "dtype: uint8 here, float32 there"),
+    (["--order", "sample"], "mixup: 0 here, 1 there; order: sample here, position there"),
+    (["--average", 4, "--views", 1], "order: sample here, position there; average: 4 here, 0"),
+    (["--view-seed", 7], "seed: 7 here, 0 there"),
+    (["--size", 9, "--teacher", "python:tests.test_durable:any_size"], "size_px: 9 here, 8 there"),
+    (["--crop", "center"], "crop: center here, inception there"),
+    (["--min-area", 0.5], "min_area: 0.5 here, 0.05 there"),
+    (["--no-flip"], "flip: False here, True there"),
+    (["--mixup", 0.2], "mixup: 0.2 here, 1 there"),
+    (["--precision", "bfloat16"], "precision: bfloat16 here, float32 there"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), OTHERS, ids=lambda x: str(x[0]) if x else "")
+def test_a_tape_is_not_gone_on_with_by_another_command(
+    begun: list[object], digits: Dataset, kdcache: Any, options: list[object], words: str
+) -> None:
+    out = Path(str(begun[begun.index("--out") + 1]))
+    before = contents(out)
+    result = kdcache(*begun, *(digits.path if x == "OTHER" else x for x in options))
+    assert (result.code, len(result.err.splitlines())) == (2, 1), result.err
+    assert re.search(rf"holds another tape \(.*{words}", result.err), result.err
+    assert contents(out) == before
+
+
+def test_nor_by_draws(begun: list[object], kdcache: Any) -> None:
+    at = begun.index("--top-k")
+    line = [*begun[:at], *begun[at + 2 :], "--sampled", 4]
+    assert "draws: 4 here, 0 there" in kdcache(*line).err
+
+
+def test_batch_size_and_workers_are_no_part_of_a_tape(begun: list[object], kdcache: Any) -> None:
+    assert kdcache(*begun, "--batch-size", 7, "--workers", 2).code == 0
+    tape = Tape.open(str(begun[begun.index("--out") + 1]))
+    assert tape.missing() == []
+    tape.discard(1, 0)
+
+
+def another_teacher(num_classes: int) -> nn.Module:
+    network = linear_teacher(num_classes)
+    network[1].bias.data[0] += 1e-3
+    return network
+
+
+def any_size(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(8), *linear_teacher(num_classes))
