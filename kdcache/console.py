@@ -256,6 +256,8 @@ def interruptible(last_words: Callable[[], str]) -> Iterator[Callable[[], None]]
     try:
         yield check
     except KeyboardInterrupt:
+        if came:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         if rank()[0] == 0:
             err_console.print(f"kdcache: {last_words()}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None

@@ -1,0 +1,220 @@
+"""Every changed byte and every wrong shard is noticed, before a target reaches a loss."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdcache import codec, loss, shards, train, verify
+from kdcache.dataset import Dataset
+from kdcache.errors import KDCacheError, TapeCorrupt, TapeIncomplete, UsageError
+from kdcache.spec import TapeSpec, ViewSpec
+from kdcache.tape import Tape
+from tests.conftest import Result
+from tests.processes import Job, contents
+
+SPEC = TapeSpec(2, 100, 30, 4, "float16", "data", "teacher", ViewSpec(8))
+STUDENT = "python:tests.conftest:convolutional_student"
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 512)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 2048)
+
+
+@pytest.fixture
+def tape(tmp_path: Path, small_shards: None) -> Path:
+    made = write_all(tmp_path / "t", SPEC)
+    assert len(made.places()) == 4
+    return tmp_path / "t"
+
+
+def write_all(out: Path, spec: TapeSpec) -> Tape:
+    """The same records in all views, so that a swap is no change of values."""
+    made = Tape.create(out, spec, {"teacher": "somebody"})
+    torch.manual_seed(0)
+    logits = torch.randn(made.layout.shard_rows, spec.classes)
+    for view, shard in made.places():
+        rows = logits[: made.rows(shard)]
+        made.write(view, shard, codec.encode(rows, spec.top_k, spec.dtype))
+    return made
+
+
+@contextmanager
+def changed(file: Path, data: bytes) -> Iterator[None]:
+    whole = file.read_bytes()
+    file.write_bytes(data)
+    yield
+    file.write_bytes(whole)
+
+
+def changes(tape: Path, count: int, seed: int) -> Iterator[tuple[Path, bytes]]:
+    """Files with one random byte of the whole tape changed, metadata included."""
+    dice = random.Random(seed)
+    files = sorted(f for f in tape.rglob("*") if f.is_file())
+    places = [(f, i) for f in files for i in range(f.stat().st_size)]
+    for file, i in dice.sample(places, count):
+        data = bytearray(file.read_bytes())
+        data[i] ^= dice.randrange(1, 256)
+        yield file, bytes(data)
+
+
+def read_all(tape: Path) -> None:
+    """What training does with a tape."""
+    found = Tape.open(tape)
+    for _, _, records in found:
+        found.decode(records)
+
+
+# --- bytes -----------------------------------------------------------------------------------
+
+
+def test_500_changed_bytes_are_noticed_by_reading(tape: Path) -> None:
+    files = set()
+    for file, data in changes(tape, 500, seed=0):
+        with changed(file, data), pytest.raises((TapeCorrupt, UsageError)) as caught:
+            read_all(tape)
+        files.add(file)
+        at = re.fullmatch(r".*/c/(\d)/(\d)/0(/0)?", str(file))
+        if at:
+            assert f"{tape}: view {at[1]} shard {at[2]} (positions " in str(caught.value)
+        else:
+            assert str(tape) in str(caught.value)
+    assert len(files) > 15
+    read_all(tape)
+
+
+@pytest.mark.parametrize("count", [50, pytest.param(500, marks=pytest.mark.slow)])
+def test_changed_bytes_are_noticed_by_verify(
+    tape: Path, kdcache: Callable[..., Result], count: int
+) -> None:
+    for file, data in changes(tape, count, seed=1):
+        with changed(file, data):
+            result = kdcache("verify", tape)
+        # A byte of the name "kdcache" in the manifest makes it no tape of ours.
+        assert result.code == 1 or "is not a tape" in result.err, (file, result)
+    assert kdcache("verify", tape).code == 0
+
+
+# --- shards ----------------------------------------------------------------------------------
+
+
+def _faults(tape: Path) -> list[tuple[int, int, str]]:
+    faults, _ = verify.read(Tape.open(tape), {})
+    return [(fault.view, fault.shard, fault.kind) for fault in faults]
+
+
+def test_every_truncated_object_is_noticed(tape: Path) -> None:
+    for file in tape.rglob("0"):
+        if file.is_dir():
+            continue
+        view, shard = (int(x) for x in file.relative_to(tape).parts[2:4])
+        whole = file.read_bytes()
+        for keep in (1, len(whole) // 2, len(whole) - 1):
+            with changed(file, whole[:keep]):
+                with pytest.raises(TapeCorrupt, match=rf"view {view} shard {shard} \(positions"):
+                    read_all(tape)
+                assert _faults(tape) == [(view, shard, "damaged")]
+        with changed(file, whole + b"\0"), pytest.raises(TapeCorrupt, match=f"view {view} shard"):
+            read_all(tape)
+        with changed(file, b""), pytest.raises(TapeIncomplete, match=f"view {view} shard {shard}"):
+            read_all(tape)
+
+
+def test_every_missing_object_is_noticed(tape: Path) -> None:
+    for name, data in contents(tape).items():
+        (tape / name).unlink()
+        with pytest.raises(KDCacheError) as caught:
+            read_all(tape)
+        assert isinstance(caught.value, TapeIncomplete) == ("/c/" in name)
+        (tape / name).write_bytes(data)
+    read_all(tape)
+
+
+def test_every_two_swapped_shards_are_noticed(tape: Path) -> None:
+    """With their seals. All views hold the same records, and yet the place is another."""
+    places = Tape.open(tape).places()
+    names = ["logits", "classes", "tail", "seals"]
+
+    def swap(a: tuple[int, int], b: tuple[int, int]) -> None:
+        for name in names:
+            x, y = tape / shards.key(name, *a), tape / shards.key(name, *b)
+            one, other = x.read_bytes(), y.read_bytes()
+            x.write_bytes(other)
+            y.write_bytes(one)
+
+    for a in places:
+        for b in places:
+            if a < b:
+                swap(a, b)
+                assert _faults(tape) == [(*a, "damaged"), (*b, "damaged")]
+                swap(a, b)
+    assert _faults(tape) == []
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("field", ["dataset", "teacher", "seed"])
+def test_every_shard_of_another_tape_is_noticed(tape: Path, tmp_path: Path, field: str) -> None:
+    """Of the same records at the same place, with their seals."""
+    value = SPEC.to_json()
+    (value["view"] if field == "seed" else value)[field] = 1 if field == "seed" else "other"
+    other = write_all(tmp_path / "other", TapeSpec.from_json(value))
+    for at in other.places():
+        kept = {}
+        for name in ("logits", "classes", "tail", "seals"):
+            key = shards.key(name, *at)
+            kept[tape / key] = (tape / key).read_bytes()
+            (tape / key).write_bytes((tmp_path / "other" / key).read_bytes())
+        assert _faults(tape) == [(*at, "damaged")]
+        for file, data in kept.items():
+            file.write_bytes(data)
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 3), (2, 5)])
+def test_training_stops_before_a_wrong_target_reaches_the_loss(
+    digits_test: Dataset,
+    tmp_path: Path,
+    kdcache: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    place: tuple[int, int],
+) -> None:
+    """The targets of a run from a damaged tape are the first of those of an undamaged one."""
+    job = Job(digits_test.path, tmp_path / "t", tmp_path / "log")
+    job.run()
+    seen: list[torch.Tensor] = []
+    real = loss.distillation_loss
+
+    def watched(logits: torch.Tensor, target: Any, **options: Any) -> torch.Tensor:
+        seen.append(target.logits_BK.clone())
+        return real(logits, target, **options)
+
+    monkeypatch.setattr(train, "distillation_loss", watched)
+    line = ["train", "--mode", "cached", "--data", digits_test.path, "--cache", tmp_path / "t"]
+    line += ["--student", STUDENT, "--batch-size", 32, "--epochs", 3, "--workers", 1]
+    assert kdcache(*line, "--out", tmp_path / "right").code == 0
+    right, before = list(seen), len(seen)
+    seen.clear()
+    file = tmp_path / "t" / shards.key("logits", *place)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    result = kdcache(*line, "--out", tmp_path / "wrong")
+    assert (result.code, len(result.err.splitlines())) == (2, 1), result.err
+    assert f"view {place[0]} shard {place[1]} (positions" in result.err
+    assert "kdcache verify --discard" in result.err
+    rows = Tape.open(tmp_path / "t").layout.shard_rows
+    # Nine whole batches of a view are used; those that end before the shard are right.
+    assert len(seen) == 9 * place[0] + place[1] * rows // 32 < before
+    assert all(map(torch.equal, seen, right))
+    assert not (tmp_path / "wrong" / "run.json").exists()
