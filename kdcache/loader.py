@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import queue
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -358,7 +359,9 @@ class _Pass(EpochIterator):
     def close(self) -> None:
         """End the thread; a reader that still waits gets an error, not a short pass."""
         self.terminate_event.set()
-        if self.is_alive() and threading.current_thread() is not self:
+        # While the interpreter ends, a thread stands still for good: it cannot be waited for.
+        alone = threading.current_thread() is self or sys.is_finalizing()
+        if self.is_alive() and not alone:
             self.join()
         if not self.closed:
             self.closed = True
