@@ -31,9 +31,9 @@ from kdcache.errors import MissingDependency, StorageError
 PARTIAL = ".partial"
 CLAIMS, CREATING = ".claims", ".creating"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-# A store that does not answer is an error within a minute; s3fs alone would try for many.
+# A store that does not answer is an error in about a minute; s3fs alone would try for six.
 S3_CLIENT = {
-    "connect_timeout": 5, "read_timeout": 10, "retries": {"mode": "standard", "max_attempts": 3}
+    "connect_timeout": 5, "read_timeout": 6, "retries": {"mode": "standard", "max_attempts": 3}
 }  # fmt: skip
 S3_ROUNDS = 2
 
@@ -219,6 +219,8 @@ class ObjectStore:
             yield
         except _troubles() as error:
             words = (str(error).splitlines() or [repr(error)])[0]
+            if isinstance(error, PermissionError):
+                words += "; check the credentials"
             raise StorageError(f"cannot {verb} {self.url}: {words}") from error
 
 

@@ -19,6 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
 
 from kdcache import cli, models, shards, train
@@ -26,12 +27,13 @@ from kdcache import precompute as recording
 from kdcache.dataset import open_dataset
 from kdcache.precompute import precompute, tape_spec
 from kdcache.spec import ViewSpec
+from kdcache.store import ObjectStore
 from tests.conftest import TEACHER, Result
 
-LIMIT_S = 60
+LIMIT_S = 90
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.processes"])
-ANSWERS, FSYNC = recording.answers, os.fsync
+ANSWERS, FSYNC, PUT = recording.answers, os.fsync, ObjectStore.write
 HEAVY = (cli, train)  # what the commands would import
 # A forked process would look through all that was imported, copying it, before anything else.
 gc.collect()
@@ -39,7 +41,8 @@ gc.freeze()
 
 
 def start(function: Callable[..., None], *args: object) -> BaseProcess:
-    process = _context.Process(target=_one_thread, args=(function, *args))
+    environment = dict(os.environ)  # of now; the process to fork from has an older one
+    process = _context.Process(target=_one_thread, args=(environment, function, *args))
     process.start()
     return process
 
@@ -57,7 +60,10 @@ def ended(process: BaseProcess) -> int:
     return process.exitcode
 
 
-def _one_thread(function: Callable[..., None], *args: object) -> None:
+def _one_thread(environment: dict[str, str], function: Callable[..., None], *args: object) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    fsspec.config.set_conf_env(fsspec.config.conf)
     torch.set_num_threads(1)
     # A semaphore of this method has no name that outlives a killed process.
     multiprocessing.set_start_method("fork", force=True)
@@ -74,7 +80,7 @@ class Job:
     """One call of precompute, on small shards.
 
     log       gets a line for each shard that is computed
-    fsync_s   what every fsync takes, so that kills hit between the writes too
+    fsync_s   what every fsync or put takes, so that kills hit between the writes too
     start_s   on the clock of time.time: for several to come to the same thing at once
     """
 
@@ -110,7 +116,12 @@ def record(job: Job) -> None:
         time.sleep(job.fsync_s)
         FSYNC(descriptor)
 
+    def slow_put(store: ObjectStore, key: str, data: bytes) -> None:
+        time.sleep(job.fsync_s)
+        PUT(store, key, data)
+
     recording.answers, os.fsync = logged, slow
+    ObjectStore.write = slow_put  # type: ignore[method-assign]
     recording.WAIT_S = 0.1
     data = open_dataset(job.data)
     teacher = models.load(TEACHER, "teacher", num_classes=len(data.classes), size_px=8)
@@ -139,7 +150,7 @@ def command(folder: Path, *line: object) -> Any:
     """The command line once it has begun; called, its result. Its words go through files."""
     out, err = folder / "stdout", folder / "stderr"
     err.unlink(missing_ok=True)
-    process = start(_command, out, err, [str(word) for word in line])
+    process = start(run_command, out, err, [str(word) for word in line])
     while process.is_alive() and not err.exists():
         time.sleep(0.001)
 
@@ -150,7 +161,7 @@ def command(folder: Path, *line: object) -> Any:
     return result
 
 
-def _command(out: Path, err: Path, line: list[str]) -> None:
+def run_command(out: Path, err: Path, line: list[str]) -> None:
     for path, stream in ((out, sys.stdout), (err, sys.stderr)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, stream.fileno())

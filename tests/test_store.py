@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 
@@ -272,10 +273,24 @@ def test_a_store_that_nobody_knows() -> None:
         Tape.open("odd://bucket/t")
 
 
-def test_a_store_that_needs_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)
+def _without_s3fs() -> None:
+    sys.modules["s3fs"] = None  # type: ignore[assignment]
     with pytest.raises(MissingDependency, match=r"needs a package .*pip install 'kdcache\[s3\]'"):
         open_store("s3://bucket/t")
+
+
+def test_a_store_that_needs_a_package() -> None:
+    assert processes.run(_without_s3fs) == 0
+
+
+def test_the_users_settings_come_before_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"config_kwargs": {"read_timeout": 77}, "anon": True}
+    monkeypatch.setitem(fsspec.config.conf, "s3", given)
+    store = open_store("s3://bucket/t")
+    assert isinstance(store, ObjectStore)
+    assert store._fs.config_kwargs["read_timeout"] == 77
+    assert store._fs.config_kwargs["connect_timeout"] == 5
+    assert store._fs.anon
 
 
 def test_a_file_that_cannot_be_read_is_an_error_and_not_a_missing_shard(tmp_path: Path) -> None:
