@@ -63,6 +63,7 @@ def ended(process: BaseProcess) -> int:
 def _one_thread(environment: dict[str, str], function: Callable[..., None], *args: object) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    fsspec.config.conf.clear()
     fsspec.config.set_conf_env(fsspec.config.conf)
     torch.set_num_threads(1)
     # A semaphore of this method has no name that outlives a killed process.

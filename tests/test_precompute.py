@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from kdcache.models import Classifier
 from kdcache.precompute import precompute, tape_spec
 from kdcache.spec import TapeSpec, ViewSpec
 from kdcache.tape import Tape
+from tests import processes
 from tests.conftest import TEACHER, linear_teacher
 
 VIEW = ViewSpec(8, min_area=0.5, seed=3)
@@ -197,6 +200,40 @@ def test_a_write_that_fails_is_one_line_and_the_next_run_finishes(
     assert 0 < len(Tape.open(tmp_path / "t").missing()) < 2 * whole.shards_per_view
     precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=32, workers=1)
     assert contents(tmp_path / "t") == contents(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_write_that_fails_stops_the_teacher_at_once_and_frees_the_shards(
+    digits_test: Dataset,
+    teacher: Classifier,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, ask, asked = stores._write_file, recording.ask, []
+
+    def full(path: Path, data: bytes) -> None:
+        if "seals" in path.parts and path.name != "zarr.json":
+            raise OSError(28, "No space left on device")
+        real(path, data)
+
+    def slowly(*args: Any) -> torch.Tensor:
+        asked.append(1)
+        time.sleep(0.01)
+        return ask(*args)
+
+    monkeypatch.setattr(stores, "_write_file", full)
+    monkeypatch.setattr(recording, "ask", slowly)
+    spec = spec_of(digits_test, teacher)
+    with pytest.raises(StorageError, match=r"view 0 shard 0: .*No space left"):
+        precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=1, workers=1)
+    rows = Tape.open(tmp_path / "t").layout.shard_rows
+    assert rows <= len(asked) < 2 * rows - 5
+    assert processes.run(_claim_all, tmp_path / "t") == 0
+
+
+def _claim_all(path: Path) -> None:
+    tape = Tape.open(path)
+    assert all(tape.claim(*place) for place in tape.places())
 
 
 def test_info_says_how_the_tape_was_made(
