@@ -75,7 +75,7 @@ def evaluate(
         mean["top5"] if len(dataset.classes) > 5 else None,
         mean["cross_entropy"],
         mean["agreement"] if teacher is not None else None,
-        mean["kl"] if teacher is not None else None,
+        max(mean["kl"], 0.0) if teacher is not None else None,  # rounding may give less than 0
     )
 
 
