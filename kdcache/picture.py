@@ -64,7 +64,8 @@ def draw_views(
                     p.numpy(),
                     [names[int(c)] for c in classes],
                 )
-    figure.suptitle("What the student sees, and what the tape says the teacher answered", y=0.985)
+    title = "What the student sees, and what the tape says the teacher answered"
+    figure.suptitle(title, y=0.985, fontsize=min(12, 1.5 * figure.get_figwidth()))
     figure.savefig(out)
 
 

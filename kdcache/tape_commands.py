@@ -104,9 +104,11 @@ def precompute(
                 return
             recording.wait_for_others(tape, *job, progress)
     stored, missing = tape.stored_bytes(), tape.missing()
+    kept: dict[str, object] = {"top_k": "all" if spec.dense else spec.top_k, "dtype": spec.dtype}
+    if spec.draws:
+        kept = {"draws": spec.draws, "temperature": spec.temperature}
     answer = {
-        "path": out, "views": spec.views, "samples": spec.samples,
-        "top_k": "all" if spec.dense else spec.top_k, "dtype": spec.dtype,
+        "path": out, "views": spec.views, "samples": spec.samples, **kept,
         "bytes": stored, "bytes_per_record": None if missing else round(stored / rows, 2),
         "shards_missing": len(missing), "seconds": round(time.perf_counter() - start, 2),
     }  # fmt: skip
