@@ -95,6 +95,15 @@ def evaluation_views(size_px: int) -> ViewSpec:
     return ViewSpec(size_px, crop="center", min_area=area, flip=False, mixup=0)
 
 
+def require_tape_version(version: object) -> None:
+    """Raise UsageError for a tape of another version, whose spec may have other fields."""
+    if version != TAPE_VERSION:
+        raise UsageError(
+            f"this kdcache reads tapes of version {TAPE_VERSION}, the tape has version "
+            f"{version}: install the kdcache that made it"
+        )
+
+
 @dataclass(frozen=True)
 class TapeSpec:
     """What a tape is: whose answers, to which views, kept how.
@@ -148,11 +157,7 @@ class TapeSpec:
         _need(0 <= self.average <= MAX_VIEWS, "average", f"0 to {MAX_VIEWS}", self.average)
         _need(0 <= self.draws <= 255, "sampled", "1 to 255 draws", self.draws)
         _need(0 < self.temperature < math.inf, "temperature", "above 0", self.temperature)
-        if self.version != TAPE_VERSION:
-            raise UsageError(
-                f"this kdcache reads tapes of version {TAPE_VERSION}, the tape has version "
-                f"{self.version}: install the kdcache that made it"
-            )
+        require_tape_version(self.version)
         if self.view is None and self.order == "position":
             raise UsageError("a tape in position order needs the spec of its views")
         if self.average and (self.views != 1 or self.order != "sample"):

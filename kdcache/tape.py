@@ -40,7 +40,7 @@ from kdcache.errors import (
 from kdcache.loss import check_temperature, log_probabilities
 from kdcache.records import Target, TemperedTarget
 from kdcache.shards import GROUP, Layout
-from kdcache.spec import TAPE_VERSION, TapeSpec, ViewSpec, differences
+from kdcache.spec import TapeSpec, ViewSpec, differences, require_tape_version
 from kdcache.store import Store, open_store
 
 KEY = "kdcache"
@@ -344,9 +344,7 @@ def _manifest(
 def _read_manifest(store: Store, text: bytes) -> Tape:
     """Raises UsageError for another version, ValueError and its like for anything else wrong."""
     manifest = json.loads(text)["attributes"][KEY]
-    version = manifest["spec"]["version"]
-    if isinstance(version, int) and version > TAPE_VERSION:
-        TapeSpec.from_json({**manifest["spec"]})  # raises what there is to say of it
+    require_tape_version(manifest["spec"]["version"])
     own = manifest["digest"].encode()
     if hashlib.sha256(text.replace(own, NO_DIGEST.encode())).hexdigest().encode() != own:
         raise ValueError("its digest is not that of its contents")

@@ -404,7 +404,7 @@ def test_a_tape_of_a_later_version_says_so(tmp_path: Path) -> None:
     Tape.create(tmp_path / "t", SPEC, {})
     file = tmp_path / "t" / "zarr.json"
     manifest = json.loads(file.read_text())
-    manifest["attributes"]["kdcache"]["spec"]["version"] = 2
+    manifest["attributes"]["kdcache"]["spec"] |= {"version": 2, "a field of then": True}
     file.write_text(json.dumps(manifest))
     with pytest.raises(UsageError, match="reads tapes of version 1, the tape has version 2"):
         Tape.open(tmp_path / "t")
