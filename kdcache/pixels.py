@@ -40,8 +40,8 @@ STATUS = {
     BAD_JPEG: "its JPEG does not decode",
     BAD_RAW: "its pixels have the wrong size",
 }
-INCEPTION, RANDOM, CENTER = range(3)
-CROP_CODES = {"inception": INCEPTION, "random": RANDOM, "center": CENTER}
+INCEPTION, RANDOM, CENTER, WHOLE = range(4)
+CROP_CODES = {"inception": INCEPTION, "random": RANDOM, "center": CENTER, "whole": WHOLE}
 JPEG_MODE = 0
 
 # The view spec, and how to run, as the kernel reads them.
@@ -122,6 +122,8 @@ def crop_box_one(settings, view, sample, height, width):
         w = min(w_image, np.int64(np.floor(h_image * ratios[-1] + 0.5)))
         h = min(h_image, np.int64(np.floor(w_image / ratios[0] + 0.5)))
         return (h_image - h) // 2, (w_image - w) // 2, h, w
+    if settings["crop"] == WHOLE:
+        return np.int64(0), np.int64(0), h_image, w_image
     side = np.int64(np.floor(np.sqrt(min_area) * min(h_image, w_image) + 0.5))
     side = max(side, np.int64(1))
     top, left = (h_image - side) // 2, (w_image - side) // 2

@@ -14,13 +14,14 @@ from typing import Any, Literal, get_args
 
 from kdcache.errors import UsageError
 
-Crop = Literal["inception", "random", "center"]
+Crop = Literal["inception", "random", "center", "whole"]
 ValueType = Literal["float32", "float16", "uint8"]
 Mode = Literal["labels", "online", "cached"]
 Split = Literal["train", "test"]
 OnError = Literal["fail", "skip"]
 Order = Literal["position", "sample"]
 Precision = Literal["float32", "bfloat16", "float16"]
+OptimizerName = Literal["adamw", "sgd", "soap"]
 
 VIEW_VERSION = 1
 TAPE_VERSION = 1
@@ -57,8 +58,9 @@ class ViewSpec:
     size_px   side of the square view, in pixels
     crop      "inception": 10 tries for a box with an area of min_area to 1 of the image and an
               aspect ratio of 3/4 to 4/3 (Szegedy et al. 2015); "random": a square of min_area of
-              the largest square, anywhere; "center": the same square in the middle
-    min_area  the area above, in (0, 1]
+              the largest square, anywhere; "center": the same square in the middle; "whole": all
+              of the image, squashed into the square
+    min_area  the area above, in (0, 1]; 1 for "whole"
     flip      mirror left to right with probability 1/2
     mixup     alpha of Beta(alpha, alpha) for pair mixing (Zhang et al. 2018); 0 turns it off
     seed      64 bits that key every draw
@@ -76,6 +78,8 @@ class ViewSpec:
         _need(1 <= self.size_px <= 4096, "size", "a side of 1 to 4096 px", self.size_px)
         _need(self.crop in get_args(Crop), "crop", f"one of {', '.join(get_args(Crop))}", self.crop)
         _need(0 < self.min_area <= 1, "min-area", "in (0, 1]", self.min_area)
+        if self.crop == "whole":
+            _need(self.min_area == 1, "min-area", "1 for all of the image", self.min_area)
         _need(self.mixup == 0 or 0.05 <= self.mixup <= 100, "mixup", "0 or 0.05 to 100", self.mixup)
         _need(0 <= self.seed < 1 << 64, "view-seed", "in [0, 2^64)", self.seed)
         _need(self.version == VIEW_VERSION, "view spec version", str(VIEW_VERSION), self.version)
@@ -186,6 +190,84 @@ class TapeSpec:
     def from_json(value: dict[str, Any]) -> TapeSpec:
         view = ViewSpec(**value["view"]) if value["view"] else None
         return TapeSpec(**{**value, "view": view})
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """What decides a run besides its data, its student and its teacher.
+
+    setup         the name of the set-up (`setups.py`)
+    view          what the student sees
+    teacher_view  what a live teacher sees; None: the student's own pixels
+    views         how many different views the epochs cycle through; None: every epoch a new one
+    batch_size    of all processes together
+    lr            the highest learning rate
+    weight_decay  as in AdamW: decoupled, times the learning rate
+    momentum      of SGD
+    warmup        over which the rate rises from 0: below 1 a share of all steps, else their number
+    label_weight  w in (1 - w) * distillation + w * cross-entropy with the labels
+    ema           decay of a moving average of the weights, which is then what the run gives; 0: none
+    precision     of the arithmetic of student and live teacher, by autocast
+    seed          of the student's first weights, and of its dropout
+    """
+
+    mode: Mode
+    view: ViewSpec
+    epochs: int
+    batch_size: int
+    lr: float = 3e-3
+    weight_decay: float = 1e-2
+    warmup: float = 0.1
+    temperature: float = 1.0
+    seed: int = 0
+    deterministic: bool = False
+    views: int | None = None
+    setup: str = "function-matching"
+    teacher_view: ViewSpec | None = None
+    optimizer: OptimizerName = "adamw"
+    momentum: float = 0.9
+    label_weight: float = 0.0
+    ema: float = 0.0
+    precision: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        _need(self.epochs >= 1, "epochs", "at least 1", self.epochs)
+        _need(self.batch_size >= 1, "batch size", "at least 1", self.batch_size)
+        _need(self.lr > 0, "lr", "above 0", self.lr)
+        _need(self.lr <= 1000, "lr", "at most 1000", self.lr)
+        _need(self.weight_decay >= 0, "weight decay", "at least 0", self.weight_decay)
+        _need(self.weight_decay <= 1000, "weight decay", "at most 1000", self.weight_decay)
+        _need(
+            0 <= self.warmup < 1 or (self.warmup < math.inf and self.warmup == int(self.warmup)),
+            "warmup", "a share in [0, 1) or a number of steps", self.warmup,
+        )  # fmt: skip
+        _need(0 < self.temperature < math.inf, "temperature", "above 0", self.temperature)
+        _need(0 <= self.seed < 1 << 63, "seed", "in [0, 2^63)", self.seed)
+        _need(self.views is None or self.views >= 1, "views", "at least 1", self.views)
+        names = get_args(OptimizerName)
+        _need(self.optimizer in names, "optimizer", f"one of {', '.join(names)}", self.optimizer)
+        _need(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
+        _need(0 <= self.label_weight <= 1, "label weight", "in [0, 1]", self.label_weight)
+        _need(0 <= self.ema < 1, "ema", "a decay in [0, 1)", self.ema)
+        precisions = get_args(Precision)
+        _need(
+            self.precision in precisions,
+            "precision", f"one of {', '.join(precisions)}", self.precision,
+        )  # fmt: skip
+
+    @property
+    def digest(self) -> str:
+        return digest(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        seen = self.teacher_view.to_json() if self.teacher_view else None
+        numbers = {
+            name: float(getattr(self, name))
+            for name in (
+                "lr", "weight_decay", "warmup", "temperature", "momentum", "label_weight", "ema"
+            )
+        }  # fmt: skip
+        return {**asdict(self), **numbers, "view": self.view.to_json(), "teacher_view": seen}
 
 
 def differences(expected: object, found: object) -> list[str]:

@@ -95,6 +95,8 @@ def crop_boxes(
     w_image = np.broadcast_to(np.asarray(widths, np.int64), s.shape)
     if spec.crop == "inception":
         return _inception_boxes(spec, view, s, h_image, w_image)
+    if spec.crop == "whole":
+        return np.stack([np.zeros_like(h_image), np.zeros_like(w_image), h_image, w_image], 1)
     side = np.floor(np.sqrt(spec.min_area) * np.minimum(h_image, w_image) + 0.5).astype(np.int64)
     side = np.maximum(side, 1)
     if spec.crop == "center":

@@ -18,7 +18,8 @@ LIMIT_LINES = 400
 RANKS = {
     "__init__": 0, "errors": 0, "networks": 0, "records": 0, "rng": 0, "kernels": 0,
     "spec": 1, "ffcv_import": 1, "loss": 1, "store": 1,
-    "codec": 2, "compression": 2, "sources": 2, "views": 2, "models": 2,
+    "codec": 2, "compression": 2, "optimizers": 2, "sources": 2, "views": 2, "models": 2,
+    "setups": 2,
     "dataset": 3, "pixels": 3, "sampling": 3, "shards": 3,
     "loader": 4, "tape": 4, "saved_logits": 4,
     "precompute": 5, "evaluate": 5, "summary": 5, "picture": 5, "tinyvit": 5,
