@@ -16,8 +16,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numba
@@ -29,32 +28,33 @@ from kdcache import pixels, views
 from kdcache.dataset import Dataset
 from kdcache.errors import DatasetCorrupt, KDCacheError, UsageError
 from kdcache.ffcv_import import (
-    AllocationQuery,
     Compiler,
     EpochIterator,
     Graph,
-    IntDecoder,
     Operation,
     PipelineSpec,
     Reader,
 )
 from kdcache.records import Batch
-from kdcache.rng import SAMPLE_BITS
 from kdcache.spec import ViewSpec
+from kdcache.staging import ahead, to_device
 
 BATCHES_AHEAD = 2
 PROBED = 16  # positions of a view that stand for all of its pixels
 # Numba has one object for this type while it is held. A loader of FFCV's own in this process sets
 # it to constant (see _Memory); ours set it back.
 _BYTES = numba.uint8[::1]
-_SAMPLE_MASK = np.uint64((1 << SAMPLE_BITS) - 1)
 
 
 class Loader:
     """Batches of views. A resource: use it with `with`, or close it.
 
-    workers   threads that decode; one value for all loaders of a process is wise, because numba
-              has one pool of threads
+    teacher_view   what the teacher sees of the same samples: batches carry these pixels too, from a
+                   second pass beside the first
+    workers        threads that decode, in each pass; one value for all loaders of a process is
+                   wise, because numba has one pool of threads
+
+    Raises UsageError for a teacher's view that mixes otherwise than the student's.
     """
 
     def __init__(
@@ -63,11 +63,13 @@ class Loader:
         spec: ViewSpec,
         batch_size: int,
         *,
+        teacher_view: ViewSpec | None = None,
         workers: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"batch size must be at least 1, not {batch_size}")
+        _require_same_mixing(spec, teacher_view)
         cores = len(os.sched_getaffinity(0))
         self.dataset = dataset
         self.spec = spec
@@ -78,13 +80,17 @@ class Loader:
             workers = max(1, cores // 2) if self.device.type == "cpu" else cores
         self.workers = min(workers, numba.config.NUMBA_NUM_THREADS)
         # FFCV decodes whole pairs, so an odd batch size is served by cutting a double batch.
-        self._stride = 2 * batch_size if spec.mixup and batch_size % 2 else batch_size
-        self._ffcv = _Engine(
-            dataset,
-            min(self._stride, len(dataset) + len(dataset) % 2),
-            self.workers,
-            {"image": _ViewDecoder(spec, self.workers), "label": _LabelDecoder()},
-        )
+        stride = 2 * batch_size if spec.mixup and batch_size % 2 else batch_size
+        self._seen = [spec, teacher_view] if teacher_view else [spec]
+        self._engines = [
+            _Engine(
+                dataset,
+                min(stride, len(dataset) + len(dataset) % 2),
+                self.workers,
+                {"image": pixels.ViewDecoder(seen, self.workers), "label": pixels.LabelDecoder()},
+            )
+            for seen in self._seen
+        ]
         self._passes: set[_Pass] = set()
 
     def __enter__(self) -> Loader:
@@ -107,6 +113,10 @@ class Loader:
         which is then decoded but not given out. Raises UsageError for other positions,
         DatasetCorrupt for a damaged sample.
         """
+        made = self._batches(view, positions)
+        return ahead(made, self.device) if self.device.type == "cuda" else made
+
+    def _batches(self, view: int, positions: NDArray[np.int64] | slice) -> Generator[Batch]:
         samples = len(self.dataset)
         order = views.order(self.spec, view, samples)
         wanted = np.arange(samples)[positions] if isinstance(positions, slice) else positions
@@ -120,19 +130,25 @@ class Loader:
             weights = views.pair_weights(self.spec, view, wanted, samples)
         if not left:
             return
-        running = _Pass(self._ffcv, views.tokens(view, order[wanted]))
-        self._passes.add(running)
+        # A token names view and sample, and each engine renders it by its own spec: the passes show
+        # the same samples, whatever order the teacher's seed would give them.
+        tokens = views.tokens(view, order[wanted])
+        running: list[_Pass] = []
         try:
-            for rows, labels in running:
-                places, wanted = wanted[: len(rows)], wanted[len(rows) :]
-                shares, weights = weights[: len(rows)], weights[len(rows) :]
-                yield from self._cut(
-                    self._batch(view, places, order[places], shares, rows, labels), left
-                )
-                left -= len(rows)
+            for engine in self._engines:
+                running.append(_Pass(engine, tokens))
+                self._passes.add(running[-1])
+            for outputs in zip(*running, strict=True):
+                count = len(outputs[0][0])
+                places, wanted = wanted[:count], wanted[count:]
+                shares, weights = weights[:count], weights[count:]
+                whole = self._batch(view, places, order[places], shares, outputs)
+                yield from self._cut(whole, left)
+                left -= count
         finally:
-            running.close()
-            self._passes.discard(running)
+            for one in running:
+                one.close()
+            self._passes.difference_update(running)
 
     def _batch(
         self,
@@ -140,41 +156,57 @@ class Loader:
         positions: NDArray[np.int64],
         samples: NDArray[np.int64],
         weights: NDArray[np.int16],
-        rows: NDArray[np.uint8],
-        labels: NDArray[np.int64],
+        outputs: tuple[tuple[NDArray[np.uint8], NDArray[np.int64]], ...],
     ) -> Batch:
-        """Check, mix and copy one of FFCV's batches, whose memory will be used again."""
-        images, checksums, status = pixels.split_rows(rows, self.spec.size_px)
-        self._check(samples, checksums, status)
-        labels = labels.reshape(-1).copy()
+        """Check, mix and copy a batch of each of FFCV's passes, whose memory will be used again."""
+        labels = outputs[0][1].reshape(-1).copy()
         partners = labels.copy()
         if self.spec.mixup:
             paired = len(labels) // 2 * 2
             partners[:paired] = labels[:paired].reshape(-1, 2)[:, ::-1].reshape(-1)
-        weights_B = torch.from_numpy(weights).to(self.device)
-        if self.device.type == "cpu":
-            images_BHWC = torch.from_numpy(pixels.mix_rows(images, weights))
-        else:
-            images_BHWC = views.mix_pairs(torch.from_numpy(images).to(self.device), weights_B)
+        weights_B = to_device(weights, self.device)
+        images = [
+            self._images(rows, seen.size_px, samples, weights, weights_B)
+            for (rows, _), seen in zip(outputs, self._seen, strict=True)
+        ]
         return Batch(
             view,
             positions,
             samples,
-            images_BHWC.permute(0, 3, 1, 2),
-            torch.from_numpy(labels).to(self.device),
-            torch.from_numpy(partners).to(self.device),
+            images[0],
+            to_device(labels, self.device),
+            to_device(partners, self.device),
             weights_B,
+            images[1] if len(images) > 1 else None,
         )
+
+    def _images(
+        self,
+        rows: NDArray[np.uint8],
+        size_px: int,
+        samples: NDArray[np.int64],
+        weights: NDArray[np.int16],
+        weights_B: torch.Tensor,
+    ) -> torch.Tensor:
+        """Rendered rows as mixed images [B, 3, H, W] on the device."""
+        images, checksums, status = pixels.split_rows(rows, size_px)
+        self._check(samples, checksums, status)
+        if self.device.type == "cpu":
+            images_BHWC = torch.from_numpy(pixels.mix_rows(images, weights))
+        else:
+            images_BHWC = views.mix_pairs(to_device(images, self.device), weights_B)
+        return images_BHWC.permute(0, 3, 1, 2)
 
     def _cut(self, batch: Batch, rows: int) -> Iterator[Batch]:
         """The first `rows` rows of a batch in pieces of the batch size."""
         rows = min(rows, len(batch))
         for start in range(0, rows, self.batch_size):
             part = slice(start, min(start + self.batch_size, rows))
+            seen = batch.teacher_images_BCHW
             yield Batch(
                 batch.view, batch.positions_B[part], batch.samples_B[part],
                 batch.images_BCHW[part], batch.labels_B[part], batch.partners_B[part],
-                batch.weights_B[part],
+                batch.weights_B[part], None if seen is None else seen[part],
             )  # fmt: skip
 
     def _check(
@@ -203,6 +235,15 @@ def pixel_digest(dataset: Dataset, spec: ViewSpec) -> str:
     return h.hexdigest()[:16]
 
 
+def _require_same_mixing(spec: ViewSpec, teacher_view: ViewSpec | None) -> None:
+    seen = teacher_view or spec
+    if (spec.mixup or seen.mixup) and (spec.mixup, spec.seed) != (seen.mixup, seen.seed):
+        raise UsageError(
+            "where images are mixed, teacher and student need the same pairs: one seed and one "
+            f"mixup, not {spec.seed} and {spec.mixup:g} beside {seen.seed} and {seen.mixup:g}"
+        )
+
+
 def _whole_pairs(positions: NDArray[np.int64], samples: int) -> NDArray[np.int64]:
     """Positions with the last one's partner added where it is missing, checked to be pairs."""
     if len(positions) % 2 and positions[-1] ^ 1 < samples:
@@ -211,42 +252,6 @@ def _whole_pairs(positions: NDArray[np.int64], samples: int) -> NDArray[np.int64
     if (paired[::2] % 2).any() or (paired[1::2] != paired[::2] + 1).any():
         raise UsageError("with mixing, positions must be whole pairs (2j, 2j + 1)")
     return positions
-
-
-class _ViewDecoder(Operation):
-    """Image field to rendered rows."""
-
-    def __init__(self, spec: ViewSpec, workers: int) -> None:
-        super().__init__()
-        self.spec = spec
-        self.lanes = 2 * workers
-
-    def declare_state_and_memory(self, state: Any) -> tuple[Any, AllocationQuery]:
-        shape, dtype = (pixels.row_bytes(self.spec),), np.dtype("u1")
-        after = replace(state, jit_mode=True, shape=shape, dtype=dtype)
-        return after, AllocationQuery(shape, dtype)
-
-    def generate_code(self) -> Any:
-        entries = self.metadata[self.metadata["mode"] == pixels.JPEG_MODE]
-        sides = entries["height"].astype(np.int64) * entries["width"]
-        settings = pixels.settings_of(
-            self.spec, lanes=self.lanes, scratch_bytes=3 * int(sides.max(initial=1))
-        )
-
-        def decode(tokens: Any, rows: Any, metadata: Any, storage: Any) -> Any:
-            pixels.render_rows(tokens, rows, metadata, *storage, settings)
-            return rows
-
-        return decode
-
-
-class _LabelDecoder(IntDecoder):
-    def generate_code(self) -> Any:
-        def decode(tokens: Any, labels: Any, metadata: Any, storage: Any) -> Any:
-            labels[:, 0] = metadata[tokens & _SAMPLE_MASK]
-            return labels
-
-        return decode
 
 
 class _Memory:

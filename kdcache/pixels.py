@@ -16,6 +16,8 @@ literal that a closure holds.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
+from typing import Any
 
 import llvmlite.binding
 import numba
@@ -23,7 +25,7 @@ import numpy as np
 from numba import njit, prange, types
 from numpy.typing import NDArray
 
-from kdcache.ffcv_import import libffcv
+from kdcache.ffcv_import import AllocationQuery, IntDecoder, Operation, libffcv
 from kdcache.rng import MULTIPLIERS, ROUNDS, SAMPLE_BITS, WEYL, Purpose
 from kdcache.spec import ViewSpec
 from kdcache.views import CROP_ATTEMPTS, TABLE_ENTRIES, aspect_ratios
@@ -257,3 +259,39 @@ def settings_of(spec: ViewSpec, *, lanes: int = 1, scratch_bytes: int = 1) -> ND
         scratch_bytes, aspect_ratios(),
     )  # fmt: skip
     return settings
+
+
+class ViewDecoder(Operation):
+    """Image field to rendered rows."""
+
+    def __init__(self, spec: ViewSpec, workers: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.lanes = 2 * workers
+
+    def declare_state_and_memory(self, state: Any) -> tuple[Any, AllocationQuery]:
+        shape, dtype = (row_bytes(self.spec),), np.dtype("u1")
+        after = replace(state, jit_mode=True, shape=shape, dtype=dtype)
+        return after, AllocationQuery(shape, dtype)
+
+    def generate_code(self) -> Any:
+        entries = self.metadata[self.metadata["mode"] == JPEG_MODE]
+        sides = entries["height"].astype(np.int64) * entries["width"]
+        settings = settings_of(
+            self.spec, lanes=self.lanes, scratch_bytes=3 * int(sides.max(initial=1))
+        )
+
+        def decode(tokens: Any, rows: Any, metadata: Any, storage: Any) -> Any:
+            render_rows(tokens, rows, metadata, *storage, settings)
+            return rows
+
+        return decode
+
+
+class LabelDecoder(IntDecoder):
+    def generate_code(self) -> Any:
+        def decode(tokens: Any, labels: Any, metadata: Any, storage: Any) -> Any:
+            labels[:, 0] = metadata[tokens & _MASK]
+            return labels
+
+        return decode

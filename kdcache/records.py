@@ -25,6 +25,7 @@ class Batch:
     partners_B      int64, the class of its partner (its own where nothing is mixed)
     weights_B       int16, the partner's weight in 1/256
     positions_B, samples_B   int64 NumPy arrays
+    teacher_images_BCHW      what the teacher sees of the same samples, where that is other pixels
     """
 
     view: int
@@ -34,6 +35,12 @@ class Batch:
     labels_B: torch.Tensor
     partners_B: torch.Tensor
     weights_B: torch.Tensor
+    teacher_images_BCHW: torch.Tensor | None = None
+
+    @property
+    def for_teacher(self) -> torch.Tensor:
+        """What the teacher sees: uint8 [B, 3, H, W]."""
+        return self.images_BCHW if self.teacher_images_BCHW is None else self.teacher_images_BCHW
 
     def __len__(self) -> int:
         return len(self.positions_B)

@@ -16,12 +16,12 @@ LIMIT_LINES = 400
 
 # A file imports only files of a lower rank. kernels/ stands below all that use it.
 RANKS = {
-    "__init__": 0, "errors": 0, "networks": 0, "records": 0, "rng": 0, "kernels": 0,
-    "spec": 1, "ffcv_import": 1, "loss": 1, "store": 1,
-    "codec": 2, "compression": 2, "optimizers": 2, "sources": 2, "views": 2, "models": 2,
+    "__init__": 0, "errors": 0, "fidelity": 0, "networks": 0, "records": 0, "rng": 0, "kernels": 0,
+    "spec": 1, "ffcv_import": 1, "loss": 1, "staging": 1, "store": 1,
+    "codec": 2, "compression": 2, "optimizers": 2, "sources": 2, "views": 2, "classifier": 2,
     "setups": 2,
-    "dataset": 3, "pixels": 3, "sampling": 3, "shards": 3,
-    "loader": 4, "tape": 4, "saved_logits": 4,
+    "dataset": 3, "pixels": 3, "sampling": 3, "shards": 3, "zoo": 3,
+    "loader": 4, "models": 4, "tape": 4, "saved_logits": 4,
     "precompute": 5, "evaluate": 5, "summary": 5, "picture": 5, "tinyvit": 5,
     "verify": 5, "targets": 6, "train": 6, "demo": 6, "recompute": 6,
     "console": 7, "plan": 7,
@@ -36,8 +36,8 @@ OWNERS = {
     "zarr": {"kdcache/compression.py", "kdcache/shards.py"},
     "numcodecs": {"kdcache/shards.py"},
     "fsspec": {"kdcache/store.py"},
-    "torchvision": {"kdcache/models.py", "kdcache/sources.py"},
-    "timm": {"kdcache/models.py"},
+    "torchvision": {"kdcache/zoo.py", "kdcache/sources.py"},
+    "timm": {"kdcache/zoo.py"},
     "safetensors": {"kdcache/models.py"},
     "typer": {
         "kdcache/cli.py", "kdcache/console.py", "kdcache/exchange_commands.py",
