@@ -1,34 +1,57 @@
 """How good is a model, and how close is it to its teacher, on the plain view of a dataset.
 
-All figures are shares of 1, but kl, which is KL(teacher || student) in nats at T = 1.
+In: a model, a dataset, perhaps a teacher. Out: an `Evaluation`; docs/measuring.md says what each of
+its figures means. What stays true: figures are of every sample once, however batches and processes
+divide them; NaN and infinity are errors. Cost: one forward pass of each model; the figures stay on
+the device until the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
-from torch.nn import functional
+from numpy.typing import NDArray
 
-from kdcache.codec import dense_target
+from kdcache import views
 from kdcache.dataset import Dataset
+from kdcache.errors import NonFinite, UsageError
+from kdcache.fidelity import (
+    WIDEST_FEATURES,
+    Sums,
+    accuracy_sums,
+    calibration_error,
+    feature_sums,
+    fidelity_sums,
+    linear_cka,
+)
 from kdcache.loader import Loader
-from kdcache.loss import distillation_losses
-from kdcache.models import Classifier
+from kdcache.models import Classifier, Teacher
+from kdcache.records import Batch
 from kdcache.spec import evaluation_views
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """top5 is absent below six classes; agreement and kl without a teacher."""
+    """Shares of 1, but cross_entropy and kl, which are nats, and euclidean, which is logits.
+
+    top5 and agreement5 are absent below six classes; agreement and all after it without a teacher,
+    but for calibration_error; cka also where `Classifier.features` finds none.
+    """
 
     samples: int
     top1: float
     top5: float | None
     cross_entropy: float
+    calibration_error: float
     agreement: float | None = None
+    agreement5: float | None = None
     kl: float | None = None
+    euclidean: float | None = None
+    cka: float | None = None
+    teacher_top1: float | None = None
 
 
 def evaluate(
@@ -36,54 +59,127 @@ def evaluate(
     dataset: Dataset,
     *,
     size_px: int,
-    teacher: Classifier | None = None,
+    teacher: Teacher | None = None,
+    teacher_size_px: int | None = None,
     batch_size: int = 256,
     workers: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
+    part: tuple[int, int] = (0, 1),
+    reduce: Callable[[Sums], Sums] = lambda sums: sums,
 ) -> Evaluation:
-    """Accuracy of `model`, and its agreement and KL with the teacher where one is given.
+    """Accuracy and calibration of `model`, and its likeness to the teacher where one is given.
 
-    The model's train or eval mode is restored afterwards.
+    teacher_size_px   side of the teacher's view of the same boxes, where that is another
+    progress          is called with the rows done so far, of this part
+    part              (i, n): this process asks the i-th of n slices of the samples, i from 0
+    reduce            adds up the float64 sums, which are on the model's device and have the same
+                      names and shapes in each of the n processes, and gives the result to all
+
+    The model's train or eval mode is restored afterwards. Raises NonFinite, in every process, for
+    NaN or infinity, naming the first such sample; UsageError for a part that is none.
     """
+    i, n = part
+    if not 0 <= i < n:
+        raise UsageError(f"part must be from 1/{n} to {n}/{n}, not {i + 1}/{n}")
+    view = evaluation_views(size_px)
+    teacher_view = replace(view, size_px=teacher_size_px) if teacher_size_px else None
     training = model.training
     model.eval()
-    names = ("top1", "top5", "cross_entropy", "agreement", "kl")
-    sums = dict.fromkeys(names, torch.zeros((), dtype=torch.float64))
-    rows = 0
-    device = model.mean.device
-    views = evaluation_views(size_px)
-    loader = Loader(dataset, views, batch_size, workers=workers, device=device)
     try:
-        with torch.inference_mode(), loader:
-            for batch in loader.batches(0):
-                logits = model(batch.images_BCHW).float()
-                found = _sums(logits, batch.labels_B)
-                if teacher is not None:
-                    teacher_logits = teacher(batch.images_BCHW).float()
-                    found["agreement"] = (logits.argmax(1) == teacher_logits.argmax(1)).sum()
-                    found["kl"] = distillation_losses(logits, dense_target(teacher_logits)).sum()
-                for name, value in found.items():
-                    sums[name] = sums[name] + value.double().cpu()
-                rows += len(batch)
-                progress(rows)
+        with (
+            torch.inference_mode(),
+            Loader(
+                dataset, view, batch_size, teacher_view=teacher_view, workers=workers,
+                device=model.device,
+            ) as loader,
+        ):  # fmt: skip
+            sums = _sums_of_part(model, teacher, loader, part, progress)
     finally:
         model.train(training)
-    mean = {name: float(total) / rows for name, total in sums.items()}
+    # Clones, which may be changed in place after inference mode.
+    sums = reduce({name: total.clone() for name, total in sums.items()})
+    _require_finite(sums, model, teacher, views.order(view, 0, len(dataset)))
+    return _evaluation(sums, len(dataset), top5=len(dataset.classes) > 5)
+
+
+def _sums_of_part(
+    model: Classifier,
+    teacher: Teacher | None,
+    loader: Loader,
+    part: tuple[int, int],
+    progress: Callable[[int], None],
+) -> Sums:
+    i, n = part
+    samples = len(loader.dataset)
+    start, end = samples * i // n, samples * (i + 1) // n
+    # A part without samples gives the sums of no row of a batch, which have the right shapes.
+    positions = slice(start, end) if start < end else slice(0, 1)
+    total: Sums = {}
+    earliest: Sums = {}
+    for batch in loader.batches(0, positions):
+        used = min(len(batch), end - start)
+        sums, bad = _sums_of_batch(model, teacher, batch, used)
+        for who, bad_B in bad.items():
+            places_B = start + torch.arange(used, device=bad_B.device)
+            before = earliest.get(who, torch.tensor([samples], device=bad_B.device))
+            found = torch.where(bad_B, places_B, samples)
+            earliest[who] = torch.cat([before, found]).amin(0, keepdim=True)
+        total = {name: total[name] + x for name, x in sums.items()} if total else sums
+        start += used
+        progress(start - samples * i // n)
+    for who, place in earliest.items():
+        # A slot for each part, so that the first bad sample is still known after adding up.
+        total[f"bad_{who}"] = torch.zeros(n, dtype=torch.float64, device=place.device)
+        total[f"bad_{who}"][i : i + 1] = (samples - place).double()
+    return total
+
+
+def _sums_of_batch(
+    model: Classifier, teacher: Teacher | None, batch: Batch, used: int
+) -> tuple[Sums, Sums]:
+    """Of the first `used` rows: the sums, and by model which rows are not finite."""
+    features, logits_BC = model.features(batch.images_BCHW)
+    logits_BC = logits_BC[:used].float()
+    sums = accuracy_sums(logits_BC, batch.labels_B[:used])
+    bad = {"model": ~logits_BC.isfinite().all(1)}
+    if teacher is not None:
+        teacher_features, teacher_BC = teacher.features(batch.for_teacher)
+        teacher_BC = teacher_BC[:used].float()
+        bad["teacher"] = ~teacher_BC.isfinite().all(1)
+        sums |= fidelity_sums(logits_BC, teacher_BC)
+        sums["teacher_top1"] = accuracy_sums(teacher_BC, batch.labels_B[:used])["top1"]
+        if features is not None and teacher_features is not None:
+            if max(features.shape[1], teacher_features.shape[1]) <= WIDEST_FEATURES:
+                sums |= feature_sums(features[:used], teacher_features[:used])
+    return sums, bad
+
+
+def _require_finite(
+    sums: Sums, model: Classifier, teacher: Teacher | None, order: NDArray[np.int64]
+) -> None:
+    for who, named in (("model", model), ("teacher", teacher)):
+        slots = sums.pop(f"bad_{who}", torch.zeros(1))
+        if named is not None and (before_end := int(slots.amax())):
+            raise NonFinite(
+                f"the {who} {named.name} gave NaN or infinity for sample "
+                f"{order[len(order) - before_end]} at evaluation"
+            )
+
+
+def _evaluation(sums: Sums, samples: int, *, top5: bool) -> Evaluation:
+    sums = {name: total.cpu() for name, total in sums.items()}
+    mean = {name: float(total) / samples for name, total in sums.items() if total.ndim == 0}
+    kl = mean.get("kl")
     return Evaluation(
-        rows,
+        samples,
         mean["top1"],
-        mean["top5"] if len(dataset.classes) > 5 else None,
+        mean["top5"] if top5 else None,
         mean["cross_entropy"],
-        mean["agreement"] if teacher is not None else None,
-        max(mean["kl"], 0.0) if teacher is not None else None,  # rounding may give less than 0
+        calibration_error(sums["bins"]),
+        mean.get("agreement"),
+        mean.get("agreement5") if top5 else None,
+        None if kl is None else max(kl, 0.0),  # rounding may give less than 0
+        mean.get("euclidean"),
+        linear_cka(sums, samples) if "xy" in sums else None,
+        mean.get("teacher_top1"),
     )
-
-
-def _sums(logits_BC: torch.Tensor, labels_B: torch.Tensor) -> dict[str, torch.Tensor]:
-    ranked = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
-    hits = ranked == labels_B[:, None]
-    return {
-        "top1": hits[:, 0].sum(),
-        "top5": hits.any(1).sum(),
-        "cross_entropy": functional.cross_entropy(logits_BC, labels_B, reduction="sum"),
-    }

@@ -1,34 +1,36 @@
 """Models by name: torchvision, timm, kdcache's own, a user's factory, or a finished run.
 
-In: a name, a role, a class count. Out: a `Classifier`, which takes uint8 views and gives logits;
-its normalisation belongs to it, so teacher and student may differ. What stays true: our weights
-are safetensors and nothing is unpickled; a fingerprint names weights and normalisation.
+In: a name, a role, a class count. Out: a `Classifier`, tried on a view of the size that it will
+get; for several names, an `Ensemble`. What stays true: our weights are safetensors and nothing is
+unpickled; weights either fit a network key by key or are refused.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-import torchvision
 from safetensors import SafetensorError
 from torch import nn
 
-from kdcache import networks
-from kdcache.errors import MissingDependency, UsageError
+from kdcache import networks, zoo
+from kdcache.classifier import Classifier, Ensemble, Teacher, Triple, teacher_of
+from kdcache.errors import UsageError
 from kdcache.spec import Precision, ViewSpec
+from kdcache.zoo import Role, natural_size_px
 
-Role = Literal["teacher", "student"]
-Triple = tuple[float, float, float]
+__all__ = [
+    "Classifier", "Ensemble", "Role", "Teacher", "Triple", "load", "load_teachers",
+    "natural_size_px", "run_record", "save_weights", "start_from", "teacher_of",
+]  # fmt: skip
 
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
@@ -37,65 +39,38 @@ OWN_STD: Triple = (0.25, 0.25, 0.25)
 
 WEIGHTS_FILE = "student.safetensors"
 RUN_FILE = "run.json"
+PRETRAINED = "pretrained"
 FORMS = (
     "torchvision:NAME, timm:NAME, kdcache:small|medium|large, python:package.module:factory, "
     "or the folder of a finished run"
 )
 
 
-class Classifier(nn.Module):
-    """uint8 views [B, 3, H, W] to logits [B, C]: scale to [0, 1], normalise, run the network.
-
-    precision   of the network's arithmetic, by autocast; the logits come as it gives them
-    """
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self, network: nn.Module, name: str, mean: Triple, std: Triple) -> None:
-        super().__init__()
-        self.network = network
-        self.name = name
-        self.precision: Precision = "float32"
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-
-    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        x = images_BCHW.float().div_(255).sub_(self.mean).div_(self.std)
-        dtype = getattr(torch, self.precision)
-        with torch.autocast(x.device.type, dtype, enabled=self.precision != "float32"):
-            logits_BC: torch.Tensor = self.network(x)
-        return logits_BC
-
-    def fingerprint(self) -> str:
-        """16 hex digits over normalisation and every weight's name, type, shape and bytes."""
-        h = hashlib.sha256()
-        norm = [self.mean.flatten().tolist(), self.std.flatten().tolist()]
-        h.update(json.dumps(norm).encode())
-        for key, weight in sorted(self.network.state_dict().items()):
-            h.update(f"{key} {weight.dtype} {tuple(weight.shape)}\n".encode())
-            h.update(
-                weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            )
-        return h.hexdigest()[:16]
-
-
 def load(
-    name: str, role: Role, *, num_classes: int, size_px: int, device: torch.device | str = "cpu"
+    name: str,
+    role: Role,
+    *,
+    num_classes: int | None,
+    size_px: int,
+    device: torch.device | str = "cpu",
 ) -> Classifier:
     """The model called `name`, on the device, checked to give `num_classes` logits.
 
     A teacher comes with its weights (pretrained, or of a run) and is frozen; a student starts fresh
-    from torch's current seed. Raises UsageError for an unknown name or another class count.
+    from torch's current seed. None: as many classes as it has, for a teacher or a run; a factory is
+    called with None. Raises UsageError for an unknown name or another class count.
     """
     kind, _, rest = name.partition(":")
+    is_run = bool(name) and Path(name).is_dir()
+    if num_classes is None and role == "student" and not is_run:
+        raise UsageError(f"the student {name} needs a number of classes")
     build: Callable[[], Classifier]
-    if name and Path(name).is_dir():
+    if is_run:
         build = lambda: _from_run(Path(name), role)  # noqa: E731
     elif kind == "torchvision" and rest:
-        build = lambda: _from_torchvision(rest, role, num_classes)  # noqa: E731
+        build = lambda: zoo.from_torchvision(rest, role, num_classes)  # noqa: E731
     elif kind == "timm" and rest:
-        build = lambda: _from_timm(rest, role, num_classes)  # noqa: E731
+        build = lambda: zoo.from_timm(rest, role, num_classes)  # noqa: E731
     elif kind == "kdcache" and rest:
         build = lambda: _from_own(rest, role, num_classes)  # noqa: E731
     elif kind == "python" and rest:
@@ -107,6 +82,105 @@ def load(
     if role == "teacher":
         model.eval().requires_grad_(False)
     return model
+
+
+def load_teachers(
+    names: Sequence[str],
+    *,
+    num_classes: int | None,
+    size_px: int,
+    device: torch.device | str = "cpu",
+    precision: Precision = "float32",
+) -> Teacher:
+    """The teacher of these names: one model, or several whose probabilities are averaged.
+
+    num_classes   None: as many as the teachers have
+
+    Raises UsageError without a name, where class counts differ, and what `load` raises.
+    """
+    if not names:
+        raise UsageError("expected the name of at least one teacher")
+    members = [
+        load(name, "teacher", num_classes=num_classes, size_px=size_px, device=device)
+        for name in names
+    ]
+    teacher = teacher_of(members)
+    teacher.precision = precision
+    return teacher
+
+
+def start_from(student: Classifier, source: str) -> list[str]:
+    """Give the student these weights; the keys that stay fresh.
+
+    source   a .safetensors file of the network's keys, the folder of a finished run, or
+             "pretrained": torchvision's or timm's own, where a head of another class count stays
+             fresh
+
+    Raises UsageError, and leaves the student as it was, where any other key is missing, unknown or
+    of another shape, or the weights cannot be read.
+    """
+    own = student.network.state_dict()
+    fresh: list[str] = []
+    counters: list[str] = []
+    if source == PRETRAINED:
+        weights, classes = zoo.pretrained(student.name)
+        where = f"the pretrained {student.name}"
+        if classes != student.num_classes:
+            fresh = _rows_of_classes(own, student.num_classes, weights, classes)
+        # Weights of an old torch lack these, and torch then starts them at 0.
+        counters = [key for key in own if key.endswith("num_batches_tracked")]
+    elif Path(source).is_dir():
+        weights = _from_run(Path(source), "student").network.state_dict()
+        where = str(Path(source) / WEIGHTS_FILE)
+    else:
+        weights, where = _read(Path(source)), source
+    for key in fresh:
+        del weights[key]
+    optional = {*fresh, *counters} - weights.keys()
+    _require_fit(student, weights, optional, where)
+    student.network.load_state_dict(weights, strict=not optional)
+    return fresh
+
+
+def _require_fit(
+    student: Classifier, weights: dict[str, torch.Tensor], optional: set[str], where: str
+) -> None:
+    own = student.network.state_dict()
+    unfit = f"{where} does not fit {student.name}: "
+    for key, weight in own.items():
+        if key in optional:
+            continue
+        expected = list(weight.shape)
+        found = list(weights[key].shape) if key in weights else "none"
+        if found != expected:
+            raise UsageError(f"{unfit}expected {key} of shape {expected}, found {found}")
+    for key in weights:
+        if key not in own:
+            raise UsageError(f"{unfit}found {key}, which {student.name} does not have")
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        weights: dict[str, torch.Tensor] = safetensors.torch.load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"cannot read {file}: {_line(error)}; expected a .safetensors file, the folder of a "
+            f"finished run, or '{PRETRAINED}'"
+        ) from error
+    return weights
+
+
+def _rows_of_classes(
+    own: dict[str, torch.Tensor], count: int, weights: dict[str, torch.Tensor], classes: int
+) -> list[str]:
+    """The keys of one row for each class, of which there are `count` here and `classes` there."""
+    return [
+        key
+        for key, found in weights.items()
+        if key in own
+        and own[key].shape[:1] == (count,)
+        and found.shape == (classes, *own[key].shape[1:])
+    ]
 
 
 def save_weights(model: Classifier, path: Path) -> None:
@@ -158,7 +232,7 @@ def _from_run(folder: Path, role: Role) -> Classifier:
     return model
 
 
-def _from_own(name: str, role: Role, num_classes: int) -> Classifier:
+def _from_own(name: str, role: Role, num_classes: int | None) -> Classifier:
     if name not in networks.SIZES:
         raise UsageError(f"unknown model 'kdcache:{name}': there are {', '.join(networks.SIZES)}")
     if role == "teacher":
@@ -166,50 +240,13 @@ def _from_own(name: str, role: Role, num_classes: int) -> Classifier:
             f"kdcache:{name} has no trained weights: train it with `kdcache train --mode labels` "
             "and give the run's folder"
         )
+    assert num_classes is not None  # of a student, as `load` has checked
     return Classifier(networks.build(name, num_classes), f"kdcache:{name}", OWN_MEAN, OWN_STD)
 
 
-def _from_torchvision(name: str, role: Role, num_classes: int) -> Classifier:
-    try:
-        if role == "teacher":
-            weights = torchvision.models.get_model_weights(name).DEFAULT
-            count = len(weights.meta["categories"])
-            network = torchvision.models.get_model(name, weights=None, num_classes=count)
-            state = weights.get_state_dict(check_hash=True, weights_only=True)
-            network.load_state_dict(state)
-            preprocess = weights.transforms()
-            mean, std = tuple(preprocess.mean), tuple(preprocess.std)
-        else:
-            network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
-            mean, std = IMAGENET_MEAN, IMAGENET_STD
-    except ValueError as error:
-        raise UsageError(f"unknown model 'torchvision:{name}': see torchvision.models") from error
-    except (TypeError, AttributeError) as error:
-        raise UsageError(f"torchvision:{name} does not classify images: {_line(error)}") from error
-    except (OSError, RuntimeError) as error:
-        line = f"the weights of torchvision:{name} cannot be had: {_line(error)}"
-        raise UsageError(line) from error
-    return Classifier(network, f"torchvision:{name}", mean, std)
-
-
-def _from_timm(name: str, role: Role, num_classes: int) -> Classifier:
-    try:
-        import timm
-    except ImportError as error:
-        raise MissingDependency("timm is not installed: pip install 'kdcache[timm]'") from error
-    try:
-        if role == "teacher":
-            network = timm.create_model(name, pretrained=True)
-        else:
-            network = timm.create_model(name, pretrained=False, num_classes=num_classes)
-    except (RuntimeError, OSError) as error:
-        raise UsageError(f"timm:{name}: {_line(error)}") from error
-    config = network.pretrained_cfg
-    return Classifier(network, f"timm:{name}", config["mean"], config["std"])
-
-
-def _from_factory(path: str, num_classes: int) -> Classifier:
-    """`package.module:factory`; the factory is called with num_classes and gives an nn.Module.
+def _from_factory(path: str, num_classes: int | None) -> Classifier:
+    """`package.module:factory`; the factory is called with num_classes, where None is for
+    as many classes as it has, and gives an nn.Module.
 
     The module may carry `mean` and `std` triples; otherwise ImageNet's are taken.
     """
@@ -225,7 +262,10 @@ def _from_factory(path: str, num_classes: int) -> Classifier:
     try:
         network = factory(num_classes=num_classes)
     except (TypeError, ValueError, RuntimeError, OSError, LookupError, AttributeError) as error:
-        raise UsageError(f"python:{path} failed: {type(error).__name__}: {_line(error)}") from error
+        line = f"python:{path} failed: {type(error).__name__}: {_line(error)}"
+        if num_classes is None:
+            line += "; it was called with num_classes=None, for as many classes as it has"
+        raise UsageError(line) from error
     if not isinstance(network, nn.Module):
         raise UsageError(f"python:{path} gave a {type(network).__name__}, not an nn.Module")
     mean, std = getattr(network, "mean", IMAGENET_MEAN), getattr(network, "std", IMAGENET_STD)
@@ -246,7 +286,7 @@ def _line(error: Exception) -> str:
 
 
 def _check_output(
-    model: Classifier, num_classes: int, size_px: int, device: torch.device | str
+    model: Classifier, num_classes: int | None, size_px: int, device: torch.device | str
 ) -> None:
     training = model.training
     model.eval()
@@ -254,13 +294,18 @@ def _check_output(
         with torch.inference_mode():
             probe = torch.zeros(1, 3, size_px, size_px, dtype=torch.uint8, device=device)
             logits = model(probe.contiguous(memory_format=torch.channels_last))
+    except UsageError:
+        raise
     except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:
         raise UsageError(
             f"{model.name} cannot take views of {size_px} px: {_line(error)}"
         ) from error
     finally:
         model.train(training)
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+    if logits.ndim != 2:
         raise UsageError(f"{model.name} does not give one row of logits for each image")
-    if logits.shape[1] != num_classes:
-        raise UsageError(f"{model.name} has {logits.shape[1]} classes, the data has {num_classes}")
+    model.num_classes = logits.shape[1]
+    if num_classes is not None and model.num_classes != num_classes:
+        raise UsageError(
+            f"{model.name} has {model.num_classes} classes, the data has {num_classes}"
+        )

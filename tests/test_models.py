@@ -15,11 +15,9 @@ import torch
 from torch import nn
 
 from kdcache import models
-from kdcache.dataset import Dataset
 from kdcache.errors import KDCacheError, MissingDependency, UsageError
 from kdcache.models import Classifier, Triple
 from kdcache.spec import ViewSpec
-from kdcache.train import Run, TrainSpec
 from tests.conftest import TEACHER, linear_teacher
 
 STUDENT = "python:tests.conftest:convolutional_student"
@@ -150,12 +148,22 @@ def test_any_change_changes_the_fingerprint(change: Callable[[Classifier], None]
 # --- a finished run --------------------------------------------------------------------------
 
 
+def write_run(folder: Path, student: Classifier) -> None:
+    """What a finished run leaves, so far as models are concerned."""
+    folder.mkdir()
+    models.save_weights(student, folder / models.WEIGHTS_FILE)
+    record = {
+        "student": student.name, "weights": student.fingerprint(),
+        "classes": student.num_classes, "view": ViewSpec(8).to_json(),
+    }  # fmt: skip
+    (folder / models.RUN_FILE).write_text(json.dumps(record))
+
+
 @pytest.fixture
-def run_folder(digits_test: Dataset, tmp_path: Path) -> Path:
+def run_folder(tmp_path: Path) -> Path:
     torch.manual_seed(4)
     student = models.load(STUDENT, "student", num_classes=10, size_px=8)
-    spec = TrainSpec("labels", ViewSpec(8), epochs=1, batch_size=8)
-    Run(tmp_path / "run").finish(spec, digits_test, student, None)
+    write_run(tmp_path / "run", student)
     return tmp_path / "run"
 
 
@@ -262,13 +270,12 @@ def test_a_run_that_names_itself_as_its_network(run_folder: Path) -> None:
 
 
 def test_a_student_that_starts_from_a_run_stands_on_its_own(
-    run_folder: Path, digits_test: Dataset, tmp_path: Path
+    run_folder: Path, tmp_path: Path
 ) -> None:
     """Its record names the network, not the folder of the run that it came from."""
     student = models.load(str(run_folder), "student", num_classes=10, size_px=8)
     assert student.training
-    spec = TrainSpec("labels", ViewSpec(8), epochs=1, batch_size=8)
-    Run(tmp_path / "second").finish(spec, digits_test, student, None)
+    write_run(tmp_path / "second", student)
     shutil.rmtree(run_folder)
     again = models.load(str(tmp_path / "second"), "teacher", num_classes=10, size_px=8)
     assert again.fingerprint() == student.fingerprint()
@@ -277,6 +284,29 @@ def test_a_student_that_starts_from_a_run_stands_on_its_own(
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"is not a finished run: it has no run\.json; a model is"):
         models.load(str(tmp_path), "teacher", num_classes=10, size_px=8)
+
+
+# --- how many classes ------------------------------------------------------------------------
+
+
+def test_a_teacher_may_have_the_classes_that_it_has(run_folder: Path) -> None:
+    for role in ("teacher", "student"):
+        model = models.load(str(run_folder), role, num_classes=None, size_px=8)
+        assert model.num_classes == 10
+    message = load_error("python:tests.test_models:seven_if_none", size_px=8)
+    assert message.endswith("seven_if_none has 7 classes, the data has 10")
+    name = "python:tests.test_models:seven_if_none"
+    assert models.load(name, "teacher", num_classes=None, size_px=8).num_classes == 7
+
+
+def test_a_student_needs_a_number_of_classes() -> None:
+    with pytest.raises(UsageError, match="the student kdcache:small needs a number of classes"):
+        models.load("kdcache:small", "student", num_classes=None, size_px=28)
+
+
+def test_a_factory_that_has_no_classes_of_its_own() -> None:
+    with pytest.raises(UsageError, match=r"linear_teacher failed: .*called with num_classes=None"):
+        models.load(TEACHER, "teacher", num_classes=None, size_px=8)
 
 
 # --- what is refused -------------------------------------------------------------------------
@@ -351,6 +381,18 @@ def test_torchvision_models_that_do_not_classify(name: str) -> None:
     assert name in load_error(name)
 
 
+def test_a_network_that_trains_with_a_tuple() -> None:
+    name = "python:tests.test_models:tuple_in_training"
+    model = models.load(name, "student", num_classes=10, size_px=8)
+    assert model.eval()(views(8)).shape == (2, 10)
+    with pytest.raises(UsageError, match="gives a tuple when it trains, not one tensor of logits"):
+        model.train()(views(8))
+    message = load_error("python:tests.test_models:always_a_tuple", size_px=8)
+    assert message.endswith(
+        "gives a tuple when it answers, not one tensor of logits: build it without auxiliary heads"
+    )
+
+
 @pytest.mark.parametrize("attribute", ["__doc__", "json", "takes_nothing", "fails"])
 def test_a_factory_that_cannot_be_called(attribute: str) -> None:
     message = load_error(f"python:tests.test_models:{attribute}")
@@ -373,6 +415,10 @@ def factory(folder: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     monkeypatch.delitem(sys.modules, "mine", raising=False)
 
 
+def seven_if_none(num_classes: int | None) -> nn.Module:
+    return linear_teacher(7)
+
+
 def eleven_classes(num_classes: int) -> nn.Module:
     return linear_teacher(num_classes + 1)
 
@@ -383,6 +429,25 @@ def not_a_module(num_classes: int) -> str:
 
 def feature_maps(num_classes: int) -> nn.Module:
     return nn.Conv2d(3, num_classes, 3)
+
+
+class Tuple(nn.Module):
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.linear = linear_teacher(10)
+        self.always = always
+
+    def forward(self, x: torch.Tensor) -> object:
+        z = self.linear(x)
+        return (z, z) if self.training or self.always else z
+
+
+def tuple_in_training(num_classes: int) -> nn.Module:
+    return Tuple(always=False)
+
+
+def always_a_tuple(num_classes: int) -> nn.Module:
+    return Tuple(always=True)
 
 
 def takes_nothing() -> nn.Module:

@@ -1,0 +1,175 @@
+"""A network that takes views, or several that answer as one teacher.
+
+In: uint8 views. Out: logits. What stays true: normalisation belongs to the network, so teacher and
+student may differ, and so may the members of an ensemble; a fingerprint names weights and
+normalisation; what is not a finite number in one member is not hidden by the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from kdcache.errors import UsageError
+from kdcache.spec import Precision, digest
+
+Triple = tuple[float, float, float]
+
+LEAST_LOG_P = -700.0  # about the logarithm of the smallest float64
+
+
+class Classifier(nn.Module):
+    """uint8 views [B, 3, H, W] to logits [B, C]: scale to [0, 1], normalise, run the network.
+
+    precision     of the network's arithmetic, by autocast; the logits come as it gives them
+    num_classes   C, as `models.load` has found it; 0 before
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, network: nn.Module, name: str, mean: Triple, std: Triple) -> None:
+        super().__init__()
+        self.network = network
+        self.name = name
+        self.precision: Precision = "float32"
+        self.num_classes = 0
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.answer(images_BCHW, self.precision)
+
+    def answer(self, images_BCHW: torch.Tensor, precision: Precision) -> torch.Tensor:
+        """Logits [B, C] in this precision. Raises UsageError for a network that gives no tensor."""
+        x = images_BCHW.float().div_(255).sub_(self.mean).div_(self.std)
+        dtype = getattr(torch, precision)
+        with torch.autocast(x.device.type, dtype, enabled=precision != "float32"):
+            logits_BC = self.network(x)
+        if not isinstance(logits_BC, torch.Tensor):
+            raise UsageError(
+                f"{self.name} gives a {type(logits_BC).__name__} when it "
+                f"{'trains' if self.training else 'answers'}, not one tensor of logits: build it "
+                "without auxiliary heads"
+            )
+        return logits_BC
+
+    def features(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """What the classifying layer gets, [B, D], and the logits [B, C].
+
+        That layer is the last nn.Linear or 1x1 convolution to run, if it is C wide; what it gets
+        for several places of the image is averaged over them. None where there is no such layer,
+        and where the network is compiled, which leaves hooks out.
+        """
+        last: list[tuple[nn.Module, torch.Tensor]] = []
+
+        def keep(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            last[:] = [(layer, inputs[0])]
+
+        hooks = [
+            layer.register_forward_pre_hook(keep)
+            for layer in self.network.modules()
+            if _head_width(layer)
+        ]
+        try:
+            logits_BC = self(images_BCHW)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not last or _head_width(last[0][0]) != logits_BC.shape[1]:
+            return None, logits_BC
+        layer, x = last[0]
+        if isinstance(layer, nn.Conv2d):
+            x = x.movedim(1, -1)
+        return x.reshape(len(x), -1, x.shape[-1]).mean(1), logits_BC
+
+    def fingerprint(self) -> str:
+        """16 hex digits over normalisation and every weight's name, type, shape and bytes."""
+        h = hashlib.sha256()
+        norm = [self.mean.flatten().tolist(), self.std.flatten().tolist()]
+        h.update(json.dumps(norm).encode())
+        for key, weight in sorted(self.network.state_dict().items()):
+            h.update(f"{key} {weight.dtype} {tuple(weight.shape)}\n".encode())
+            h.update(
+                weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            )
+        return h.hexdigest()[:16]
+
+
+class Ensemble(nn.Module):
+    """Several classifiers as one teacher: the mean of their probabilities (Beyer et al. 2022).
+
+    The logits [B, C] are log((1/M) sum_m softmax(z_m)), float32, at least LEAST_LOG_P; where any
+    member gives NaN or infinity they are NaN.
+
+    precision   of all members' arithmetic, whatever a member says of itself
+
+    Raises UsageError unless the members have equally many classes and one precision.
+    """
+
+    def __init__(self, members: Sequence[Classifier]) -> None:
+        super().__init__()
+        first = members[0]
+        for other in members[1:]:
+            if other.num_classes != first.num_classes:
+                raise UsageError(
+                    f"teachers must have equally many classes: {first.name} has "
+                    f"{first.num_classes}, {other.name} has {other.num_classes}"
+                )
+            if other.precision != first.precision:
+                raise UsageError(
+                    f"teachers must have one precision: {first.name} has {first.precision}, "
+                    f"{other.name} has {other.precision}"
+                )
+        self.members = nn.ModuleList(members)
+        self.name = " + ".join(member.name for member in members)
+        self.precision: Precision = first.precision
+        self.num_classes = first.num_classes
+
+    @property
+    def device(self) -> torch.device:
+        return self._members()[0].device
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        answers = [m.answer(images_BCHW, self.precision).float() for m in self._members()]
+        # A logit of -inf would vanish in the mean.
+        kept = [torch.where(z.isfinite(), z.log_softmax(1), torch.nan) for z in answers]
+        log_p_BC = torch.logsumexp(torch.stack(kept), 0) - math.log(len(kept))
+        return log_p_BC.clamp(min=LEAST_LOG_P)
+
+    def features(self, images_BCHW: torch.Tensor) -> tuple[None, torch.Tensor]:
+        """None, for several networks share no features, and the logits [B, C]."""
+        return None, self(images_BCHW)
+
+    def fingerprint(self) -> str:
+        """16 hex digits over the members' fingerprints, in order."""
+        return digest([member.fingerprint() for member in self._members()])
+
+    def _members(self) -> list[Classifier]:
+        return [member for member in self.members if isinstance(member, Classifier)]
+
+
+Teacher = Classifier | Ensemble
+
+
+def teacher_of(members: Sequence[Classifier]) -> Teacher:
+    """The one classifier itself, or the ensemble of several."""
+    return members[0] if len(members) == 1 else Ensemble(members)
+
+
+def _head_width(layer: nn.Module) -> int:
+    """How many classes this layer would tell apart; 0 for a layer of another kind."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features
+    if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
+        return layer.out_channels
+    return 0
