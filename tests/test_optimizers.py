@@ -1,0 +1,181 @@
+"""Three optimizers with one meaning of decay, whose states go through a file and on to the bit."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kdcache.errors import MissingDependency, UsageError
+from kdcache.optimizers import learning_rate, optimizer_of, warmup_steps
+from kdcache.spec import TrainSpec, ViewSpec
+
+SPEC = TrainSpec("labels", ViewSpec(8), epochs=1, batch_size=8, lr=0.02, weight_decay=0.1)
+NAMES = ("adamw", "sgd", "soap")
+STEPS = 30
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    parts = (
+        nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 12, 3, bias=False),
+        nn.BatchNorm2d(12), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5),
+    )  # fmt: skip
+    return nn.Sequential(*parts).to(memory_format=torch.channels_last)
+
+
+def taken(value: Any) -> Any:
+    """As a checkpoint keeps it: only what JSON and contiguous tensors say."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone(memory_format=torch.contiguous_format)
+    if isinstance(value, dict):
+        assert all(isinstance(key, str | int) for key in value)
+        return {key: taken(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(taken(one) for one in value)
+    assert value is None or isinstance(value, bool | int | float | str), type(value)
+    return value
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    optimizer.load_state_dict(state)
+    for weight, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor) and value.shape == weight.shape:
+                kept[name] = torch.empty_like(weight).copy_(value)
+
+
+def train(spec: TrainSpec, cut: int | None = None) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Some steps; at `cut` all goes on in a new network and a new optimizer."""
+    model, batches = network(), torch.Generator().manual_seed(1)
+    optimizer = optimizer_of(model, spec)
+    for step in range(STEPS):
+        if step == cut:
+            state = taken({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+            model = network()
+            model.load_state_dict(state["model"])
+            optimizer = optimizer_of(model, spec)
+            restore(optimizer, state["optimizer"])
+        images = torch.randn(16, 3, 8, 8, generator=batches)
+        labels = torch.randint(5, (16,), generator=batches)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(spec, step, STEPS)
+        optimizer.zero_grad()
+        logits = model(images.to(memory_format=torch.channels_last))
+        nn.functional.cross_entropy(logits, labels).backward()
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cut", [1, 15, 20])
+def test_a_state_goes_through_a_file_and_on_to_the_bit(name: Any, cut: int) -> None:
+    spec = replace(SPEC, optimizer=name)
+    undisturbed, resumed = train(spec)[0], train(spec, cut)[0]
+    for a, b in zip(undisturbed.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(next(undisturbed.parameters()), next(network().parameters()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_is_laid_out_by_a_rule(name: Any) -> None:
+    def check(weight: torch.Tensor, kept: Any) -> None:
+        for value in kept:
+            if isinstance(value, list):
+                check(weight, value)
+            elif isinstance(value, torch.Tensor):
+                same = value.shape == weight.shape
+                assert value.stride() == weight.stride() if same else value.is_contiguous()
+
+    optimizer = train(replace(SPEC, optimizer=name))[1]
+    assert len(optimizer.state) == 9
+    for weight, kept in optimizer.state.items():
+        check(weight, kept.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_matrices_and_kernels_decay_by_rate_times_weight_decay(name: Any) -> None:
+    """Without a gradient nothing else moves a weight, and momentum has nothing to keep."""
+    model = network()
+    optimizer = optimizer_of(model, replace(SPEC, optimizer=name, lr=0.5, weight_decay=0.1))
+    before = [w.detach().clone() for w in model.parameters()]
+    steps = 3 if name == "soap" else 2  # SOAP only looks at the first gradient
+    for _ in range(steps):
+        for weight in model.parameters():
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    for old, new in zip(before, model.parameters(), strict=True):
+        torch.testing.assert_close(new.detach(), old * (0.95**2 if old.ndim > 1 else 1))
+
+
+def test_sgd_is_heavy_ball() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    model = nn.Module()
+    model.weight = weight
+    sgd = optimizer_of(model, replace(SPEC, optimizer="sgd", lr=1.0, momentum=0.5))
+    path = []
+    for _ in range(3):
+        weight.grad = torch.ones(1)
+        sgd.step()
+        path.append(weight.item())
+    assert path == [-1, -2.5, -4.25]  # by 1, then 1.5, then 1.75
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_frozen_weight_stays(name: Any) -> None:
+    model = network()
+    frozen = next(model.parameters()).requires_grad_(False)
+    optimizer = optimizer_of(model, replace(SPEC, optimizer=name))
+    held = [w for group in optimizer.param_groups for w in group["params"]]
+    assert len(held) == 8
+    assert all(w is not frozen for w in held)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_first_order_steps_are_fused(name: Any) -> None:
+    optimizer = optimizer_of(network(), replace(SPEC, optimizer=name))
+    assert all(group["fused"] for group in optimizer.param_groups)
+
+
+def test_soap_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *rest: Any) -> Any:
+        if name == "pytorch_optimizer":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(MissingDependency, match=r"pip install 'kdcache\[soap\]'"):
+        optimizer_of(network(), replace(SPEC, optimizer="soap"))
+
+
+def test_warm_up_is_a_share_or_a_number_of_steps() -> None:
+    share, number = replace(SPEC, warmup=0.25), replace(SPEC, warmup=10)
+    assert [warmup_steps(share, 40), warmup_steps(number, 40)] == [10, 10]
+    for spec in (share, number):
+        rates = [learning_rate(spec, step, 40) / spec.lr for step in range(40)]
+        assert rates[:11] == pytest.approx([*(n / 10 for n in range(1, 11)), 1.0])
+        assert rates[25] == pytest.approx(0.5)
+        assert rates[10:] == sorted(rates[10:], reverse=True)
+        assert 0 < rates[-1] < 0.01
+    assert learning_rate(replace(SPEC, warmup=0), 0, 40) == SPEC.lr
+    assert warmup_steps(replace(SPEC, warmup=1), 40) == 1
+
+
+def test_a_warm_up_longer_than_the_run_is_refused() -> None:
+    with pytest.raises(UsageError, match="warm-up of 1500 steps does not fit into the run's 1500"):
+        learning_rate(replace(SPEC, warmup=1500), 0, 1500)
