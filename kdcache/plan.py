@@ -39,7 +39,7 @@ from kdcache import codec, sampling, shards, train
 from kdcache.codec import Records
 from kdcache.dataset import Dataset
 from kdcache.loader import Loader
-from kdcache.models import Classifier
+from kdcache.models import Classifier, Teacher
 from kdcache.precompute import answers, record
 from kdcache.records import Batch, Target, TargetSource, TemperedTarget
 from kdcache.shards import Layout
@@ -96,14 +96,14 @@ class Comparison:
 
 
 def record_some(
-    dataset: Dataset, teacher: Classifier, spec: TapeSpec, *, batch_size: int, workers: int | None
+    dataset: Dataset, teacher: Teacher, spec: TapeSpec, *, batch_size: int, workers: int | None
 ) -> Recording:
     """Record for some seconds, and pack what came of it. Raises what `precompute` does."""
     assert spec.view is not None
     asked = replace(spec, average=min(spec.average, AVERAGED))
     parts, rates, rows, start = [], [], 0, 0.0
     with Loader(
-        dataset, spec.view, batch_size, workers=workers, device=teacher.mean.device
+        dataset, spec.view, batch_size, workers=workers, device=teacher.device
     ) as loader:
         for batch, (view, rows_B, logits_BC) in enumerate(_passes(loader, teacher, asked), 1):
             parts.append(record(logits_BC, asked, view, rows_B))
@@ -121,7 +121,7 @@ def record_some(
 
 
 def _passes(
-    loader: Loader, teacher: Classifier, spec: TapeSpec
+    loader: Loader, teacher: Teacher, spec: TapeSpec
 ) -> Iterator[tuple[int, NDArray[np.int64], torch.Tensor]]:
     """(view, rows, logits) of batch after batch, without end."""
     for view in itertools.count():
@@ -160,7 +160,7 @@ def plan_of(spec: TapeSpec, recording: Recording) -> Plan:
 
 def train_some(
     dataset: Dataset,
-    teacher: Classifier,
+    teacher: Teacher,
     student: Classifier,
     spec: TapeSpec,
     recording: Recording,

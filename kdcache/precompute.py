@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,23 +20,24 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache import codec, sampling, views
+from kdcache.classifier import LEAST_LOG_P
 from kdcache.codec import Records
 from kdcache.dataset import Dataset
 from kdcache.errors import NonFinite, TapeMismatch, UsageError
 from kdcache.loader import Loader, pixel_digest
-from kdcache.models import Classifier
+from kdcache.models import Teacher
 from kdcache.records import Batch
+from kdcache.setups import tape_setup
 from kdcache.spec import Order, TapeSpec, ValueType, ViewSpec
 from kdcache.tape import Tape
 
 Progress = Callable[[int], None]
 WAIT_S = 1.0
-LEAST_LOG_P = -700.0  # about the logarithm of the smallest float64
 
 
 def tape_spec(
     dataset: Dataset,
-    teacher: Classifier,
+    teacher: Teacher,
     view: ViewSpec,
     *,
     views: int = 1,
@@ -47,11 +48,11 @@ def tape_spec(
     draws: int = 0,
     temperature: float = 1.0,
 ) -> TapeSpec:
-    """The spec of a tape of this teacher's answers; top_k None keeps all classes.
+    """The spec of a tape of this teacher's answers; top_k None keeps all of the teacher's classes.
 
     A k whose records would take as many bytes as all logits do becomes "all".
     """
-    classes = len(dataset.classes)
+    classes = teacher.num_classes or len(dataset.classes)
     k = min(draws, classes) if draws else classes if top_k is None else top_k
     spec = TapeSpec(
         views, len(dataset), classes, k, dtype, dataset.fingerprint, teacher.fingerprint(), view,
@@ -62,19 +63,22 @@ def tape_spec(
 
 def precompute(
     dataset: Dataset,
-    teacher: Classifier,
+    teacher: Teacher,
     spec: TapeSpec,
     out: Path | str,
     *,
     batch_size: int = 256,
     workers: int | None = None,
     part: tuple[int, int] = (0, 1),
+    class_names: Sequence[str] | None = None,
     progress: Progress = lambda rows: None,
 ) -> Tape:
     """Make or finish the tape of `spec` at `out`; `progress` is called with rows done so far.
 
-    part   (i, n): only the i-th of n equal runs of shards, i from 0. Without it, processes that
-           work on one tape in a folder share its shards among them as they come.
+    part          (i, n): only the i-th of n equal runs of shards, i from 0. Without it, processes
+                  that work on one tape in a folder share its shards among them as they come.
+    class_names   of the teacher's classes where the data is of another domain; empty where they
+                  are not known. None: the data's.
 
     A shard's bytes depend on the batch size and on what the teacher's arithmetic depends on (the
     device, torch, its number of threads, so OMP_NUM_THREADS, which torchrun sets to 1), not on who
@@ -85,9 +89,11 @@ def precompute(
     i, n = part
     if not 0 <= i < n:
         raise UsageError(f"part must be from 1/{n} to {n}/{n}, not {i + 1}/{n}")
-    device = teacher.mean.device
+    device = teacher.device
     pixels = pixel_digest(dataset, spec.view)
-    tape = Tape.create(out, spec, _info(dataset, teacher, batch_size), pixels)
+    info = _info(teacher, batch_size, dataset.classes if class_names is None else class_names)
+    info |= {"setup": tape_setup(spec), "other_domain": class_names is not None}
+    tape = Tape.create(out, spec, info, pixels)
     _require_precision(tape, teacher)
     mine = set(share(tape, i, n))
     loader = Loader(dataset, spec.view, batch_size, workers=workers, device=device)
@@ -125,7 +131,7 @@ def wait_for_others(tape: Tape, i: int, n: int, progress: Progress) -> None:
 
 def _record(
     loader: Loader,
-    teacher: Classifier,
+    teacher: Teacher,
     tape: Tape,
     places: list[tuple[int, int]],
     writer: ThreadPoolExecutor,
@@ -161,7 +167,7 @@ def _write(tape: Tape, view: int, shard: int, records: Records) -> None:
     tape.release(view, shard)
 
 
-def _require_precision(tape: Tape, teacher: Classifier) -> None:
+def _require_precision(tape: Tape, teacher: Teacher) -> None:
     """The teacher's fingerprint is of its weights alone."""
     found = tape.info.get("precision", teacher.precision)
     if found != teacher.precision:
@@ -172,7 +178,7 @@ def _require_precision(tape: Tape, teacher: Classifier) -> None:
 
 
 def answers(
-    loader: Loader, teacher: Classifier, spec: TapeSpec, view: int, rows: NDArray[np.int64]
+    loader: Loader, teacher: Teacher, spec: TapeSpec, view: int, rows: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
     """Some rows of a view of the tape at a time, and the logits [B, C] that they record.
 
@@ -184,24 +190,43 @@ def answers(
         return
     for first in range(0, len(rows), loader.batch_size):
         samples = rows[first : first + loader.batch_size]
-        if not spec.average:
+        if spec.average:
+            yield samples, mean_answer(loader, teacher, spec.average, samples)
+        else:
             yield samples, _ask_samples(loader, teacher, view, samples)
-            continue
-        # Mean probability; its logarithm serves as logits.
-        total = sum(
-            torch.softmax(_ask_samples(loader, teacher, v, samples).double(), 1)
-            for v in range(spec.average)
-        )
-        assert isinstance(total, torch.Tensor)
-        yield samples, (total / spec.average).log().clamp_(min=LEAST_LOG_P)
+
+
+def mean_answer(
+    loader: Loader,
+    teacher: Teacher,
+    average: int,
+    samples: NDArray[np.int64],
+    *,
+    wait: bool = True,
+) -> torch.Tensor:
+    """Logarithm, float64 [B, C], of the mean probabilities over views 0 ... average - 1.
+
+    It serves as logits. `wait` is as in `ask`.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=loader.device)
+    for view in range(average):
+        logits_BC = _ask_samples(loader, teacher, view, samples, wait=wait)
+        total = total + torch.softmax(logits_BC.double(), 1)
+    return (total / average).log().clamp_(min=LEAST_LOG_P)
 
 
 def _ask_samples(
-    loader: Loader, teacher: Classifier, view: int, samples: NDArray[np.int64]
+    loader: Loader,
+    teacher: Teacher,
+    view: int,
+    samples: NDArray[np.int64],
+    *,
+    wait: bool = True,
 ) -> torch.Tensor:
     """The teacher's logits [B, C] for a view of these samples, in their order."""
     places = views.position(loader.spec, view, len(loader.dataset))[samples]
-    return torch.cat([ask(teacher, batch) for batch in loader.batches(view, places)])
+    batches = loader.batches(view, places)
+    return torch.cat([ask(teacher, batch, wait=wait) for batch in batches])
 
 
 def record(
@@ -216,25 +241,33 @@ def record(
     )
 
 
-def ask(teacher: Classifier, batch: Batch) -> torch.Tensor:
-    """The teacher's logits [B, C] for a batch. Raises NonFinite, naming the first bad sample."""
+def ask(teacher: Teacher, batch: Batch, *, wait: bool = True) -> torch.Tensor:
+    """The teacher's logits [B, C] for a batch.
+
+    wait   for the device, and raise NonFinite where a logit is NaN or infinite, naming the first
+           such sample. Without, such a row is all NaN, and so is the loss of any student's answer
+           to it: a logit of -inf alone would pass for a class of no mass.
+    """
     with torch.inference_mode():
-        logits_BC: torch.Tensor = teacher(batch.images_BCHW)
-        if bool(torch.isfinite(logits_BC).all()):
+        logits_BC: torch.Tensor = teacher(batch.for_teacher)
+        fine_B = torch.isfinite(logits_BC).all(1)
+        if not wait:
+            return logits_BC.masked_fill(~fine_B[:, None], torch.nan)
+        if bool(fine_B.all()):
             return logits_BC
-    row = int((~torch.isfinite(logits_BC).all(1)).nonzero()[0])
+    row = int((~fine_B).nonzero()[0])
     raise NonFinite(
         f"the teacher {teacher.name} gave NaN or infinity for sample {batch.samples_B[row]} in "
         f"view {batch.view}: nothing was recorded for its shard"
     )
 
 
-def _info(dataset: Dataset, teacher: Classifier, batch_size: int) -> dict[str, object]:
-    device = teacher.mean.device
+def _info(teacher: Teacher, batch_size: int, class_names: Sequence[str]) -> dict[str, object]:
+    device = teacher.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "teacher": teacher.name,
-        "class_names": list(dataset.classes),
+        "class_names": list(class_names),
         "batch_size": batch_size,
         "precision": teacher.precision,
         "device": f"{device.type} ({name})",

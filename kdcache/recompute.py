@@ -28,7 +28,7 @@ from kdcache.dataset import Dataset
 from kdcache.errors import UsageError
 from kdcache.loader import Loader, pixel_digest
 from kdcache.loss import distillation_losses
-from kdcache.models import Classifier
+from kdcache.models import Teacher
 from kdcache.precompute import answers
 from kdcache.records import Target
 from kdcache.spec import Precision
@@ -106,7 +106,7 @@ def require_recomputable(tape: Tape) -> None:
         )
 
 
-def identify(tape: Tape, dataset: Dataset, teacher: Classifier) -> list[Measure]:
+def identify(tape: Tape, dataset: Dataset, teacher: Teacher) -> list[Measure]:
     """Whether data, teacher and rendered pixels are those that the tape was made from."""
     spec = tape.spec
     assert spec.view is not None
@@ -125,7 +125,7 @@ def identify(tape: Tape, dataset: Dataset, teacher: Classifier) -> list[Measure]
 def recompute(
     tape: Tape,
     dataset: Dataset,
-    teacher: Classifier,
+    teacher: Teacher,
     picked: list[Picked],
     *,
     batch_size: int = 256,
@@ -148,7 +148,7 @@ def recompute(
     places: list[tuple[int, int]] = []
     asked: list[tuple[Picked, torch.Tensor]] = []
     changes: list[torch.Tensor] = []
-    device = teacher.mean.device
+    device = teacher.device
     with Loader(dataset, spec.view, batch_size, workers=workers, device=device) as loader:
         for some in picked:
             done = 0
@@ -173,7 +173,7 @@ def recompute(
     return _measures(_Rows.concatenate(parts), places, draws=spec.draws)
 
 
-def _other_arithmetic(tape: Tape, teacher: Classifier) -> tuple[Classifier, float]:
+def _other_arithmetic(tape: Tape, teacher: Teacher) -> tuple[Teacher, float]:
     """The teacher in another precision, and by what its change of the answers counts."""
     used = tape.info.get("precision"), teacher.precision
     coarse = next((name for name in COARSE_FIRST if name in used), None)
@@ -209,9 +209,9 @@ def _same(name: str, what: str, found: str, expected: str, why: str) -> Measure:
     return Measure(name, what, found, expected, found == expected, "" if found == expected else why)
 
 
-def _roundoff(tape: Tape, teacher: Classifier) -> float:
+def _roundoff(tape: Tape, teacher: Teacher) -> float:
     """Of the coarser arithmetic: the tape's, or the teacher's here."""
-    weights = [str(p.dtype).removeprefix("torch.") for p in teacher.network.parameters()]
+    weights = [str(p.dtype).removeprefix("torch.") for p in teacher.parameters()]
     names = [tape.info.get("precision"), teacher.precision, *weights]
     return max(ROUNDOFF.get(str(name), ROUNDOFF["float32"]) for name in names)
 

@@ -63,13 +63,11 @@ class Target:
     num_classes: int
 
     def to(self, device: torch.device) -> Target:
-        def move(x: torch.Tensor | None) -> torch.Tensor | None:
-            return None if x is None else x.to(device, non_blocking=True)
-
+        classes, tail = self.classes_BK, self.tail_B3
         return Target(
-            self.logits_BK.to(device, non_blocking=True),
-            move(self.classes_BK),
-            move(self.tail_B3),
+            _moved(self.logits_BK, device),
+            None if classes is None else _moved(classes, device),
+            None if tail is None else _moved(tail, device),
             self.num_classes,
         )
 
@@ -93,12 +91,19 @@ class TemperedTarget:
     def to(self, device: torch.device) -> TemperedTarget:
         tail = self.log_tail_B
         return TemperedTarget(
-            self.log_p_BK.to(device, non_blocking=True),
-            self.classes_BK.to(device, non_blocking=True),
-            None if tail is None else tail.to(device, non_blocking=True),
+            _moved(self.log_p_BK, device),
+            _moved(self.classes_BK, device),
+            None if tail is None else _moved(tail, device),
             self.temperature,
             self.num_classes,
         )
+
+
+def _moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """By way of pinned memory, from which a copy to a GPU does not hold the host up."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 class TargetSource(Protocol):

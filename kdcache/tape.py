@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +130,21 @@ class Tape:
                 f"here ({pixels}): another JPEG decoder or kdcache; precompute the tape here"
             )
 
-    def require_plays(self, dataset: str, view: ViewSpec | None) -> None:
-        """Raise TapeMismatch unless the tape is of this data and, if it plays views, of these."""
+    def require_plays(
+        self, dataset: str, view: ViewSpec | None, *, resized: bool = False
+    ) -> None:
+        """Raise TapeMismatch unless the tape is of this data and, if it plays views, of these.
+
+        With `resized`, the views may have another size: the student's boxes, pairs and order are
+        still the teacher's.
+        """
         if self.spec.dataset != dataset:
             raise TapeMismatch(
                 f"{self.url} was made from other data ({self.spec.dataset}) than this "
                 f"({dataset}): use the data it was made from, or precompute a tape for this"
             )
+        if resized and view is not None and self.spec.view is not None:
+            view = replace(view, size_px=self.spec.view.size_px)
         different = differences(view, self.spec.view) if self.spec.order == "position" else None
         if different:
             raise TapeMismatch(

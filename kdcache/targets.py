@@ -1,7 +1,8 @@
 """Where a batch's targets come from: the live teacher, the tape, or the labels.
 
 Each class is a `TargetSource`. Online and cached agree: the same teacher logits give the same
-target to the bit when the tape keeps all of them as float32.
+target to the bit when the tape keeps all of them as float32. On a GPU no batch waits for the
+device: a teacher's NaN is then found in the loss, which it makes NaN.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import torch
 
 from kdcache import codec
 from kdcache.codec import Records
+from kdcache.dataset import Dataset
 from kdcache.errors import TapeCorrupt, UsageError
-from kdcache.models import Classifier
-from kdcache.precompute import ask
+from kdcache.loader import Loader
+from kdcache.models import Teacher
+from kdcache.precompute import ask, mean_answer
 from kdcache.records import Batch, Target, TemperedTarget
 from kdcache.spec import ViewSpec
 from kdcache.tape import Tape
@@ -24,28 +27,62 @@ from kdcache.views import MIX_UNIT
 
 
 class OnlineTargets:
-    """Runs the teacher on the batch's own pixels."""
+    """Runs the teacher on what the batch has for it. On the CPU a call raises NonFinite."""
 
-    def __init__(self, teacher: Classifier) -> None:
+    def __init__(self, teacher: Teacher) -> None:
         self.teacher = teacher
+        self._wait = teacher.device.type == "cpu"
 
     def __call__(self, batch: Batch) -> Target:
-        return codec.dense_target(ask(self.teacher, batch))
+        return codec.dense_target(ask(self.teacher, batch, wait=self._wait))
+
+
+class AverageTargets:
+    """Runs the teacher on views 0 ... average - 1 of each sample, and averages its probabilities.
+
+    The paper's fix/ic_ens, live: as many forward passes for each image of each epoch. A tape with
+    `average` costs them once, and its answers are these.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        dataset: Dataset,
+        view: ViewSpec,
+        average: int,
+        batch_size: int,
+        *,
+        workers: int | None = None,
+    ) -> None:
+        self.teacher = teacher
+        self.average = average
+        self._wait = teacher.device.type == "cpu"
+        self._loader = Loader(dataset, view, batch_size, workers=workers, device=teacher.device)
+
+    def __call__(self, batch: Batch) -> Target:
+        return codec.dense_target(
+            mean_answer(
+                self._loader, self.teacher, self.average, batch.samples_B, wait=self._wait
+            )
+        )
 
 
 class CachedTargets:
     """Reads a tape in position order. A thread reads ahead by one shard.
 
+    resized    the student's views may have another size than the teacher's
     waited_s   seconds that batches have waited for the disk or the store so far
 
     Raises TapeMismatch unless the tape was made of this view spec and of the data with this
     fingerprint, TapeIncomplete when it lacks a shard.
     """
 
-    def __init__(self, tape: Tape, fingerprint: str, view: ViewSpec) -> None:
+    def __init__(
+        self, tape: Tape, fingerprint: str, view: ViewSpec, *, resized: bool = False
+    ) -> None:
         if tape.spec.order != "position":
             raise UsageError(f"{tape.url} is in sample order: it goes with FixedTargets")
-        tape.require_plays(fingerprint, view)
+        tape.require_plays(fingerprint, view, resized=resized)
         tape.require_complete()
         self.tape = tape
         self.waited_s = 0.0
