@@ -134,6 +134,7 @@ class Ensemble(nn.Module):
         self.name = " + ".join(member.name for member in members)
         self.precision: Precision = first.precision
         self.num_classes = first.num_classes
+        self.eval()
 
     @property
     def device(self) -> torch.device:

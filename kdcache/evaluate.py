@@ -28,7 +28,7 @@ from kdcache.fidelity import (
     linear_cka,
 )
 from kdcache.loader import Loader
-from kdcache.models import Classifier, Teacher
+from kdcache.models import Teacher
 from kdcache.records import Batch
 from kdcache.spec import evaluation_views
 
@@ -55,7 +55,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Classifier,
+    model: Teacher,
     dataset: Dataset,
     *,
     size_px: int,
@@ -103,7 +103,7 @@ def evaluate(
 
 
 def _sums_of_part(
-    model: Classifier,
+    model: Teacher,
     teacher: Teacher | None,
     loader: Loader,
     part: tuple[int, int],
@@ -135,7 +135,7 @@ def _sums_of_part(
 
 
 def _sums_of_batch(
-    model: Classifier, teacher: Teacher | None, batch: Batch, used: int
+    model: Teacher, teacher: Teacher | None, batch: Batch, used: int
 ) -> tuple[Sums, Sums]:
     """Of the first `used` rows: the sums, and by model which rows are not finite."""
     features, logits_BC = model.features(batch.images_BCHW)
@@ -155,7 +155,7 @@ def _sums_of_batch(
 
 
 def _require_finite(
-    sums: Sums, model: Classifier, teacher: Teacher | None, order: NDArray[np.int64]
+    sums: Sums, model: Teacher, teacher: Teacher | None, order: NDArray[np.int64]
 ) -> None:
     for who, named in (("model", model), ("teacher", teacher)):
         slots = sums.pop(f"bad_{who}", torch.zeros(1))
