@@ -20,11 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 from kdcache.errors import KDCacheError, UsageError
+from kdcache.setups import plain_view, setup_of
 from kdcache.spec import Crop, Order, Precision, TapeSpec, ValueType, ViewSpec
 
 if TYPE_CHECKING:
     from kdcache.dataset import Dataset
-    from kdcache.models import Classifier
+    from kdcache.models import Teacher
 
 out_console = Console(highlight=False)
 err_console = Console(stderr=True, highlight=False)
@@ -51,7 +52,7 @@ AreaOption = Annotated[
     float | None,
     typer.Option(
         help="Smallest area of a crop as a share of the image; exact for random and center.  "
-        "[default: 0.05; random and center 0.766]"
+        "[default: 0.05; random and center 0.766; whole 1]"
     ),
 ]
 FlipOption = Annotated[
@@ -65,7 +66,29 @@ MixupOption = Annotated[
 ViewSeedOption = Annotated[
     int | None, typer.Option(help="Decides crops, flips, order and pairs.  [default: 0]")
 ]
-TeacherOption = Annotated[str, typer.Option("--teacher", help="The model that answers.")]
+TeacherOption = Annotated[
+    list[str],
+    typer.Option(
+        "--teacher",
+        help="The model that answers. Given again: the mean of their probabilities.",
+    ),
+]
+SetupOption = Annotated[
+    str | None,
+    typer.Option(
+        "--setup",
+        help="What teacher and student see: fixed-whole, fixed-center, fixed-average, "
+        "independent-mild, independent-inception, consistent-mild, consistent-inception or "
+        "function-matching.  [default: as the other options say, else function-matching]",
+    ),
+]
+OtherDomainOption = Annotated[
+    bool,
+    typer.Option(
+        "--other-domain",
+        help="The data's classes are not the teacher's: its own count, and labels are not used.",
+    ),
+]
 ViewsOption = Annotated[int, typer.Option(help="How many views of the data to record.")]
 TopKOption = Annotated[
     str | None,
@@ -73,15 +96,19 @@ TopKOption = Annotated[
 ]
 DtypeOption = Annotated[ValueType, typer.Option(help="How a logit is stored.")]
 OrderOption = Annotated[
-    Order,
+    Order | None,
     typer.Option(
         help="position: for training on the same views; sample: for training on other views "
-        "than the teacher saw, without mixing."
+        "than the teacher saw, without mixing.  [default: the set-up's, else position]"
     ),
 ]
 AverageOption = Annotated[
     int,
-    typer.Option(min=0, help="One record a sample: mean probabilities over this many views of it."),
+    typer.Option(
+        min=0,
+        help="One record a sample: mean probabilities over this many views of it.  "
+        "[default: 0; of fixed-average 1024]",
+    ),
 ]
 SampledOption = Annotated[
     int, typer.Option(min=0, help="Keep this many random draws instead of the top k.")
@@ -105,12 +132,7 @@ def given_view(
 
 
 def view_of(given: dict[str, Any], dataset: Dataset) -> ViewSpec:
-    from kdcache.spec import MILD_AREA
-
-    options = {"size_px": dataset.natural_size_px, **given}
-    if options.get("crop") in ("random", "center"):
-        options.setdefault("min_area", MILD_AREA)
-    return ViewSpec(**options)
+    return plain_view(given, dataset.natural_size_px)
 
 
 def top_k_of(text: str | None, classes: int) -> int | None:
@@ -141,29 +163,65 @@ def require_classes(model: str | None, dataset: Dataset) -> None:
                 )
 
 
-def teacher_and_spec(
-    dataset: Dataset, teacher: str, given: dict[str, Any], device: str, precision: Precision, *,
-    views: int, top_k: str | None, dtype: ValueType, order: Order, average: int, sampled: int,
-    temperature: float,
-) -> tuple[Classifier, TapeSpec]:  # fmt: skip
-    """What precompute records, from its options; `given` are those of the view."""
-    from kdcache import models, precompute
+def load_teacher(
+    names: list[str], dataset: Dataset, size_px: int, device: str, precision: Precision, *,
+    other_domain: bool = False,
+) -> Teacher:  # fmt: skip
+    """The teacher of these names, checked to have the data's classes unless they are others."""
+    from kdcache import models
 
+    classes = None if other_domain else len(dataset.classes)
+    try:
+        for name in names if classes else ():
+            require_classes(name, dataset)
+        return models.load_teachers(
+            names, num_classes=classes, size_px=size_px, device=device, precision=precision
+        )
+    except UsageError as error:
+        if classes is None or " classes" not in str(error):
+            raise
+        raise UsageError(
+            f"{error}; where the data is of another domain than the teacher's, give --other-domain"
+        ) from error
+
+
+def teacher_and_spec(
+    dataset: Dataset, teachers: list[str], given: dict[str, Any], device: str,
+    precision: Precision, *, views: int, top_k: str | None, dtype: ValueType, order: Order | None,
+    average: int, sampled: int, temperature: float, setup: str | None = None,
+    other_domain: bool = False,
+) -> tuple[Teacher, TapeSpec]:  # fmt: skip
+    """What precompute records, from its options; `given` are those of the view."""
+    from kdcache import precompute
+
+    natural_px = dataset.natural_size_px
+    if setup is not None:
+        view, order, average = setup_of(setup).tape_fields(
+            given, natural_px, views=views, order=order, average=average
+        )
+    else:
+        order = "sample" if average else order or "position"
+        view = plain_view({"mixup": 0, **given} if order == "sample" else given, natural_px)
     if sampled and (top_k is not None or average):
         raise UsageError("--sampled goes without --top-k and --average")
-    k = top_k_of(top_k, len(dataset.classes))
-    if average:
-        order = "sample"
-    view = view_of({"mixup": 0, **given} if order == "sample" else given, dataset)
-    require_classes(teacher, dataset)
-    model = models.load(
-        teacher, "teacher", num_classes=len(dataset.classes), size_px=view.size_px, device=device
+    model = load_teacher(
+        teachers, dataset, view.size_px, device, precision, other_domain=other_domain
     )
-    model.precision = precision
     return model, precompute.tape_spec(
-        dataset, model, view, views=views, top_k=k, dtype="uint8" if sampled else dtype,
+        dataset, model, view, views=views, top_k=top_k_of(top_k, model.num_classes),
+        dtype="uint8" if sampled else dtype,
         order=order, average=average, draws=sampled, temperature=temperature,
     )  # fmt: skip
+
+
+def class_names_of(teachers: list[str]) -> tuple[str, ...]:
+    """Of the classes that these teachers tell apart, where one of them says so; else empty."""
+    from kdcache import models
+
+    for name in teachers:
+        if Path(name).is_dir():
+            return tuple(models.run_record(Path(name)).get("class_names") or ())
+    return ()
 
 
 def rank() -> tuple[int, int]:

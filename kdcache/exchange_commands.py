@@ -27,8 +27,10 @@ from kdcache.console import (
     JsonOption,
     MixupOption,
     OrderOption,
+    OtherDomainOption,
     PrecisionOption,
     SampledOption,
+    SetupOption,
     SizeOption,
     TeacherOption,
     TopKOption,
@@ -63,10 +65,12 @@ TapeArgument = Annotated[str, typer.Argument(metavar="C.zarr", show_default=Fals
 def plan(
     data: DataOption,
     teacher: TeacherOption,
+    setup: SetupOption = None,
+    other_domain: OtherDomainOption = False,
     views: ViewsOption = 1,
     top_k: TopKOption = None,
     dtype: DtypeOption = "float16",
-    order: OrderOption = "position",
+    order: OrderOption = None,
     average: AverageOption = 0,
     sampled: SampledOption = 0,
     temperature: DrawTemperatureOption = 1.0,
@@ -109,7 +113,7 @@ def plan(
     model, spec = teacher_and_spec(
         dataset, teacher, given_view(view_seed, size, crop, min_area, flip, mixup), where,
         precision, views=views, top_k=top_k, dtype=dtype, order=order, average=average,
-        sampled=sampled, temperature=temperature,
+        sampled=sampled, temperature=temperature, setup=setup, other_domain=other_domain,
     )  # fmt: skip
     assert spec.view is not None
     machine: Any = {"batch_size": batch_size, "workers": workers}
@@ -121,12 +125,12 @@ def plan(
     measured = planning.record_some(dataset, model, spec, **machine)
     found = planning.plan_of(spec, measured)
     free = planning.free_bytes(out) if out else None
-    rate, length = 1 / measured.seconds, epochs or average or views
+    rate, length = 1 / measured.seconds, epochs or spec.average or views
     answer: dict[str, Any] = {
         "spec": spec.to_json(), **asdict(found), "records_per_s": rate, "free_bytes": free,
         "records_measured": len(measured.records),
     }  # fmt: skip
-    kept = f"{average} views averaged" if average else f"{views} view{'s' * (views > 1)}"
+    kept = f"{spec.average} views averaged" if spec.average else f"{views} view{'s' * (views > 1)}"
     lines = {
         "tape": f"{size_of(found.bytes)}: {kept} of {spec.samples} samples, "
         f"{found.bytes_per_record:.1f} bytes a record ({shards.record_bytes(spec)} uncompressed)",

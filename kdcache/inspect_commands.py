@@ -27,6 +27,7 @@ from kdcache.console import (
     size_of,
 )
 from kdcache.errors import TapeCorrupt, UsageError
+from kdcache.setups import tape_setup
 from kdcache.spec import Precision
 
 if TYPE_CHECKING:
@@ -66,8 +67,10 @@ def inspect(
         raise UsageError("--draw needs --data, to render the view")
     tape = Tape.open(cache)
     dataset = _data_of(tape, data) if data else None
+    # Its classes are the teacher's.
+    known = None if tape.info.get("other_domain") else dataset
     if sample is not None:
-        found = summaries.entry(tape, sample, view or 0, dataset.classes if dataset else None)
+        found = summaries.entry(tape, sample, view or 0, known.classes if known else None)
         if draw is not None:
             from kdcache import picture
 
@@ -76,7 +79,7 @@ def inspect(
         drawn = {"picture": str(draw)} if draw else {}
         show({**asdict(found), **drawn} if as_json else {**_entry(found), **drawn}, as_json)
         return
-    summary = summaries.summarise(tape, dataset.labels if dataset else None)
+    summary = summaries.summarise(tape, known.labels if known else None)
     if as_json:
         spec = tape.spec.to_json()
         show({"spec": spec, "info": tape.info, "summary": asdict(summary)}, True)
@@ -108,6 +111,7 @@ def _summary(tape: Tape, summary: Summary) -> dict[str, str]:
         "tape": f"{tape.url} (version {spec.version}, {spec.digest})",
         "teacher": f"{tape.info['teacher']} ({spec.teacher}), {spec.classes} classes",
         "data": f"{spec.samples} samples ({spec.dataset})",
+        "set-up": tape_setup(spec),
         "view": describe(spec.view) if spec.view else "not of kdcache's making",
         "record": f"{kept}, {shards.record_bytes(spec)} bytes before compression",
         "complete": f"{summary.views_complete} of {spec.views} views, "
@@ -163,7 +167,10 @@ def verify(
     data: Annotated[
         Path | None, typer.Option(help="The data of the tape, with --teacher: recompute records.")
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="The teacher of the tape.")] = None,
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(help="The teacher of the tape; each, in order, where there are several."),
+    ] = None,
     samples: Annotated[
         int, typer.Option(min=1, help="How many records to recompute, spread over the tape.")
     ] = 512,
@@ -184,7 +191,7 @@ def verify(
     from kdcache import verify as verification
     from kdcache.tape import Tape
 
-    if (data is None) != (teacher is None):
+    if (data is None) == bool(teacher):
         raise UsageError("--data and --teacher go together: both, or neither for the shards alone")
     try:
         tape = Tape.open(cache)
@@ -222,7 +229,7 @@ def verify(
 
 
 def _recomputation(
-    tape: Tape, data: Path, teacher: str, precision: Precision, batch_size: int,
+    tape: Tape, data: Path, teachers: list[str], precision: Precision, batch_size: int,
     workers: int | None, device: str | None,
 ) -> Callable[[list[Picked]], list[Measure]]:  # fmt: skip
     """What recomputes records, its arguments checked before the tape is read."""
@@ -233,11 +240,10 @@ def _recomputation(
     spec = tape.spec
     assert spec.view is not None
     dataset = datasets.open_dataset(data)
-    model = models.load(
-        teacher, "teacher", num_classes=spec.classes, size_px=spec.view.size_px,
-        device=device_of(device),
+    model = models.load_teachers(
+        teachers, num_classes=spec.classes, size_px=spec.view.size_px, device=device_of(device),
+        precision=precision,
     )  # fmt: skip
-    model.precision = precision
     measures = recompute.identify(tape, dataset, model)
 
     def check(picked: list[Picked]) -> list[Measure]:

@@ -24,14 +24,17 @@ from kdcache.console import (
     JsonOption,
     MixupOption,
     OrderOption,
+    OtherDomainOption,
     PrecisionOption,
     SampledOption,
+    SetupOption,
     SizeOption,
     TeacherOption,
     TopKOption,
     ViewSeedOption,
     ViewsOption,
     WorkersOption,
+    class_names_of,
     device_of,
     given_view,
     interruptible,
@@ -42,16 +45,19 @@ from kdcache.console import (
     teacher_and_spec,
 )
 from kdcache.errors import UsageError
+from kdcache.setups import tape_setup
 
 
 def precompute(
     data: DataOption,
     teacher: TeacherOption,
     out: Annotated[str, typer.Option(help="The tape to make or finish: a folder, or s3://...")],
+    setup: SetupOption = None,
+    other_domain: OtherDomainOption = False,
     views: ViewsOption = 1,
     top_k: TopKOption = None,
     dtype: DtypeOption = "float16",
-    order: OrderOption = "position",
+    order: OrderOption = None,
     average: AverageOption = 0,
     sampled: SampledOption = 0,
     temperature: DrawTemperatureOption = 1.0,
@@ -87,7 +93,8 @@ def precompute(
         model, spec = teacher_and_spec(
             dataset, teacher, given_view(view_seed, size, crop, min_area, flip, mixup),
             device_of(device), precision, views=views, top_k=top_k, dtype=dtype, order=order,
-            average=average, sampled=sampled, temperature=temperature,
+            average=average, sampled=sampled, temperature=temperature, setup=setup,
+            other_domain=other_domain,
         )  # fmt: skip
         rows = spec.views * spec.samples
         with progress_bar("precompute", rows // mine[1], "records") as update:
@@ -98,7 +105,7 @@ def precompute(
 
             tape = recording.precompute(
                 dataset, model, spec, out, batch_size=batch_size, workers=workers, part=mine,
-                progress=progress,
+                class_names=class_names_of(teacher) if other_domain else None, progress=progress,
             )  # fmt: skip
             if number > 0:
                 return
@@ -108,7 +115,8 @@ def precompute(
     if spec.draws:
         kept = {"draws": spec.draws, "temperature": spec.temperature}
     answer = {
-        "path": out, "views": spec.views, "samples": spec.samples, **kept,
+        "path": out, "setup": tape_setup(spec), "views": spec.views, "samples": spec.samples,
+        **kept,
         "bytes": stored, "bytes_per_record": None if missing else round(stored / rows, 2),
         "shards_missing": len(missing), "seconds": round(time.perf_counter() - start, 2),
     }  # fmt: skip
