@@ -338,8 +338,33 @@ def stopped(out: str) -> str:
     return f"stopped with {done}; the same command goes on from there"
 
 
+def notice(line: str) -> None:
+    """A line on stderr, from the first process only."""
+    if rank()[0] == 0:
+        err_console.print(f"kdcache: {line}", markup=False, soft_wrap=True)
+
+
+def percentages(evaluation: dict[str, Any] | None) -> dict[str, str]:
+    """The figures of an evaluation, by what they are called, as text."""
+    if evaluation is None:
+        return {}
+    shares = {
+        "top-1": "top1", "top-5": "top5", "teacher's top-1": "teacher_top1",
+        "agreement": "agreement", "agreement at 5": "agreement5",
+        "calibration error": "calibration_error",
+    }  # fmt: skip
+    numbers = {
+        "KL(teacher||model)": "kl", "distance of logits": "euclidean", "CKA of features": "cka"
+    }
+    known = {name: value for name, value in evaluation.items() if value is not None}
+    return {
+        **{name: f"{known[key]:.2%}" for name, key in shares.items() if key in known},
+        **{name: f"{known[key]:.4f}" for name, key in numbers.items() if key in known},
+    }
+
+
 @contextmanager
-def progress_bar(name: str, total: int, unit: str) -> Iterator[Any]:
+def progress_bar(name: str, total: int, unit: str, done: int = 0) -> Iterator[Any]:
     """A bar on stderr with rate and time left; the value is called with (done, note)."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
@@ -347,7 +372,7 @@ def progress_bar(name: str, total: int, unit: str) -> Iterator[Any]:
     )  # fmt: skip
     silent = not err_console.is_terminal or rank()[0] > 0
     with Progress(*columns, console=err_console, transient=True, disable=silent) as progress:
-        task = progress.add_task(name, total=total, unit=unit, note="")
+        task = progress.add_task(name, total=total, completed=done, unit=unit, note="")
 
         def update(done: int, note: str = "") -> None:
             progress.update(task, completed=done, note=note)

@@ -6,6 +6,7 @@
     ├── TapeMismatch                      use the tape, data and spec that belong together
     ├── TapeIncomplete                    run `kdcache precompute` again
     ├── TapeCorrupt                       delete the named part and precompute it again
+    ├── CheckpointCorrupt                 remove the named file, and resume from the one before
     ├── NonFinite                         mend the model or the learning rate
     ├── StorageError (OSError)            free space, or gain the right to write
     └── MissingDependency (ImportError)   install what is named
@@ -36,6 +37,10 @@ class TapeIncomplete(KDCacheError):
 
 class TapeCorrupt(KDCacheError):
     """A byte of a tape is not what was written."""
+
+
+class CheckpointCorrupt(KDCacheError):
+    """A checkpoint of a run is truncated, damaged or foreign."""
 
 
 class NonFinite(KDCacheError):

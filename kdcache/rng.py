@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     TARGET = 5
     VERIFY = 6
     SEED = 7
+    STEP = 8
 
 
 def philox(counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: int) -> tuple[U64, ...]:

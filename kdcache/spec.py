@@ -200,21 +200,23 @@ class TrainSpec:
     view          what the student sees
     teacher_view  what a live teacher sees; None: the student's own pixels
     views         how many different views the epochs cycle through; None: every epoch a new one
+    average       a live teacher answers with its mean probability over this many views of
+                  teacher_view; 0: with that for one
     batch_size    of all processes together
     lr            the highest learning rate
     weight_decay  as in AdamW: decoupled, times the learning rate
     momentum      of SGD
     warmup        over which the rate rises from 0: below 1 a share of all steps, else their number
     label_weight  w in (1 - w) * distillation + w * cross-entropy with the labels
-    ema           decay of a moving average of the weights, which is then what the run gives; 0: none
+    ema           decay of a moving average of the weights, which the run then gives; 0: none
     precision     of the arithmetic of student and live teacher, by autocast
     seed          of the student's first weights, and of its dropout
     """
 
     mode: Mode
     view: ViewSpec
-    epochs: int
-    batch_size: int
+    epochs: int = 10
+    batch_size: int = 256
     lr: float = 3e-3
     weight_decay: float = 1e-2
     warmup: float = 0.1
@@ -224,6 +226,7 @@ class TrainSpec:
     views: int | None = None
     setup: str = "function-matching"
     teacher_view: ViewSpec | None = None
+    average: int = 0
     optimizer: OptimizerName = "adamw"
     momentum: float = 0.9
     label_weight: float = 0.0
@@ -244,6 +247,7 @@ class TrainSpec:
         _need(0 < self.temperature < math.inf, "temperature", "above 0", self.temperature)
         _need(0 <= self.seed < 1 << 63, "seed", "in [0, 2^63)", self.seed)
         _need(self.views is None or self.views >= 1, "views", "at least 1", self.views)
+        _need(0 <= self.average <= MAX_VIEWS, "average", f"0 to {MAX_VIEWS}", self.average)
         names = get_args(OptimizerName)
         _need(self.optimizer in names, "optimizer", f"one of {', '.join(names)}", self.optimizer)
         _need(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)

@@ -239,15 +239,22 @@ def _write_file(path: Path, data: bytes) -> None:
     _make_folder(path.parent)
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        partial.write_bytes(data)
+        keep(partial, path)
     except OSError:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def keep(partial: Path, path: Path) -> None:
+    """Give a whole file its name, so that a power cut leaves the old one there or the new one."""
+    descriptor = os.open(partial, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    partial.replace(path)
     _sync_folder(path.parent)
 
 

@@ -1,99 +1,56 @@
 """The student's training loop, visible in one place.
 
-In: a `TrainSpec`, a dataset, a student, a `TargetSource`. Out: a run folder with run.json, the
-student's weights and a log. What stays true: epoch e plays view e mod V; the loop does not know
-where targets come from; with `deterministic`, equal inputs give equal weights to the bit.
+In: a `TrainSpec`, a dataset, a student, a `TargetSource`. Out: the student, trained in place. What
+stays true: epoch e plays view e mod V; the loop does not know where targets come from; a step is a
+function of the state before it and of its number, so a run that goes on from a saved state ends as
+one that was never stopped, with `deterministic` to the bit; processes share each batch out, and
+make of it what one would, to rounding. Values go to the host at logged steps only.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from torch.profiler import record_function
 
-from kdcache import __version__, models
+from kdcache.averages import Average
 from kdcache.dataset import Dataset
-from kdcache.errors import NonFinite, StorageError, UsageError
-from kdcache.evaluate import Evaluation
+from kdcache.errors import NonFinite, UsageError
 from kdcache.loader import Loader
 from kdcache.loss import check_temperature, distillation_loss
 from kdcache.models import Classifier
-from kdcache.records import TargetSource
-from kdcache.spec import Mode, ViewSpec
+from kdcache.optimizers import GRADIENT_NORM, learning_rate, optimizer_of
+from kdcache.processes import ALONE, World
+from kdcache.records import Batch, Target, TargetSource, TemperedTarget
+from kdcache.rng import Purpose, draw
+from kdcache.spec import TrainSpec
 
-LOG_FILE = "log.jsonl"
 LOG_EVERY_STEPS = 50
-GRADIENT_NORM = 1.0  # the paper clips the global norm there, in every recipe
-
-
-@dataclass(frozen=True)
-class TrainSpec:
-    """What decides a run besides its data and its student.
-
-    views         how many different views the epochs cycle through; None: every epoch a new one
-    warmup        share of all steps over which the learning rate rises from 0
-    weight_decay  as in AdamW: decoupled, times the learning rate
-    seed          of the student's first weights, and of its dropout
-    """
-
-    mode: Mode
-    view: ViewSpec
-    epochs: int
-    batch_size: int
-    lr: float = 3e-3
-    weight_decay: float = 1e-2
-    warmup: float = 0.1
-    temperature: float = 1.0
-    seed: int = 0
-    deterministic: bool = False
-    views: int | None = None
-
-    def __post_init__(self) -> None:
-        for ok, line in (
-            (self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}"),
-            (self.batch_size >= 1, f"batch size must be at least 1, not {self.batch_size}"),
-            (self.lr > 0, f"lr must be above 0, not {self.lr}"),
-            (self.lr <= 1000, f"lr must be at most 1000, not {self.lr}"),
-            (self.weight_decay >= 0, f"weight decay must be at least 0, not {self.weight_decay}"),
-            (
-                self.weight_decay <= 1000,
-                f"weight decay must be at most 1000, not {self.weight_decay}",
-            ),
-            (0 <= self.warmup < 1, f"warmup must be in [0, 1), not {self.warmup}"),
-            (0 <= self.seed < 1 << 63, f"seed must be in [0, 2^63), not {self.seed}"),
-            (self.views is None or self.views >= 1, f"views must be at least 1, not {self.views}"),
-        ):
-            if not ok:
-                raise UsageError(line)
-        check_temperature(self.temperature, sparse=False)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is known after a logged step. rate: images per second since the last one."""
+    """What is known after a logged step.
+
+    loss, agreement   means over the steps since the last one: of the loss, and of the share of
+                      images for which the student's class is the target's
+    lr                of this step; rate: images per second of all processes, since the last one
+    """
 
     step: int
     steps: int
     epoch: int
     loss: float
+    agreement: float
     lr: float
     rate: float
-
-
-def learning_rate(spec: TrainSpec, step: int, steps: int) -> float:
-    """Linear warm-up from 0, then a half cosine to 0."""
-    rise = round(spec.warmup * steps)
-    if step < rise:
-        return spec.lr * (step + 1) / rise
-    return spec.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
 def set_determinism(spec: TrainSpec) -> None:
@@ -105,14 +62,116 @@ def set_determinism(spec: TrainSpec) -> None:
         torch.set_num_threads(1)
 
 
-def optimizer_of(student: Classifier, spec: TrainSpec) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices and kernels only, as in the paper's code."""
-    weights = list(student.parameters())
-    groups = [
-        {"params": [w for w in weights if w.ndim > 1], "weight_decay": spec.weight_decay},
-        {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=spec.lr)
+class State:
+    """All that a step changes. `state_dict` and `load_state_dict` take it elsewhere and back."""
+
+    def __init__(self, spec: TrainSpec, student: Classifier) -> None:
+        student.precision = spec.precision
+        self.student = student
+        self.optimizer = optimizer_of(student, spec)
+        device = student.device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "float16")
+        self.average = Average(student, spec.ema)
+        self.step = 0
+        self.meter = Meter(device)
+
+    def state_dict(self, world: World = ALONE) -> dict[str, Any]:
+        """The same in every process; all must ask for it."""
+        return {
+            "step": self.step,
+            "student": dict(self.student.network.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": self.average.state_dict(),
+            "meter": self.meter.state_dict(world),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.student.network.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        _laid_as_weights(self.optimizer)
+        self.scaler.load_state_dict(state["scaler"])
+        self.average.load_state_dict(state["average"])
+        self.meter.load_state_dict(state["meter"])
+
+    def require_finite(self, world: World) -> None:
+        """Raise NonFinite where a loss since the last logged step, or a weight, is not finite."""
+        self.meter.require_finite(world)
+        weights = [w.isfinite().all() for w in self.student.parameters()]
+        if not bool(torch.stack(weights).all()):
+            raise NonFinite(f"step {self.step} made a weight NaN or infinite: lower --lr")
+
+
+def _laid_as_weights(optimizer: torch.optim.Optimizer) -> None:
+    """What the optimizer keeps of a weight lies in memory as the weight does: fused ones need it,
+    and a file does not say it."""
+    for weight, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor) and value.shape == weight.shape:
+                kept[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+
+class Meter:
+    """Sums since the last logged step, on the device of the student."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        # The first step whose loss is not finite; infinity while there is none.
+        self._bad = torch.full((), torch.inf, dtype=torch.float64, device=device)
+        self.steps = self.images = 0
+
+    def add(
+        self, step: int, loss: torch.Tensor, logits_BC: torch.Tensor,
+        target: Target | TemperedTarget,
+    ) -> None:  # fmt: skip
+        loss = loss.detach()
+        agreed = logits_BC.detach().argmax(1) == _first_class(target)
+        self._sums += torch.stack([loss.double(), agreed.double().mean()])
+        self._bad = torch.where(loss.isfinite(), self._bad, self._bad.clamp(max=step))
+        self.steps += 1
+        self.images += len(logits_BC)
+
+    def means(self, world: World) -> tuple[float, float]:
+        """Of the loss and of the agreement, over all processes; and starts anew."""
+        loss, agreement = (world.total(self._sums) / (self.steps * world.count)).tolist()
+        self._sums.zero_()
+        self.steps = self.images = 0
+        return loss, agreement
+
+    def require_finite(self, world: World) -> None:
+        step = float(world.least(self._bad.clone()))
+        if step < math.inf:
+            raise NonFinite(
+                f"the loss is not finite at step {step:.0f}: lower --lr or raise --warmup"
+            )
+
+    def state_dict(self, world: World) -> dict[str, Any]:
+        return {"sums": world.total(self._sums.clone()) / world.count, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sums.copy_(state["sums"])
+        self.steps = state["steps"]
+
+
+def _first_class(target: Target | TemperedTarget) -> torch.Tensor:
+    """The likeliest class of each row [B]."""
+    known = target.logits_BK if isinstance(target, Target) else target.log_p_BK
+    column_B = known.argmax(1)
+    if target.classes_BK is None:
+        return column_B
+    return target.classes_BK.gather(1, column_B[:, None])[:, 0].long()
+
+
+def steps_of(spec: TrainSpec, dataset: Dataset) -> tuple[int, int]:
+    """Batches of an epoch, and steps of the run. The last samples, which fill no batch, are left
+    out. Raises UsageError where there is no batch."""
+    batches = len(dataset) // spec.batch_size
+    if batches == 0:
+        raise UsageError(
+            f"batch size {spec.batch_size} is more than the {len(dataset)} samples of the data"
+        )
+    return batches, batches * spec.epochs
 
 
 def train(
@@ -121,114 +180,97 @@ def train(
     student: Classifier,
     targets: TargetSource,
     *,
+    labels: TargetSource | None = None,
+    state: State | None = None,
+    world: World = ALONE,
     workers: int | None = None,
+    log_every: int = LOG_EVERY_STEPS,
     on_step: Callable[[Step], None] = lambda step: None,
-) -> None:
-    """Train the student in place. The last samples of a view that fill no batch are left out.
+    after_step: Callable[[State], None] = lambda state: None,
+) -> State:
+    """Train the student in place.
+
+    labels      what `label_weight` weighs
+    state       of a run that goes on; else it starts
+    on_step     is called in every process at every `log_every`-th step
+    after_step  is called after every step; what it raises ends the training
 
     Raises NonFinite when the loss or a weight is NaN or infinite, and what loader and targets
     raise.
     """
-    torch.manual_seed(spec.seed + 1)  # of dropout, whatever was drawn on the way here
-    batches = len(dataset) // spec.batch_size
-    if batches == 0:
-        raise UsageError(
-            f"batch size {spec.batch_size} is more than the {len(dataset)} samples of the data"
-        )
-    steps = batches * spec.epochs
-    optimizer = optimizer_of(student, spec)
+    check_temperature(spec.temperature, sparse=False)
+    if spec.label_weight and labels is None:
+        raise UsageError("a label weight needs labels")
+    world.require_shares(spec)
+    batches, steps = steps_of(spec, dataset)
+    state = state or State(spec, student)
+    optimizer, scaler, meter = state.optimizer, state.scaler, state.meter
+    parallel = world.parallel(student)
+    weights = list(student.parameters())
     student.train()
-    step, images, since = 0, 0, time.perf_counter()
-    used = slice(0, batches * spec.batch_size)
-    device = student.mean.device
-    with Loader(dataset, spec.view, spec.batch_size, workers=workers, device=device) as loader:
-        for epoch in range(spec.epochs):
+    since = time.perf_counter()
+    with Loader(
+        dataset, spec.view, spec.batch_size // world.count,
+        teacher_view=None if spec.average else spec.teacher_view, workers=workers,
+        device=student.device,
+    ) as loader:  # fmt: skip
+        for epoch in range(state.step // batches, spec.epochs):
             view = epoch % spec.views if spec.views else epoch
-            for batch in loader.batches(view, used):
-                target = targets(batch)
-                logits = student(batch.images_BCHW)
-                loss = distillation_loss(logits, target, temperature=spec.temperature)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                torch.nn.utils.clip_grad_norm_(student.parameters(), GRADIENT_NORM)
-                rate = learning_rate(spec, step, steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-                step, images = step + 1, images + len(batch)
-                if step % LOG_EVERY_STEPS == 0 or step == steps:
-                    value = _finite(loss, step)
-                    now = time.perf_counter()
-                    on_step(Step(step, steps, epoch, value, rate, images / (now - since)))
-                    images, since = 0, now
-    if not all(bool(w.isfinite().all()) for w in student.parameters()):
-        raise NonFinite("the last step made a weight NaN or infinite: lower --lr")
+            left = range(state.step % batches, batches)
+            played = loader.batches(view, world.share(left, spec.batch_size))
+            for seed, batch in zip(_seeds(spec, world, epoch, left), _loads(played), strict=True):
+                torch.manual_seed(seed)
+                with record_function("target"):
+                    target = targets(batch)
+                with record_function("forward"):
+                    logits = parallel(batch.images_BCHW)
+                with record_function("loss"):
+                    loss = distillation_loss(logits, target, temperature=spec.temperature)
+                    if labels is not None and spec.label_weight:
+                        loss = torch.lerp(
+                            loss, distillation_loss(logits, labels(batch)), spec.label_weight
+                        )
+                with record_function("backward"):
+                    optimizer.zero_grad(set_to_none=True)
+                    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                with record_function("optimizer"):
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(weights, GRADIENT_NORM)
+                    rate = learning_rate(spec, state.step, steps)
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
+                    scaler.step(optimizer)
+                    scaler.update()
+                    state.average.update()
+                state.step += 1
+                meter.add(state.step, loss, logits, target)
+                if state.step % log_every == 0 or state.step == steps:
+                    meter.require_finite(world)
+                    now, images = time.perf_counter(), meter.images * world.count
+                    loss_mean, agreement = meter.means(world)
+                    on_step(
+                        Step(
+                            state.step, steps, epoch, loss_mean, agreement, rate,
+                            images / (now - since),
+                        )
+                    )  # fmt: skip
+                    since = now
+                after_step(state)
+    state.require_finite(world)
+    return state
 
 
-def _finite(loss: torch.Tensor, step: int) -> float:
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise NonFinite(f"the loss is {value} at step {step}: lower --lr or raise --warmup")
-    return value
+def _loads(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches, and a name for the time that it takes to get them."""
+    while True:
+        with record_function("load"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
-class Run:
-    """A run's folder. It is a finished run once run.json is there, which is written last.
-
-    A resource: use it with `with`. A run that fails leaves its log, or nothing if that is empty.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        if folder.exists():
-            raise UsageError(f"{folder} exists; choose another --out, or remove it")
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise StorageError(f"cannot make {folder}: {error.strerror}") from error
-        self.folder = folder
-        self._log = (folder / LOG_FILE).open("w")
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._log.close()
-        if (self.folder / LOG_FILE).stat().st_size == 0 and not (
-            self.folder / models.RUN_FILE
-        ).exists():
-            shutil.rmtree(self.folder)
-
-    def log(self, record: dict[str, Any]) -> None:
-        self._log.write(json.dumps(record) + "\n")
-        self._log.flush()
-
-    def finish(
-        self,
-        spec: TrainSpec,
-        dataset: Dataset,
-        student: Classifier,
-        evaluation: Evaluation | None,
-        **extra: str | float | None,
-    ) -> dict[str, Any]:
-        """Write weights and run.json, with `extra` fields; the record."""
-        record = {
-            **asdict(spec),
-            "student": student.name,
-            "classes": len(dataset.classes),
-            "class_names": list(dataset.classes),
-            "data": dataset.fingerprint,
-            **extra,
-            "weights": student.fingerprint(),
-            "kdcache": __version__,
-            "torch": torch.__version__,
-            "evaluation": asdict(evaluation) if evaluation else None,
-        }
-        try:
-            models.save_weights(student, self.folder / models.WEIGHTS_FILE)
-            partial = self.folder / (models.RUN_FILE + ".partial")
-            partial.write_text(json.dumps(record, indent=2) + "\n")
-            partial.replace(self.folder / models.RUN_FILE)
-        except OSError as error:
-            raise StorageError(f"cannot write {self.folder}: {error.strerror or error}") from error
-        self._log.close()
-        return record
+def _seeds(spec: TrainSpec, world: World, epoch: int, batches: range) -> list[int]:
+    """What dropout and the like draw from, for each of these batches of an epoch."""
+    low, high, _, _ = draw(spec.seed, epoch, list(batches), Purpose.STEP, attempt=world.rank)
+    return [int(a) | int(b) << 32 for a, b in zip(low, high, strict=True)]

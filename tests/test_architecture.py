@@ -18,16 +18,21 @@ LIMIT_LINES = 400
 RANKS = {
     "__init__": 0, "errors": 0, "fidelity": 0, "networks": 0, "records": 0, "rng": 0, "kernels": 0,
     "spec": 1, "ffcv_import": 1, "loss": 1, "staging": 1, "store": 1,
-    "codec": 2, "compression": 2, "optimizers": 2, "sources": 2, "views": 2, "classifier": 2,
+    "averages": 2, "checkpoint": 2, "classifier": 2, "codec": 2, "compression": 2,
+    "normalization": 2, "optimizers": 2, "sources": 2, "views": 2,
     "setups": 2,
     "dataset": 3, "pixels": 3, "sampling": 3, "shards": 3, "zoo": 3,
     "loader": 4, "models": 4, "tape": 4, "saved_logits": 4,
-    "precompute": 5, "evaluate": 5, "summary": 5, "picture": 5, "tinyvit": 5,
-    "verify": 5, "targets": 6, "train": 6, "demo": 6, "recompute": 6,
-    "console": 7, "plan": 7,
-    "exchange_commands": 8, "inspect_commands": 8, "tape_commands": 8,
-    "cli": 9,
-    "__main__": 10,
+    "precompute": 5, "evaluate": 5, "processes": 5, "recipes": 5, "summary": 5, "picture": 5,
+    "tinyvit": 5,
+    "verify": 5, "runs": 6, "targets": 6, "train": 6, "demo": 6, "recompute": 6,
+    "console": 7, "keeper": 7, "plan": 7,
+    "session": 8,
+    "jobs": 9,
+    "exchange_commands": 10, "inspect_commands": 10, "recipe_commands": 10, "tape_commands": 10,
+    "train_commands": 10,
+    "cli": 11,
+    "__main__": 12,
 }  # fmt: skip
 
 # The files that may import a library, wherever in them.
@@ -38,10 +43,12 @@ OWNERS = {
     "fsspec": {"kdcache/store.py"},
     "torchvision": {"kdcache/zoo.py", "kdcache/sources.py"},
     "timm": {"kdcache/zoo.py"},
-    "safetensors": {"kdcache/models.py"},
+    "pytorch_optimizer": {"kdcache/optimizers.py"},
+    "safetensors": {"kdcache/checkpoint.py", "kdcache/models.py"},
     "typer": {
         "kdcache/cli.py", "kdcache/console.py", "kdcache/exchange_commands.py",
-        "kdcache/inspect_commands.py", "kdcache/tape_commands.py",
+        "kdcache/inspect_commands.py", "kdcache/recipe_commands.py", "kdcache/tape_commands.py",
+        "kdcache/train_commands.py",
     },
     "matplotlib": {"kdcache/picture.py"},
     "sklearn": {"kdcache/sources.py"},
@@ -49,7 +56,8 @@ OWNERS = {
 KERNEL_USERS = {"kdcache/loss.py"}
 LOCAL_IMPORTS_ALLOWED = {
     "kdcache/cli.py", "kdcache/console.py", "kdcache/exchange_commands.py",
-    "kdcache/inspect_commands.py", "kdcache/tape_commands.py",
+    "kdcache/inspect_commands.py", "kdcache/recipe_commands.py", "kdcache/tape_commands.py",
+    "kdcache/train_commands.py",
 }  # fmt: skip
 
 

@@ -1,0 +1,268 @@
+"""From what `kdcache train` was asked for to a `Job`: everything loaded, and everything checked.
+
+In: options, as they were given. Out: a job that `session.run` can run. What stays true: what does
+not go together is refused before anything is trained, in one line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from kdcache import loss, models, setups, targets
+from kdcache.console import notice, require_classes
+from kdcache.dataset import Dataset, open_dataset
+from kdcache.errors import TapeMismatch, UsageError
+from kdcache.loader import pixel_digest
+from kdcache.models import Teacher
+from kdcache.recipes import Recipe, recipe_of
+from kdcache.records import TargetSource
+from kdcache.session import Job
+from kdcache.spec import Mode, TrainSpec, ViewSpec
+from kdcache.tape import Tape
+from kdcache.train import set_determinism
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of `kdcache train`; None, or absent, where one was not given.
+
+    training   fields of TrainSpec; view: fields of the student's ViewSpec
+    """
+
+    mode: Mode
+    data: Path
+    student: str | None = None
+    cache: str | None = None
+    teachers: tuple[str, ...] = ()
+    val: Path | None = None
+    recipe: str | None = None
+    setup: str | None = None
+    other_domain: bool = False
+    teacher_size: int | None = None
+    init: str | None = None
+    deterministic: bool = False
+    compile: bool = False
+    device: str = "cpu"
+    training: dict[str, Any] = field(default_factory=dict)
+    view: dict[str, Any] = field(default_factory=dict)
+
+
+def job_of(asked: Asked) -> Job:
+    """Raises UsageError for options that do not go together, TapeMismatch for a tape that is not
+    of these data, views or classes, and what opening them raises."""
+    _require_mode(asked)
+    dataset = open_dataset(asked.data)
+    recipe = recipe_of(asked.recipe) if asked.recipe else None
+    student_name = asked.student or (recipe.student if recipe else None)
+    if student_name is None:
+        raise UsageError("give --student MODEL, or a --recipe, which names one")
+    tape = _tape(asked, dataset)
+    natural_px = models.natural_size_px(student_name) or dataset.natural_size_px
+    spec = _spec(asked, recipe, tape, natural_px)
+    classes = tape.spec.classes if tape else None if asked.other_domain else len(dataset.classes)
+    teacher = _teacher(asked, spec, tape, classes, dataset)
+    if classes is None:
+        assert teacher is not None
+        classes = teacher.num_classes
+    set_determinism(spec)
+    student = models.load(
+        student_name, "student", num_classes=classes, size_px=spec.view.size_px,
+        device=asked.device,
+    )  # fmt: skip
+    if asked.init:
+        for key in models.start_from(student, asked.init):
+            notice(f"{key} of {student_name} starts fresh")
+    if asked.compile:
+        student.network.compile()
+    val = open_dataset(asked.val) if asked.val else None
+    names = _class_names(asked, dataset, val, classes)
+    live = teacher if asked.mode == "online" else None
+    return Job(
+        spec, dataset, student, _targets(asked, spec, tape, live, dataset, classes),
+        labels=targets.LabelTargets(classes) if spec.label_weight else None,
+        val=val, judge=teacher, judge_size_px=_seen_px(spec, tape),
+        tape=tape.spec.digest if tape else None,
+        teacher=live.fingerprint() if live else None,
+        class_names=names,
+        about={"cache": asked.cache, "teacher": teacher.name if teacher else None},
+    )  # fmt: skip
+
+
+def _require_mode(asked: Asked) -> None:
+    """Raise UsageError for options that another mode has."""
+    mode, live = asked.mode, asked.mode == "online"
+    weight, tempered = asked.training.get("label_weight"), "temperature" in asked.training
+    for wrong, line in (
+        (live and not asked.teachers, "--mode online needs --teacher MODEL"),
+        (mode == "cached" and not asked.cache, "--mode cached needs --cache C.zarr"),
+        (
+            mode != "cached" and asked.cache,
+            f"--cache goes with --mode cached, not with --mode {mode}",
+        ),
+        (
+            mode == "labels" and asked.teachers,
+            "--teacher goes with --mode online or cached, not with --mode labels",
+        ),
+        (mode == "labels" and weight, "--label-weight goes with a teacher, not with --mode labels"),
+        (
+            mode == "labels" and tempered and asked.training["temperature"] != 1,
+            "--temperature goes with a teacher, not with --mode labels",
+        ),
+        (
+            mode == "labels" and asked.other_domain,
+            "--other-domain leaves labels out: it goes with --mode online or cached",
+        ),
+        (
+            asked.other_domain and weight,
+            "--label-weight needs labels of the teacher's classes, which --other-domain says that "
+            "the data has not",
+        ),
+        (
+            asked.teacher_size and not live,
+            f"--teacher-size goes with --mode online, not with --mode {mode}: a tape has its size",
+        ),
+        (
+            "average" in asked.training and not live,
+            f"--average goes with --mode online, not with --mode {mode}",
+        ),
+    ):
+        if wrong:
+            raise UsageError(line)
+
+
+def _tape(asked: Asked, dataset: Dataset) -> Tape | None:
+    """The tape of a cached run, checked against the data; None in other modes."""
+    if asked.cache is None:
+        return None
+    tape = Tape.open(asked.cache)
+    spec = tape.spec
+    if spec.classes != len(dataset.classes) and not asked.other_domain:
+        raise TapeMismatch(
+            f"{asked.cache} has {spec.classes} classes, {dataset.path} has "
+            f"{len(dataset.classes)}: give the tape's own data, or --other-domain where its images "
+            "are of another domain than the teacher's"
+        )
+    views = asked.training.get("views", spec.views)
+    if spec.order == "position" and views != spec.views:
+        raise TapeMismatch(f"{asked.cache} has {spec.views} views, not {views}: leave --views out")
+    return tape
+
+
+def _spec(asked: Asked, recipe: Recipe | None, tape: Tape | None, natural_px: int) -> TrainSpec:
+    setup = setups.setup_of(asked.setup) if asked.setup else None
+    training, seen = dict(asked.training), None
+    if tape:
+        name, view = setups.cached_view(setup, tape.spec, tape.url, asked.view, natural_px)
+        if tape.spec.order == "position":
+            training["views"] = tape.spec.views
+    else:
+        name, view, seen, average = _live_views(asked, recipe, setup, natural_px)
+        training["average"] = average
+    base = recipe.spec if recipe else TrainSpec(asked.mode, view)
+    if asked.mode == "labels":
+        base = replace(base, temperature=1.0)
+    spec = replace(
+        base, mode=asked.mode, view=view, setup=name, teacher_view=seen,
+        deterministic=asked.deterministic, **training,
+    )  # fmt: skip
+    if tape and tape.spec.views < spec.epochs and not (setup and setup.fixed):
+        views = tape.spec.views
+        notice(
+            f"{tape.url} has {views} view{'s' * (views > 1)} for {spec.epochs} epochs: it wraps, "
+            "epoch e plays view " + (f"e mod {views}" if views > 1 else "0")
+        )
+    return spec
+
+
+def _live_views(
+    asked: Asked, recipe: Recipe | None, setup: setups.Setup | None, natural_px: int
+) -> tuple[str, ViewSpec, ViewSpec | None, int]:
+    """The set-up's name, what the student and the teacher see, and over how many views the teacher
+    averages, where there is no tape."""
+    given = asked.view
+    if recipe:
+        own = recipe.spec.view.to_json()
+        # Another set-up than the recipe's has its own crop and mixing.
+        fields = ("size_px",) if setup else ("size_px", "crop", "min_area", "flip", "mixup")
+        given = {**{name: own[name] for name in fields}, **given}
+    if setup:
+        view = setup.student_view(given, natural_px)
+        look = setup.tape_view if setup.average else setup.teacher_view
+        seen = look(view, size_px=asked.teacher_size)
+    else:
+        view = setups.plain_view(given, natural_px)
+        resized = replace(view, size_px=asked.teacher_size or view.size_px)
+        seen = None if resized == view else resized
+    if asked.mode == "labels":
+        return setups.setup_name(view), view, None, 0
+    average = asked.training.get("average", setup.average if setup else 0)
+    if average and not (setup and setup.average):
+        raise UsageError("--average goes with --setup fixed-average")
+    return setup.name if setup else setups.setup_name(view, seen), view, seen, average
+
+
+def _seen_px(spec: TrainSpec, tape: Tape | None) -> int:
+    """The size of what the teacher sees."""
+    view = (tape.spec.view if tape else spec.teacher_view) or spec.view
+    return view.size_px
+
+
+def _teacher(
+    asked: Asked, spec: TrainSpec, tape: Tape | None, classes: int | None, dataset: Dataset
+) -> Teacher | None:
+    if not asked.teachers:
+        return None
+    if not asked.other_domain:
+        for name in asked.teachers:
+            require_classes(name, dataset)
+    return models.load_teachers(
+        asked.teachers, num_classes=classes, size_px=_seen_px(spec, tape), device=asked.device,
+        precision=spec.precision,
+    )  # fmt: skip
+
+
+def _targets(
+    asked: Asked, spec: TrainSpec, tape: Tape | None, live: Teacher | None, dataset: Dataset,
+    classes: int,
+) -> TargetSource:  # fmt: skip
+    if live and spec.average:
+        assert spec.teacher_view is not None
+        return targets.AverageTargets(
+            live, dataset, spec.teacher_view, spec.average, spec.batch_size
+        )
+    if live:
+        return targets.OnlineTargets(live)
+    if tape is None:
+        return targets.LabelTargets(classes)
+    if not tape.spec.draws:
+        loss.check_temperature(spec.temperature, sparse=not tape.spec.dense)
+    elif spec.temperature != tape.spec.temperature:
+        raise UsageError(
+            f"{tape.url} holds draws at T = {tape.spec.temperature:g}: train with "
+            f"--temperature {tape.spec.temperature:g}, or precompute at {spec.temperature:g}"
+        )
+    if tape.spec.order == "sample":
+        return targets.FixedTargets(tape, dataset.fingerprint, spec.view)
+    resized = "size_px" in asked.view
+    source = targets.CachedTargets(tape, dataset.fingerprint, spec.view, resized=resized)
+    assert tape.spec.view is not None
+    tape.require_pixels(pixel_digest(dataset, tape.spec.view))
+    return source
+
+
+def _class_names(
+    asked: Asked, dataset: Dataset, val: Dataset | None, classes: int
+) -> tuple[str, ...]:
+    """The names of the student's classes. Raises UsageError where `val` has others."""
+    names = dataset.classes
+    if asked.other_domain:
+        names = val.classes if val else tuple(str(c) for c in range(classes))
+    if val and (val.classes != names or len(names) != classes):
+        raise UsageError(
+            f"{asked.val} has other classes than {asked.data}"
+            if not asked.other_domain
+            else f"{asked.val} has {len(val.classes)} classes, the teacher has {classes}"
+        )
+    return names

@@ -1,0 +1,118 @@
+"""What happens after a step beside training: checkpoints, evaluations, and an orderly end.
+
+In: a `Run` in the process that writes, a `State` after each step. Out: what the run's folder holds.
+What stays true: all processes act at the same step; a checkpoint is of finite weights only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kdcache.errors import UsageError
+from kdcache.evaluate import Evaluation
+from kdcache.processes import World
+from kdcache.runs import Run
+from kdcache.train import State
+
+NOTHING, SAVE = 0, 1  # what a process asks of all; from 2 on it is the number of a signal
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When to do what, in steps; None: never.
+
+    checkpoint_every, minutes   a checkpoint is due after so many steps, and after so much time
+    evaluate_every              an evaluation, which also keeps the best weights
+    """
+
+    checkpoint_every: int | None = None
+    minutes: float | None = None
+    evaluate_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and not value > 0:
+                raise UsageError(f"{name.replace('_', ' ')} must be above 0, not {value}")
+
+
+class Stopped(Exception):
+    """The run ended before its last step because a signal came; its checkpoint is kept."""
+
+    def __init__(self, signal: int, step: int) -> None:
+        super().__init__(f"stopped by signal {signal} after step {step}")
+        self.signal = signal
+        self.step = step
+
+
+class Keeper:
+    """To be called after each step, in every process, with the state.
+
+    run       the folder, in the first process; None in the others
+    evaluate  measures the student as it is now, in all processes together
+    record    what run.json says of the student with such an evaluation
+    signal    the number of the signal that came, or 0
+    best      the highest top-1 so far; begun: the time.perf_counter() of the run's first step
+
+    Raises Stopped when a signal came to any process, NonFinite before a bad checkpoint is kept,
+    StorageError when one cannot be.
+    """
+
+    def __init__(
+        self,
+        run: Run | None,
+        world: World,
+        schedule: Schedule,
+        steps: int,
+        *,
+        evaluate: Callable[[], Evaluation] | None = None,
+        record: Callable[[Evaluation], dict[str, Any]] = asdict,
+        signal: Callable[[], int] = lambda: 0,
+        best: float = -1.0,
+        begun: float | None = None,
+    ) -> None:
+        self.run, self.world, self.schedule, self.steps = run, world, schedule, steps
+        self.evaluate, self.record, self.signal, self.best = evaluate, record, signal, best
+        self._begun = time.perf_counter() if begun is None else begun
+        self._saved_at = time.monotonic()
+
+    def __call__(self, state: State) -> None:
+        wish = self.world.largest_soon(max(self.signal(), SAVE * self._time_is_up()))
+        if self.evaluate and _due(state.step, self.schedule.evaluate_every):
+            self._measure(state)
+        last = state.step == self.steps
+        if wish or last or _due(state.step, self.schedule.checkpoint_every):
+            self._save(state)
+        if wish > SAVE and not last:
+            raise Stopped(wish, state.step)
+
+    def _time_is_up(self) -> bool:
+        minutes = self.schedule.minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def _save(self, state: State) -> None:
+        state.require_finite(self.world)
+        kept = state.state_dict(self.world)
+        if self.run:
+            seconds = time.perf_counter() - self._begun
+            self.run.save({**kept, "best": self.best, "seconds": seconds})
+        self._saved_at = time.monotonic()
+
+    def _measure(self, state: State) -> None:
+        assert self.evaluate is not None
+        state.require_finite(self.world)
+        with state.average.applied():
+            found = self.evaluate()
+            better = found.top1 > self.best
+            self.best = max(self.best, found.top1)
+            if self.run:
+                self.run.log({"step": state.step, "evaluation": asdict(found)})
+                if better:
+                    self.run.keep_best(self.record(found), state.student)
+        state.student.train()
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,152 @@
+"""The processes of a run, as torchrun starts them: who we are, what we share, what we agree on.
+
+In: torchrun's environment. Out: a `World`. What stays true: with one process nothing here costs or
+changes anything; a step's batch is the same for any number of processes, and each has whole pairs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kdcache.errors import KDCacheError, UsageError
+from kdcache.normalization import synchronize
+from kdcache.spec import TrainSpec
+
+
+# Later torch has another name for it.
+_NAMES = inspect.signature(DistributedDataParallel).parameters
+SYNC_BUFFERS = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in _NAMES)
+
+
+class World:
+    """This process among `count` that train together. A resource: use it with `with`.
+
+    Its collectives run on gloo for the CPU's tensors and on NCCL for a GPU's. When a process fails,
+    torchrun ends the others; what they meet before that is reported as such.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1) -> None:
+        self.rank = rank
+        self.count = count
+        self._asked: tuple[distributed.Work, torch.Tensor] | None = None
+
+    def __enter__(self) -> World:
+        if self.count > 1:
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            distributed.init_process_group(backend)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if self.count == 1:
+            return
+        if kind is None:
+            distributed.barrier()
+        distributed.destroy_process_group()
+        lost = isinstance(error, RuntimeError) and not isinstance(error, KDCacheError)
+        if lost and ("gloo" in str(error) or isinstance(error, distributed.DistError)):
+            raise KDCacheError(
+                f"process {self.rank} of {self.count} ended because another one did; that one's "
+                "own message says why"
+            ) from error
+
+    @property
+    def first(self) -> bool:
+        """This is the one process that writes."""
+        return self.rank == 0
+
+    def require_shares(self, spec: TrainSpec) -> None:
+        """Raise UsageError unless each process gets an equal share, of whole pairs."""
+        batch, count = spec.batch_size, self.count
+        if spec.view.mixup and batch % 2:
+            raise UsageError(
+                f"batch size must be even with mixing, not {batch}: a step takes whole pairs; "
+                f"give {batch + 1}, or --mixup 0"
+            )
+        pairs = batch // 2 if spec.view.mixup else batch
+        unit = "pairs of images" if spec.view.mixup else "images"
+        if count > pairs:
+            raise UsageError(
+                f"{count} processes are more than the {pairs} {unit} of a batch of {batch}: start "
+                f"at most {pairs}, or raise --batch-size"
+            )
+        if pairs % count:
+            raise UsageError(
+                f"{count} processes do not divide a batch of {batch} ({pairs} {unit}): a process "
+                "takes an equal share; change --batch-size or their number"
+            )
+
+    def share(self, batches: range, batch_size: int) -> NDArray[np.int64]:
+        """The positions of a view that this process takes of these batches, in order."""
+        positions = np.arange(batches.start * batch_size, batches.stop * batch_size)
+        return positions.reshape(len(batches), self.count, -1)[:, self.rank].reshape(-1)
+
+    def parallel(self, student: nn.Module) -> nn.Module:
+        """The student as the loop calls it: gradients become their mean over all processes, and
+        batch normalisation sees the whole batch."""
+        if self.count == 1:
+            return student
+        synchronize(student)
+        device = next(student.parameters()).device
+        devices = [device] if device.type == "cuda" else None
+        # What batch normalisation keeps is the same everywhere already.
+        options: dict[str, Any] = {SYNC_BUFFERS: False}
+        return DistributedDataParallel(student, device_ids=devices, **options)
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes, in place."""
+        if self.count > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def totals(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The sums over all processes, by name."""
+        return {name: self.total(values[name].contiguous()) for name in sorted(values)}
+
+    def least(self, values: torch.Tensor) -> torch.Tensor:
+        """The minimum over all processes, in place."""
+        if self.count > 1:
+            distributed.all_reduce(values, distributed.ReduceOp.MIN)
+        return values
+
+    def told(self, value: int) -> int:
+        """The first process's value."""
+        if self.count == 1:
+            return value
+        found = torch.tensor(value)
+        distributed.broadcast(found, 0)
+        return int(found)
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.count > 1:
+            distributed.barrier()
+
+    def largest_soon(self, value: int) -> int:
+        """The largest value that any process gave to the last call of this; 0 at the first.
+
+        Asked at every step it makes all act at the same one, and no step waits for an answer.
+        """
+        if self.count == 1:
+            return value
+        answer = 0
+        if self._asked:
+            work, found = self._asked
+            work.wait()
+            answer = int(found)
+        asked = torch.tensor(value)
+        work = distributed.all_reduce(asked, distributed.ReduceOp.MAX, async_op=True)
+        self._asked = work, asked
+        return answer
+
+
+ALONE = World()

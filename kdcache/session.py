@@ -1,0 +1,143 @@
+"""A training run from beginning to end: folder, state, loop, evaluation, result.
+
+In: a `Job`, which is all that a run needs, loaded and checked. Out: the run's folder, and what its
+run.json says. What stays true: begun again with `resume`, however it ended, it ends as one that was
+never stopped; one process writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdcache import checkpoint, evaluate, models, runs
+from kdcache.classifier import Classifier
+from kdcache.dataset import Dataset
+from kdcache.evaluate import Evaluation
+from kdcache.keeper import Keeper, Schedule
+from kdcache.models import Teacher
+from kdcache.processes import ALONE, World
+from kdcache.records import TargetSource
+from kdcache.runs import Run
+from kdcache.spec import TrainSpec
+from kdcache.train import LOG_EVERY_STEPS, State, Step, steps_of, train
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, loaded.
+
+    labels       what the spec's label_weight weighs
+    val          images to evaluate on; judge: the teacher that the student is then compared with,
+                 which sees judge_size_px
+    tape         digest of the spec of the tape that targets come from; teacher: fingerprint of the
+                 live teacher. They are part of what the run is; `about` is told in run.json only
+    class_names  where they are not the data's
+    """
+
+    spec: TrainSpec
+    dataset: Dataset
+    student: Classifier
+    targets: TargetSource
+    labels: TargetSource | None = None
+    val: Dataset | None = None
+    judge: Teacher | None = None
+    judge_size_px: int | None = None
+    tape: str | None = None
+    teacher: str | None = None
+    class_names: tuple[str, ...] | None = None
+    about: dict[str, str | None] = field(default_factory=dict)
+
+
+def run(
+    job: Job,
+    out: Path,
+    *,
+    world: World = ALONE,
+    schedule: Schedule = Schedule(),  # noqa: B008
+    resume: bool = False,
+    keep: int = runs.KEPT,
+    tensorboard: bool = False,
+    workers: int | None = None,
+    log_every: int = LOG_EVERY_STEPS,
+    on_start: Callable[[int, int], None] = lambda step, steps: None,
+    on_step: Callable[[Step], None] = lambda step: None,
+    signal: Callable[[], int] = lambda: 0,
+) -> dict[str, Any]:
+    """Train, evaluate, and write the result to `out`; what run.json says.
+
+    on_start  gets the step that the run goes on from, 0 for a new one, and how many there are
+    signal    the number of a signal that shall end the run soon, or 0
+
+    Raises keeper.Stopped after a signal, and what `Run`, `train` and `evaluate` raise.
+    """
+    identity = runs.identity(
+        job.spec, job.dataset, job.student, tape=job.tape, teacher=job.teacher
+    )
+    folder = None
+    if world.first:
+        folder = Run(out, identity, resume=resume, keep=keep, tensorboard=tensorboard)
+    with folder or contextlib.nullcontext():
+        if world.told(int(runs.is_finished(out))):
+            return models.run_record(out)
+        state, kept = _state(job, folder, out, world)
+        steps = steps_of(job.spec, job.dataset)[1]
+        begun = time.perf_counter() - kept.get("seconds", 0.0)
+        keeper = Keeper(
+            folder, world, schedule, steps,
+            evaluate=(lambda: _evaluated(job, world, workers)) if job.val else None,
+            record=lambda found: _record(job, found, time.perf_counter() - begun),
+            signal=signal, best=kept.get("best", -1.0), begun=begun,
+        )  # fmt: skip
+
+        def logged(step: Step) -> None:
+            if folder:
+                folder.log(asdict(step))
+            on_step(step)
+
+        on_start(state.step, steps)
+        train(
+            job.spec, job.dataset, job.student, job.targets, labels=job.labels, state=state,
+            world=world, workers=workers, log_every=log_every, on_step=logged, after_step=keeper,
+        )  # fmt: skip
+        seconds = time.perf_counter() - begun
+        with state.average.applied():
+            record = _record(job, _evaluated(job, world, workers) if job.val else None, seconds)
+            if folder:
+                folder.finish(record, job.student)
+    return record
+
+
+def _state(
+    job: Job, folder: Run | None, out: Path, world: World
+) -> tuple[State, dict[str, Any]]:
+    """The state that the run goes on from, and all that its checkpoint holds; {} for a new run."""
+    state = State(job.spec, job.student)
+    kept = folder.resumed if folder else None
+    step = world.told(kept["step"] if kept else 0)
+    if step == 0:
+        return state, {}
+    if kept is None:
+        kept = checkpoint.load(runs.checkpoint_path(out, step))
+    state.load_state_dict(kept)
+    return state, kept
+
+
+def _evaluated(job: Job, world: World, workers: int | None) -> Evaluation:
+    assert job.val is not None
+    return evaluate.evaluate(
+        job.student, job.val, size_px=job.spec.view.size_px, teacher=job.judge,
+        teacher_size_px=job.judge_size_px, workers=workers, part=(world.rank, world.count),
+        reduce=world.totals,
+    )  # fmt: skip
+
+
+def _record(job: Job, evaluation: Evaluation | None, seconds: float) -> dict[str, Any]:
+    return runs.run_record(
+        job.spec, job.dataset, job.student, evaluation, class_names=job.class_names,
+        **job.about, seconds=seconds,
+    )  # fmt: skip
