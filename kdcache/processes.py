@@ -20,7 +20,6 @@ from kdcache.errors import KDCacheError, UsageError
 from kdcache.normalization import synchronize
 from kdcache.spec import TrainSpec
 
-
 # Later torch has another name for it.
 _NAMES = inspect.signature(DistributedDataParallel).parameters
 SYNC_BUFFERS = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in _NAMES)
