@@ -219,7 +219,7 @@ def train(
             left = range(state.step % batches, batches)
             played = loader.batches(view, world.share(left, spec.batch_size))
             for seed, batch in zip(_seeds(spec, world, epoch, left), _loads(played), strict=True):
-                torch.manual_seed(seed)
+                _seed(seed, student.device)
                 with record_function("target"):
                     target = targets(batch)
                 with record_function("forward"):
@@ -268,6 +268,13 @@ def _loads(batches: Iterator[Batch]) -> Iterator[Batch]:
         if batch is None:
             return
         yield batch
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    # torch.manual_seed would do it for every device, and keep a stack trace where there is none.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _seeds(spec: TrainSpec, world: World, epoch: int, batches: range) -> list[int]:
