@@ -31,7 +31,7 @@ TAPE_CHANGES: dict[str, Any] = {
     [
         ({"size_px": 0}, "size must be a side of 1 to 4096 px, not 0"),
         ({"size_px": 4097}, "size must be a side of 1 to 4096 px, not 4097"),
-        ({"crop": "round"}, "crop must be one of inception, random, center, not 'round'"),
+        ({"crop": "round"}, "crop must be one of inception, random, center, whole, not 'round'"),
         ({"min_area": 0}, r"min-area must be in \(0, 1\], not 0"),
         ({"min_area": 2.0}, r"min-area must be in \(0, 1\], not 2.0"),
         ({"min_area": float("nan")}, r"min-area must be in \(0, 1\], not nan"),

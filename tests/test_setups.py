@@ -1,0 +1,502 @@
+"""The set-ups of the paper: which pixels the teacher and the student get, online and from a tape.
+
+Expected pixels come from `views.py` and OpenCV (`test_pixels.by_the_definition`) and from the table
+of definitions here, not from `setups.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kdcache import setups, views
+from kdcache.classifier import Classifier
+from kdcache.dataset import Dataset
+from kdcache.errors import TapeMismatch, UsageError
+from kdcache.loader import Loader
+from kdcache.precompute import precompute, tape_spec
+from kdcache.records import Batch, Target, TargetSource
+from kdcache.setups import SETUPS, Setup, cached_view, other_seed, setup_name, setup_of, tape_setup
+from kdcache.spec import MILD_AREA, TapeSpec, ViewSpec
+from kdcache.tape import Tape
+from kdcache.targets import AverageTargets, CachedTargets, FixedTargets, OnlineTargets
+from tests.conftest import TEACHER, Result
+from tests.test_pixels import by_the_definition, stored_images
+
+Run = Callable[..., Result]
+
+SIZE, EPOCHS, BATCH, CLASSES, AVERAGE, SEED = 16, 2, 10, 5, 3, 9
+HIGH = 1 << 63
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A set-up as the paper has it: what each side sees, and of which views, in epoch e."""
+
+    paper: str
+    student: ViewSpec
+    teacher: ViewSpec
+    teacher_views: Callable[[int], list[int]] = lambda e: [e]
+
+
+MILD = ViewSpec(SIZE, "random", MILD_AREA, mixup=0, seed=SEED)
+INCEPTION = ViewSpec(SIZE, "inception", 0.05, mixup=0, seed=SEED)
+WHOLE = ViewSpec(SIZE, "whole", 1.0, flip=False, mixup=0, seed=SEED)
+CENTER = ViewSpec(SIZE, "center", MILD_AREA, flip=False, mixup=0, seed=SEED)
+MIXED = replace(INCEPTION, mixup=1.0)
+DEFINITIONS = {
+    "fixed-whole": Definition("fix/rs", WHOLE, WHOLE, lambda e: [0]),
+    "fixed-center": Definition("fix/cc", MILD, CENTER, lambda e: [0]),
+    "fixed-average": Definition(
+        "fix/ic_ens", INCEPTION, INCEPTION, lambda e: list(range(AVERAGE))
+    ),
+    "independent-mild": Definition("ind/rc", MILD, replace(MILD, seed=SEED + HIGH)),
+    "independent-inception": Definition("ind/ic", INCEPTION, replace(INCEPTION, seed=SEED + HIGH)),
+    "consistent-mild": Definition("same/rc", MILD, MILD),
+    "consistent-inception": Definition("same/ic", INCEPTION, INCEPTION),
+    "function-matching": Definition("function matching", MIXED, MIXED),
+}  # fmt: skip
+GIVEN: dict[str, Any] = {"size_px": SIZE, "seed": SEED}
+
+
+class Spy(nn.Module):
+    """Keeps the pixels that it gets. Its logits are exact in float32, in batches of any make-up."""
+
+    def __init__(self, size_px: int) -> None:
+        super().__init__()
+        pattern = torch.arange(3 * size_px**2 * CLASSES).view(-1, CLASSES)
+        self.register_buffer("weight", (pattern * 7919 % 11 - 5).float() / 4096)
+        self.seen: list[np.ndarray] = []
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        bytes_BCHW = (x_BCHW * 255).round()
+        self.seen.append(bytes_BCHW.permute(0, 2, 3, 1).to(torch.uint8).numpy().copy())
+        return bytes_BCHW.flatten(1) @ self.weight
+
+
+def spy_teacher(size_px: int = SIZE) -> tuple[Classifier, Spy]:
+    spy = Spy(size_px)
+    teacher = Classifier(spy, "spy", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    teacher.num_classes = CLASSES
+    return teacher.eval().requires_grad_(False), spy
+
+
+@pytest.fixture(scope="module")
+def cv2() -> ModuleType:
+    module = pytest.importorskip("cv2")
+    if not hasattr(module, "resize"):
+        pytest.skip("cv2 is a stub here")
+    return module
+
+
+@pytest.fixture(scope="module")
+def stored(photos: Dataset) -> list[np.ndarray]:
+    return stored_images(photos)
+
+
+def by_sample(cv2: ModuleType, stored: list[np.ndarray], spec: ViewSpec, view: int) -> np.ndarray:
+    """The pixels of each sample in a view, in sample order."""
+    out = np.zeros((len(stored), spec.size_px, spec.size_px, 3), np.uint8)
+    order = views.order(spec, view, len(stored))
+    out[order] = by_the_definition(cv2, stored, spec, view)
+    return out
+
+
+def images_of(batch: Batch) -> np.ndarray:
+    return batch.images_BCHW.permute(0, 2, 3, 1).numpy()
+
+
+def online_source(
+    setup: Setup, teacher: Classifier, dataset: Dataset, student: ViewSpec
+) -> TargetSource:
+    if setup.average:
+        seen = setup.tape_view(student)
+        return AverageTargets(teacher, dataset, seen, AVERAGE, BATCH, workers=1)
+    return OnlineTargets(teacher)
+
+
+def recorded(setup: Setup, teacher: Classifier, dataset: Dataset, out: Path, **given: Any) -> Tape:
+    """The tape that `precompute --setup NAME` makes, of all classes as float32."""
+    count = 1 if setup.fixed else EPOCHS
+    view, order, average = setup.tape_fields(
+        {**GIVEN, **given}, SIZE, views=count, average=AVERAGE if setup.average else 0
+    )
+    spec = tape_spec(
+        dataset, teacher, view, views=count, dtype="float32", order=order, average=average
+    )
+    return precompute(
+        dataset, teacher, spec, out, batch_size=BATCH, workers=1, class_names=()
+    )
+
+
+def played(
+    setup: Setup, dataset: Dataset, student: ViewSpec, size_px: int | None = None
+) -> list[Batch]:
+    """All batches of the first epochs, with what a live teacher sees."""
+    seen = setup.teacher_view(student, size_px=size_px)
+    with Loader(dataset, student, BATCH, teacher_view=seen, workers=1) as loader:
+        return [batch for epoch in range(EPOCHS) for batch in loader.batches(epoch)]
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda s: s.name)
+def test_online_both_sides_see_what_the_paper_says(
+    photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], setup: Setup
+) -> None:
+    wanted = DEFINITIONS[setup.name]
+    student = setup.student_view(GIVEN, 999)
+    teacher, spy = spy_teacher()
+    source = online_source(setup, teacher, photos, student)
+    batches = played(setup, photos, student)
+    assert len(batches) == EPOCHS * -(-len(photos) // BATCH)
+    for batch in batches:
+        shown = by_sample(cv2, stored, wanted.student, batch.view)
+        assert (images_of(batch) == shown[batch.samples_B]).all()
+        spy.seen.clear()
+        source(batch)
+        asked = wanted.teacher_views(batch.view)
+        seen = np.concatenate(spy.seen).reshape(len(asked), len(batch), SIZE, SIZE, 3)
+        for number, pixels in zip(asked, seen, strict=True):
+            expected = by_sample(cv2, stored, wanted.teacher, number)[batch.samples_B]
+            assert (pixels == expected).all()
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda s: s.name)
+def test_a_tape_is_of_what_the_paper_says(
+    photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], setup: Setup, tmp_path: Path
+) -> None:
+    wanted, n = DEFINITIONS[setup.name], len(photos)
+    teacher, spy = spy_teacher()
+    tape = recorded(setup, teacher, photos, tmp_path / "t")
+    assert tape.info["setup"] == tape_setup(tape.spec) == setup.name
+    seen, expected = np.concatenate(spy.seen), []
+    consistent = setup.name.startswith(("consistent", "function"))
+    for epoch in range(tape.spec.views):
+        shown = {v: by_sample(cv2, stored, wanted.teacher, v) for v in wanted.teacher_views(epoch)}
+        rows = views.order(wanted.teacher, epoch, n) if consistent else np.arange(n)
+        for start in range(0, n, BATCH):
+            expected += [pixels[rows[start : start + BATCH]] for pixels in shown.values()]
+    assert (seen == np.concatenate(expected)).all()
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda s: s.name)
+def test_cached_equals_online_to_the_bit(
+    photos: Dataset, setup: Setup, tmp_path: Path
+) -> None:
+    teacher, _ = spy_teacher()
+    tape = recorded(setup, teacher, photos, tmp_path / "t")
+    name, student = cached_view(None, tape.spec, tape.url, {}, 999)
+    assert (name, student) == (setup.name, setup.student_view(GIVEN, 999))
+    assert cached_view(setup, tape.spec, tape.url, GIVEN, 999) == (name, student)
+    kind = CachedTargets if tape.spec.order == "position" else FixedTargets
+    cached = kind(tape, photos.fingerprint, student)
+    online = online_source(setup, teacher, photos, student)
+    answers = []
+    for batch in played(setup, photos, student):
+        found, live = cached(batch), online(batch)
+        assert isinstance(found, Target)
+        assert isinstance(live, Target)
+        assert torch.equal(found.logits_BK, live.logits_BK)
+        answers.append(live.logits_BK)
+    # The comparison can fail: answers differ between samples, and between epochs where they should.
+    half = len(answers) // 2
+    by_epoch = [torch.cat(answers[:half]), torch.cat(answers[half:])]
+    assert len(by_epoch[0].unique(dim=0)) > 35
+    orders = [torch.from_numpy(views.position(student, e, len(photos))) for e in (0, 1)]
+    moved = by_epoch[0][orders[0]] != by_epoch[1][orders[1]]
+    assert bool(moved.any(1).float().mean() > 0.9) == (not setup.fixed)
+    assert bool(moved.any()) == (not setup.fixed)
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda s: s.name)
+def test_a_bigger_teacher_sees_the_same_boxes(
+    photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], setup: Setup, tmp_path: Path
+) -> None:
+    """The paper's T384 to S224: only the number of pixels differs, online and on a tape."""
+    wanted, big = DEFINITIONS[setup.name], 24
+    larger = replace(wanted.teacher, size_px=big)
+    student = setup.student_view(GIVEN, 999)
+    assert setup.tape_view(student, size_px=big) == larger
+    if not setup.average:
+        assert setup.teacher_view(student, size_px=big) == larger
+        for batch in played(setup, photos, student, big):
+            assert (images_of(batch) == by_sample(cv2, stored, wanted.student, batch.view)[
+                batch.samples_B]).all()  # fmt: skip
+            number = wanted.teacher_views(batch.view)[0]
+            seen = batch.for_teacher.permute(0, 2, 3, 1).numpy()
+            expected = by_sample(cv2, stored, larger, number)[batch.samples_B]
+            assert (seen == expected).all()
+    teacher, _ = spy_teacher(big)
+    tape = recorded(setup, teacher, photos, tmp_path / "t", size_px=big)
+    name, seen_by_student = cached_view(None, tape.spec, tape.url, {"size_px": SIZE}, 999)
+    assert (name, seen_by_student) == (setup.name, student)
+    with pytest.raises(TapeMismatch, match="size_px: 16 here, 24 there"):
+        setup.require_tape(tape.spec, tape.url, student)
+    setup.require_tape(tape.spec, tape.url, student, resized=True)
+    if tape.spec.order == "position":
+        with pytest.raises(TapeMismatch, match="size_px: 16 here, 24 there"):
+            CachedTargets(tape, photos.fingerprint, student)
+        with pytest.raises(TapeMismatch, match="seed: 1 here, 9 there"):
+            tape.require_plays(photos.fingerprint, replace(student, seed=1), resized=True)
+        source = CachedTargets(tape, photos.fingerprint, student, resized=True)
+        for batch in played(setup, photos, student, big):
+            live, found = OnlineTargets(teacher)(batch), source(batch)
+            assert isinstance(found, Target)
+            assert torch.equal(found.logits_BK, live.logits_BK)
+
+
+def test_names_and_papers_names() -> None:
+    assert {s.name: s.paper for s in SETUPS} == {n: d.paper for n, d in DEFINITIONS.items()}
+    assert setups.DEFAULT.name == "function-matching"
+    for setup in SETUPS:
+        assert setup_of(setup.name) is setup_of(setup.paper) is setup
+        assert "\n" not in setup.sees
+        view = setup.student_view(GIVEN, 999)
+        if not setup.average:
+            assert setup_name(view, setup.teacher_view(view)) == setup.name
+            assert setup_name(view, setup.teacher_view(view, size_px=24)) == setup.name
+    words = r"unknown set-up 'fix/ic': a set-up is one of fixed-whole, .*, function-matching$"
+    with pytest.raises(UsageError, match=words):
+        setup_of("fix/ic")
+    assert setup_name(replace(MILD, mixup=1.0)) == setup_name(CENTER) == "custom"
+    assert setup_name(MILD, replace(CENTER, min_area=0.5)) == "custom"
+
+
+def test_the_teachers_seed_is_a_bijection() -> None:
+    for seed in (0, 1, HIGH - 1, HIGH, 2**64 - 1):
+        assert other_seed(seed) != seed
+        assert other_seed(other_seed(seed)) == seed
+        assert 0 <= other_seed(seed) < 2**64
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        (
+            "consistent-inception", {"mixup": 1.0},
+            "does not mix: with --mixup 1 it would be function-matching; "
+            "give --setup function-matching, or leave --mixup 1 out",
+        ),
+        ("function-matching", {"mixup": 0}, "mixes: with --mixup 0 it would be consistent-incep"),
+        ("consistent-mild", {"crop": "inception"}, "--crop inception it would be consistent-incep"),
+        ("independent-mild", {"crop": "inception"}, "it would be independent-inception"),
+        ("function-matching", {"crop": "center"}, "has the inception crop: leave --crop center"),
+        ("fixed-center", {"crop": "center"}, "has the random crop: leave --crop center out, or"),
+        ("independent-mild", {"mixup": 1.0}, "does not mix: leave --mixup 1 out, or --setup"),
+        ("fixed-whole", {"flip": True}, "shows one picture of each image: leave --flip out"),
+        ("fixed-whole", {"min_area": 0.5}, "min-area must be 1 for all of the image, not 0.5"),
+    ],
+)  # fmt: skip
+def test_options_that_make_another_setup_are_refused(
+    name: str, given: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        setup_of(name).student_view(given, SIZE)
+
+
+def test_options_that_leave_the_setup_as_it_is_are_taken() -> None:
+    given = {"size_px": 20, "min_area": 0.3, "flip": False, "seed": 4, "mixup": 0.2}
+    assert setup_of("function-matching").student_view(given, SIZE) == ViewSpec(
+        20, "inception", 0.3, False, 0.2, 4
+    )
+    view = setup_of("fixed-center").student_view({"min_area": 0.5}, SIZE)
+    assert setup_of("fixed-center").teacher_view(view) == ViewSpec(SIZE, "center", 0.5, False, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("fixed-center", {"views": 2}, "has one answer for each sample: --views 1, not 2"),
+        ("fixed-center", {"average": 5}, "one view at a time: --average goes with --setup fixed-a"),
+        ("consistent-mild", {"order": "sample"}, "needs a tape in position order: leave --order"),
+        ("independent-mild", {"order": "position"}, "needs a tape in sample order: leave --order"),
+    ],
+)
+def test_tapes_that_a_setup_does_not_need_are_refused(
+    name: str, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        setup_of(name).tape_fields({}, SIZE, **options)
+
+
+def tape_of(name: str, views: int = 1, **given: Any) -> TapeSpec:
+    view, order, average = setup_of(name).tape_fields({**GIVEN, **given}, SIZE, views=views)
+    return TapeSpec(views, 41, 5, 5, "float32", "0" * 16, "1" * 16, view, order, average)
+
+
+def test_a_tape_serves_its_own_setup_only() -> None:
+    for setup in SETUPS:
+        spec = tape_of(setup.name)
+        for other in SETUPS:
+            if other is setup:
+                assert cached_view(other, spec, "t", {}, 999)[0] == setup.name
+                continue
+            with pytest.raises(TapeMismatch) as caught:
+                cached_view(other, spec, "t", {}, 999)
+            assert str(caught.value) == (
+                f"t was made for {setup.name}, not for {other.name}: train with --setup "
+                f"{setup.name}, or precompute a tape with --setup {other.name}"
+            )
+
+
+def test_a_tape_of_other_views_is_refused() -> None:
+    fixed, independent = setup_of("fixed-center"), setup_of("independent-mild")
+    for setup, given, words in (
+        (fixed, {"min_area": 0.5}, r"holds other views .* fixed-center \(min_area: 0.5 here"),
+        (setup_of("consistent-mild"), {"seed": 2}, r"\(seed: 2 here, 9 there\)"),
+        (independent, {"seed": other_seed(SEED)}, "has the student's own seed"),
+        (independent, {"flip": False}, "flip: False here, True there"),
+    ):
+        with pytest.raises(TapeMismatch, match=words):
+            cached_view(setup, tape_of(setup.name), "t", given, 999)
+    # A fixed teacher serves students of any seed, independent noise those of any other seed.
+    assert cached_view(fixed, tape_of("fixed-center"), "t", {"seed": 2}, 9)[1].seed == 2
+    assert cached_view(independent, tape_of("independent-mild"), "t", {"seed": 2}, 9)[1].seed == 2
+
+
+def test_tapes_of_no_setup() -> None:
+    custom = replace(tape_of("fixed-center"), view=replace(CENTER, flip=True))
+    imported = replace(custom, view=None)
+    for spec, words in (
+        (custom, "t was made for no set-up of kdcache, not for fixed-center: leave --setup out"),
+        (imported, "t was imported, and its views are not of kdcache's making: leave --setup out"),
+    ):
+        assert tape_setup(spec) == "custom"
+        with pytest.raises(TapeMismatch, match=words):
+            cached_view(setup_of("fixed-center"), spec, "t", {}, 999)
+        given = {"crop": "random", "size_px": 20}
+        assert cached_view(None, spec, "t", given, 999) == (
+            "custom", ViewSpec(20, "random", MILD_AREA, mixup=0)
+        )  # fmt: skip
+    # Options that contradict the set-up of a tape make one's own of it.
+    given = {"crop": "inception"}
+    assert cached_view(None, tape_of("fixed-center"), "t", given, 8) == (
+        "custom", ViewSpec(8, mixup=0)
+    )  # fmt: skip
+    changed = {"crop": "random", "min_area": 0.5}
+    assert cached_view(None, tape_of("function-matching"), "t", changed, 8)[0] == "custom"
+
+
+def test_several_fixed_views_are_no_setup() -> None:
+    assert tape_setup(replace(tape_of("fixed-center"), views=2)) == "custom"
+    assert tape_setup(replace(tape_of("independent-mild"), views=2)) == "independent-mild"
+
+
+# --- the command line ------------------------------------------------------------------------
+
+
+def made(kdcache: Run, dataset: Dataset, out: Path, *options: object) -> Tape:
+    line = ("--data", dataset.path, "--teacher", TEACHER, "--out", out, *options)
+    result = kdcache("precompute", *line)
+    assert result.code == 0, result.err
+    return Tape.open(out)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--setup", "fix/cc"], "fixed-center"),
+        (["--setup", "fixed-average", "--average", 2], "fixed-average"),
+        (["--setup", "independent-mild", "--views", 2, "--view-seed", 3], "independent-mild"),
+        (["--setup", "function-matching"], "function-matching"),
+        ([], "function-matching"),
+        (["--mixup", 0], "consistent-inception"),
+        (["--mixup", 0, "--crop", "random"], "consistent-mild"),
+        (["--crop", "whole", "--mixup", 0], "custom"),
+        (["--crop", "random"], "custom"),
+        (["--order", "sample", "--views", 2], "independent-inception"),
+    ],
+)
+def test_precompute_by_name(
+    kdcache: Run, digits_test: Dataset, tmp_path: Path, options: list[object], name: str
+) -> None:
+    tape = made(kdcache, digits_test, tmp_path / "t", *options)
+    assert tape.info["setup"] == tape_setup(tape.spec) == name
+    if name == "independent-mild":
+        assert tape.spec.view is not None
+        assert (tape.spec.view.seed, tape.spec.views) == (HIGH + 3, 2)
+    result = kdcache("inspect", tmp_path / "t")
+    assert f"set-up    {name}" in result.out
+
+
+def test_several_teachers(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
+    other = "python:tests.test_setups:other_teacher"
+    alone = made(kdcache, digits_test, tmp_path / "1", "--top-k", "all", "--dtype", "float32")
+    both = made(
+        kdcache, digits_test, tmp_path / "2", "--teacher", other, "--top-k", "all",
+        "--dtype", "float32",
+    )  # fmt: skip
+    assert both.info["teacher"] == f"{TEACHER} + {other}"
+    assert both.spec.teacher != alone.spec.teacher
+    rows = np.arange(len(digits_test))
+    p_1 = alone.target(0, rows).log_p_BK.exp()
+    tape = kdcache("precompute", "--data", digits_test.path, "--teacher", other, "--out",
+                   tmp_path / "3", "--top-k", "all", "--dtype", "float32")  # fmt: skip
+    assert tape.code == 0
+    p_2 = Tape.open(tmp_path / "3").target(0, rows).log_p_BK.exp()
+    torch.testing.assert_close(
+        both.target(0, rows).log_p_BK.exp(), (p_1 + p_2) / 2, rtol=1e-4, atol=1e-6
+    )
+    line = ("verify", tmp_path / "2", "--data", digits_test.path, "--json")
+    right = kdcache(*line, "--teacher", TEACHER, "--teacher", other)
+    assert right.code == 0, right.out
+    assert json.loads(right.out)["ok"]
+    assert kdcache(*line, "--teacher", TEACHER).code == 1
+
+
+def test_another_domain(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
+    teacher = "python:tests.test_setups:seven_classes"
+    line = ("precompute", "--data", digits_test.path, "--teacher", teacher, "--out", tmp_path / "t")
+    result = kdcache(*line)
+    assert result.code == 2
+    assert result.err.count("\n") == 1
+    assert (
+        "has 7 classes, the data has 10; where the data is of another domain than the teacher's, "
+        "give --other-domain"
+    ) in result.err
+    assert kdcache(*line, "--other-domain", "--top-k", "all").code == 0
+    tape = Tape.open(tmp_path / "t")
+    assert (tape.spec.classes, tape.spec.top_k) == (7, 7)
+    assert (tape.info["class_names"], tape.info["other_domain"]) == ([], True)
+    # Labels of other classes tell nothing of such a tape.
+    shown = kdcache("inspect", tmp_path / "t", "--data", digits_test.path)
+    assert shown.code == 0
+    assert "accuracy" not in shown.out
+    assert kdcache("inspect", tmp_path / "t", "--sample", 3, "--data", digits_test.path).code == 0
+    verified = kdcache("verify", tmp_path / "t", "--data", digits_test.path, "--teacher", teacher)
+    assert verified.code == 0, verified.out
+
+
+def test_refusals_are_one_line(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
+    line = ("precompute", "--data", digits_test.path, "--teacher", TEACHER, "--out", tmp_path / "t")
+    for options, words in (
+        (["--setup", "same"], "unknown set-up 'same': a set-up is one of fixed-whole"),
+        (["--setup", "same/ic", "--mixup", 1], "consistent-inception does not mix"),
+        (["--setup", "fix/rs", "--views", 3], "--views 1, not 3"),
+    ):
+        result = kdcache(*line, *options)
+        assert result.code == 2
+        assert words in result.err
+        assert result.err.count("\n") == 1
+    assert not (tmp_path / "t").exists()
+
+
+def other_teacher(num_classes: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes))
+    with torch.no_grad():
+        network[1].weight.copy_(torch.randn(num_classes, 192, generator=generator) / 4)
+        network[1].bias.zero_()
+    return network
+
+
+def seven_classes(num_classes: int | None) -> nn.Module:
+    return other_teacher(7)
