@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -618,3 +619,89 @@ def test_numba_finds_its_byte_array_functions_again(digits: Dataset) -> None:
         next(loader.batches(0))
     assert loader_module._BYTES.mutable
     assert loader_module._BYTES is numba.uint8[::1]
+
+
+# --- what the teacher sees beside the student ----------------------------------------------------
+
+LARGER = replace(MIXED, size_px=20)
+OTHER = replace(PLAIN, seed=77, crop="random", size_px=12)
+
+
+@pytest.mark.parametrize(
+    ("spec", "teacher_view"), [(MIXED, LARGER), (PLAIN, OTHER)], ids=["resized", "other"]
+)
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_the_teacher_sees_its_view_of_the_same_samples(
+    digits_test: Dataset, spec: ViewSpec, teacher_view: ViewSpec, batch_size: int
+) -> None:
+    with Loader(digits_test, spec, batch_size, teacher_view=teacher_view) as loader:
+        found = list(loader.batches(3))
+    assert same(joined(found), play(digits_test, spec, 3))
+    alone = play(digits_test, teacher_view, 3)
+    by_sample = alone["images"][np.argsort(alone["samples"])]
+    seen = torch.cat([batch.for_teacher for batch in found]).numpy()
+    assert (seen == by_sample[joined(found)["samples"]]).all()
+    assert found[0].for_teacher.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_without_a_view_of_its_own_the_teacher_sees_the_students_pixels(digits: Dataset) -> None:
+    with Loader(digits, MIXED, 10) as loader:
+        batch = next(iter(loader.batches(0)))
+    assert batch.teacher_images_BCHW is None
+    assert batch.for_teacher is batch.images_BCHW
+
+
+@pytest.mark.parametrize("change", [{"mixup": 0}, {"mixup": 0.5}, {"seed": 6}])
+def test_a_teacher_that_would_see_other_mixtures_is_refused(
+    digits: Dataset, change: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match=r"the same pairs: one seed and one mixup, not 5 and 1 be"):
+        Loader(digits, MIXED, 10, teacher_view=replace(MIXED, **change))
+    with pytest.raises(UsageError, match="the same pairs"):
+        Loader(digits, PLAIN, 10, teacher_view=MIXED)
+
+
+@pytest.mark.parametrize("failing_px", [8, 20])
+def test_an_error_in_either_pass_ends_both(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch, failing_px: int
+) -> None:
+    run = EpochIterator.run_pipeline
+    width = pixels.row_bytes(replace(MIXED, size_px=failing_px))
+
+    def third_fails(self: Any, number: int, *rest: Any) -> Any:
+        rows, labels = run(self, number, *rest)
+        if number == 2 and rows.shape[1] == width:
+            raise ValueError("the third batch")
+        return rows, labels
+
+    monkeypatch.setattr(EpochIterator, "run_pipeline", third_fails)
+    with Loader(digits, MIXED, 10, teacher_view=LARGER) as loader:
+        seen: list[Batch] = []
+        with pytest.raises(KDCacheError, match="the third batch"):
+            seen.extend(loader.batches(0))
+        assert len(seen) == 2
+        assert passes_alive() == 0
+
+
+def test_both_passes_end_when_left_or_closed(digits: Dataset) -> None:
+    loader = Loader(digits, MIXED, 10, teacher_view=LARGER)
+    running = loader.batches(0)
+    next(running)
+    assert passes_alive() == 2
+    running.close()
+    assert passes_alive() == 0
+    running = loader.batches(0)
+    next(running)
+    loader.close()
+    assert passes_alive() == 0
+    with pytest.raises(KDCacheError, match="closed"):
+        next(running)
+
+
+def test_a_damaged_sample_is_named_whoever_sees_it(photos: Dataset, tmp_path: Path) -> None:
+    damaged = damaged_copy(photos, tmp_path, 17, one_bit)
+    with (
+        Loader(damaged, PHOTOS, 2, teacher_view=replace(PHOTOS, size_px=24)) as loader,
+        pytest.raises(DatasetCorrupt, match="sample 17 is damaged"),
+    ):
+        list(loader.batches(0))

@@ -100,12 +100,13 @@ def test_pixels_of_digits_are_golden(digits: Dataset, name: str) -> None:
     assert found == expected
 
 
-@pytest.mark.parametrize("crop", ["inception", "random", "center"])
+@pytest.mark.parametrize("crop", ["inception", "random", "center", "whole"])
 @pytest.mark.parametrize("size_px", [5, 8, 20])
 def test_raw_images_are_rendered_by_the_definition(
     digits_test: Dataset, cv2: ModuleType, crop: str, size_px: int
 ) -> None:
-    spec = ViewSpec(size_px, crop=crop, min_area=0.3, mixup=1.0, seed=9)
+    area = 1.0 if crop == "whole" else 0.3
+    spec = ViewSpec(size_px, crop=crop, min_area=area, mixup=1.0, seed=9)
     expected = by_the_definition(cv2, stored_images(digits_test), spec, 4)
     assert (rendered(digits_test, spec, 4) == expected).all()
 
@@ -117,8 +118,9 @@ def test_raw_images_are_rendered_by_the_definition(
         ViewSpec(224, min_area=0.02, mixup=0, seed=2),
         ViewSpec(64, crop="random", min_area=0.5, flip=False, mixup=1.0),
         ViewSpec(96, crop="center", min_area=(7 / 8) ** 2, flip=False, mixup=0),
+        ViewSpec(40, crop="whole", min_area=1.0, mixup=0),
     ],
-    ids=["mixed", "enlarged", "random", "central"],
+    ids=["mixed", "enlarged", "random", "central", "squashed"],
 )
 def test_jpegs_are_rendered_by_the_definition(
     photos: Dataset, cv2: ModuleType, spec: ViewSpec

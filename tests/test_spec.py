@@ -35,6 +35,7 @@ TAPE_CHANGES: dict[str, Any] = {
         ({"min_area": 0}, r"min-area must be in \(0, 1\], not 0"),
         ({"min_area": 2.0}, r"min-area must be in \(0, 1\], not 2.0"),
         ({"min_area": float("nan")}, r"min-area must be in \(0, 1\], not nan"),
+        ({"crop": "whole", "min_area": 0.9}, "min-area must be 1 for all of the image, not 0.9"),
         ({"mixup": -1.0}, "mixup must be 0 or 0.05 to 100, not -1.0"),
         ({"mixup": 0.01}, "mixup must be 0 or 0.05 to 100, not 0.01"),
         ({"mixup": float("nan")}, "mixup must be 0 or 0.05 to 100, not nan"),

@@ -11,14 +11,14 @@ from numpy.typing import ArrayLike
 
 from kdcache import codec, models, shards
 from kdcache.dataset import Dataset
-from kdcache.errors import TapeCorrupt, TapeIncomplete
+from kdcache.errors import NonFinite, TapeCorrupt, TapeIncomplete
 from kdcache.loader import Loader
 from kdcache.loss import distillation_loss
 from kdcache.precompute import precompute, tape_spec
 from kdcache.records import Batch, Target
 from kdcache.spec import ValueType, ViewSpec
 from kdcache.tape import Tape
-from kdcache.targets import CachedTargets, LabelTargets, OnlineTargets
+from kdcache.targets import AverageTargets, CachedTargets, LabelTargets, OnlineTargets
 from tests.conftest import TEACHER, synthetic_tape
 
 VIEWS, SAMPLES, CLASSES = 3, 150, 30
@@ -204,3 +204,64 @@ def test_at_temperature_one_mixed_labels_give_mixups_cross_entropy() -> None:
     entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
     found = distillation_loss(student, LabelTargets(3)(batch))
     torch.testing.assert_close(found, cross - entropy)
+
+
+# --- a teacher that fails ----------------------------------------------------------------------
+
+
+class Spoilt(torch.nn.Module):
+    """Logits of which one, in row 1, is not a number that a target can have."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = x.flatten(1)[:, :10].clone()
+        logits[1, 3] = self.value
+        return logits
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_teachers_nan_is_never_a_silent_target(digits_test: Dataset, value: float) -> None:
+    """Named at once where that costs nothing; elsewhere the loss becomes NaN, in any arithmetic."""
+    teacher = models.Classifier(Spoilt(value), "spoilt", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    with Loader(digits_test, ViewSpec(8), 6) as loader:
+        batch = next(iter(loader.batches(0)))
+    source = OnlineTargets(teacher)
+    with pytest.raises(NonFinite, match=rf"gave NaN or infinity for sample {batch.samples_B[1]} "):
+        source(batch)
+    source._wait = False  # as on a GPU
+    target = source(batch)
+    fine = torch.arange(6) != 1
+    assert target.logits_BK[1].isnan().all()
+    assert target.logits_BK[fine].isfinite().all()
+    for dtype in (torch.float32, torch.float64):
+        for temperature in (1.0, 3.0):
+            logits = torch.randn(6, 10, dtype=dtype)
+            assert distillation_loss(logits, target, temperature=temperature).isnan()
+            rows = distillation_loss(logits, target, temperature=temperature, reduction="none")
+            assert rows.isnan().tolist() == [False, True, False, False, False, False]
+
+
+def test_an_averaged_teachers_nan_too(digits_test: Dataset) -> None:
+    teacher = models.Classifier(
+        Spoilt(float("inf")), "spoilt", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    )
+    view = ViewSpec(8, mixup=0)
+    with Loader(digits_test, view, 6) as loader:
+        batch = next(iter(loader.batches(0)))
+    source = AverageTargets(teacher, digits_test, view, 2, 6)
+    with pytest.raises(NonFinite, match="spoilt gave NaN or infinity for sample"):
+        source(batch)
+    source._wait = False
+    assert source(batch).logits_BK.isnan().all(1).tolist() == [i == 1 for i in range(6)]
+
+
+def test_moving_a_target_keeps_it() -> None:
+    target = Target(torch.randn(2, 3), torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.randn(2, 3), 9)
+    assert same(target.to(torch.device("cpu")), target)
+    moved = target.to(torch.device("meta"))
+    assert moved.logits_BK.is_meta
+    assert moved.classes_BK is not None
+    assert moved.classes_BK.is_meta

@@ -428,3 +428,10 @@ def test_mixing_gives_a_new_tensor_even_when_nothing_is_mixed() -> None:
     images = torch.zeros(1, 4, dtype=torch.uint8)
     views.mix_pairs(images, torch.zeros(1, dtype=torch.int16)).fill_(9)
     assert not images.any()
+
+
+def test_all_of_the_image_is_all_of_it() -> None:
+    spec = ViewSpec(8, crop="whole", min_area=1.0)
+    boxes = views.crop_boxes(spec, 3, [0, 1, 2], [5, 70, 9], [8, 3, 9])
+    assert boxes.tolist() == [[0, 0, 5, 8], [0, 0, 70, 3], [0, 0, 9, 9]]
+    assert spec.digest != ViewSpec(8, crop="center", min_area=1.0).digest
