@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -51,10 +51,18 @@ class Classifier(nn.Module):
 
     def answer(self, images_BCHW: torch.Tensor, precision: Precision) -> torch.Tensor:
         """Logits [B, C] in this precision. Raises UsageError for a network that gives no tensor."""
+        return self._answer(images_BCHW, precision, self.network)
+
+    def _answer(
+        self,
+        images_BCHW: torch.Tensor,
+        precision: Precision,
+        network: Callable[[torch.Tensor], object],
+    ) -> torch.Tensor:
         x = images_BCHW.float().div_(255).sub_(self.mean).div_(self.std)
         dtype = getattr(torch, precision)
         with torch.autocast(x.device.type, dtype, enabled=precision != "float32"):
-            logits_BC = self.network(x)
+            logits_BC = network(x)
         if not isinstance(logits_BC, torch.Tensor):
             raise UsageError(
                 f"{self.name} gives a {type(logits_BC).__name__} when it "
@@ -67,8 +75,8 @@ class Classifier(nn.Module):
         """What the classifying layer gets, [B, D], and the logits [B, C].
 
         That layer is the last nn.Linear or 1x1 convolution to run, if it is C wide; what it gets
-        for several places of the image is averaged over them. None where there is no such layer,
-        and where the network is compiled, which leaves hooks out.
+        for several places of the image is averaged over them. None where there is no such layer.
+        A network that was compiled in place runs as it was before.
         """
         last: list[tuple[nn.Module, torch.Tensor]] = []
 
@@ -81,7 +89,8 @@ class Classifier(nn.Module):
             if _head_width(layer)
         ]
         try:
-            logits_BC = self(images_BCHW)
+            # Compiled code leaves hooks out, and `forward` is never compiled.
+            logits_BC = self._answer(images_BCHW, self.precision, self.network.forward)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -138,7 +138,10 @@ def _sums_of_batch(
     model: Teacher, teacher: Teacher | None, batch: Batch, used: int
 ) -> tuple[Sums, Sums]:
     """Of the first `used` rows: the sums, and by model which rows are not finite."""
-    features, logits_BC = model.features(batch.images_BCHW)
+    images_BCHW = batch.images_BCHW
+    features, logits_BC = (
+        model.features(images_BCHW) if teacher is not None else (None, model(images_BCHW))
+    )
     logits_BC = logits_BC[:used].float()
     sums = accuracy_sums(logits_BC, batch.labels_B[:used])
     bad = {"model": ~logits_BC.isfinite().all(1)}

@@ -182,6 +182,17 @@ def test_features_are_what_the_head_gets(name: str, size_px: int, layer: str, wi
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.slow
+def test_a_compiled_network_has_features() -> None:
+    model = models.load("kdcache:small", "student", num_classes=9, size_px=28).eval()
+    features, logits = model.features(views(28))
+    model.network.compile(backend="eager")
+    torch.testing.assert_close(model(views(28)), logits)
+    again, _ = model.features(views(28))
+    assert again is not None
+    assert torch.equal(again, features)
+
+
 class Places(nn.Module):
     """Logits are the mean over places of a layer's, so features are too."""
 
