@@ -1,0 +1,178 @@
+"""The command about recipes: `kdcache recipes`.
+
+Heavy modules are imported in the functions that use them.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kdcache.console import (
+    DeviceOption,
+    JsonOption,
+    describe,
+    device_of,
+    err_console,
+    out_console,
+    progress_bar,
+    show,
+    size_of,
+)
+from kdcache.errors import MissingDependency
+from kdcache.spec import TrainSpec, ViewSpec
+
+if TYPE_CHECKING:
+    from kdcache.recipes import Cost, Recipe
+
+HEADINGS = (
+    "recipe", "images", "px", "batch", "epochs", "steps", "T", "lr", "decay", "tape", "hours",
+)  # fmt: skip
+# Of these 0 means none, as where the option is not given.
+NONE_AT_ZERO = ("average", "ema", "label_weight")
+
+
+def recipes(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="One, to see all of it.", show_default=False),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Say what they cost on this .beton file, not on their own.")
+    ] = None,
+    no_measure: Annotated[
+        bool, typer.Option("--no-measure", help="Leave out the hours, which take some seconds.")
+    ] = False,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the recipes for `train --recipe` with what they cost, or show one in full."""
+    from kdcache.recipes import NAMES, cost_of, recipe_of
+
+    chosen = [recipe_of(one) for one in ([name] if name else NAMES)]
+    size: dict[str, int] = {}
+    if data:
+        from kdcache import dataset as datasets
+
+        found = datasets.open_dataset(data)
+        size = {"samples": len(found), "classes": len(found.classes)}
+    costs = [cost_of(recipe, **size) for recipe in chosen]
+    paces = [None] * len(chosen) if no_measure else _paces(chosen, costs, device_of(device))
+    hours = [_hours(r, c, pace) for r, c, pace in zip(chosen, costs, paces, strict=True)]
+    answers = [_answer(*one) for one in zip(chosen, costs, hours, strict=True)]
+    if as_json:
+        show(answers[0] if name else {"recipes": answers}, True)
+    elif name:
+        show(_page(chosen[0], costs[0], hours[0]), False)
+    else:
+        for line in table(chosen, costs, hours):
+            out_console.print(line, markup=False, soft_wrap=True)
+
+
+def _paces(chosen: list[Recipe], costs: list[Cost], device: str) -> list[float | None]:
+    """Seconds that a step takes for each image; each student is measured once at each size."""
+    from kdcache.recipes import seconds_per_image
+
+    pace: dict[tuple[str, int], float | None] = {}
+    with progress_bar("measure", len(chosen), "recipes") as update:
+        for done, (recipe, cost) in enumerate(zip(chosen, costs, strict=True), 1):
+            key = recipe.student, recipe.spec.view.size_px
+            if key not in pace:
+                try:
+                    pace[key] = seconds_per_image(recipe, cost.classes, device)
+                except MissingDependency as error:
+                    err_console.print(f"no hours of {key[0]}: {error}", markup=False)
+                    pace[key] = None
+            update(done)
+    return [pace[recipe.student, recipe.spec.view.size_px] for recipe in chosen]
+
+
+def _hours(recipe: Recipe, cost: Cost, pace: float | None) -> float | None:
+    return None if pace is None else cost.steps * recipe.spec.batch_size * pace / 3600
+
+
+def table(chosen: list[Recipe], costs: list[Cost], hours: list[float | None]) -> list[str]:
+    """At most 100 columns, whatever the terminal; without hours where none is known."""
+    rows = [list(HEADINGS), *map(_row, chosen, costs, hours)]
+    if not any(hours):
+        rows = [row[:-1] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+
+
+def _row(recipe: Recipe, cost: Cost, hours: float | None) -> list[str]:
+    spec = recipe.spec
+    return [
+        recipe.name, _short(cost.samples), str(spec.view.size_px), str(spec.batch_size),
+        str(spec.epochs), str(cost.steps), f"{spec.temperature:g}", f"{spec.lr:g}",
+        f"{spec.weight_decay:.2g}", size_of(cost.tape_bytes),
+        "-" if hours is None else _short(hours),
+    ]  # fmt: skip
+
+
+def _short(value: float) -> str:
+    for unit in ("", "k"):
+        if value < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}M"
+
+
+def _answer(recipe: Recipe, cost: Cost, hours: float | None) -> dict[str, Any]:
+    return {
+        "name": recipe.name, "student": recipe.student, "teacher": recipe.teacher,
+        "part": recipe.data.part, "evaluation": recipe.evaluation, "spec": recipe.spec.to_json(),
+        **asdict(cost), "hours": hours, "command": command_of(recipe),
+    }  # fmt: skip
+
+
+def _page(recipe: Recipe, cost: Cost, hours: float | None) -> dict[str, Any]:
+    spec = recipe.spec
+    view = ("view", "teacher_view")
+    kept = "all" if cost.top_k == cost.classes else f"the top {cost.top_k}"
+    one = {
+        "recipe": recipe.name, "for": f"{recipe.data.part}: {recipe.data.samples} images, "
+        f"{recipe.data.classes} classes", "student": recipe.student,
+        "teacher": recipe.teacher or "yours, trained for the data", "view": describe(spec.view),
+        **{f.name: getattr(spec, f.name) for f in fields(TrainSpec) if f.name not in view},
+        "evaluation": recipe.evaluation,
+        "steps": f"{cost.steps}, of {cost.samples} images",
+        "tape": f"{size_of(cost.tape_bytes)} before compression: {cost.views} views, "
+        f"{kept} of {cost.classes} classes in {cost.record_bytes} bytes",
+    }  # fmt: skip
+    if hours is not None:
+        one["hours"] = f"{hours:.3g} here, of the student's steps alone"
+    return {**one, "the same as": shlex.join(command_of(recipe))}
+
+
+def command_of(recipe: Recipe) -> list[str]:
+    """The command that `kdcache train --recipe NAME` stands for, with words for what is yours."""
+    spec = recipe.spec
+    line = [
+        "kdcache", "train", "--data", "TRAIN.beton", "--out", "RUN", "--student", recipe.student,
+        "--teacher", recipe.teacher or "TEACHER",
+    ]  # fmt: skip
+    for field in fields(TrainSpec):
+        value = getattr(spec, field.name)
+        none = value is None or value is False or (value == 0 and field.name in NONE_AT_ZERO)
+        if not none and field.name != "view":
+            line += [f"--{field.name.replace('_', '-')}", _text(value)]
+    return line + _view_options(spec.view)
+
+
+def _view_options(view: ViewSpec) -> list[str]:
+    return [
+        "--size", _text(view.size_px), "--crop", view.crop, "--min-area", _text(view.min_area),
+        "--mixup", _text(view.mixup), "--flip" if view.flip else "--no-flip",
+        "--view-seed", _text(view.seed),
+    ]  # fmt: skip
+
+
+def _text(value: float | str) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,259 @@
+"""The recipes are the paper's, number by number; their costs follow; the page and commands agree.
+
+`python -m tests.test_recipes` writes the table of docs/recipes.md anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from kdcache import codec, recipes
+from kdcache.cli import app
+from kdcache.console import top_k_of
+from kdcache.dataset import Dataset
+from kdcache.errors import UsageError
+from kdcache.networks import SIZES
+from kdcache.optimizers import learning_rate, warmup_steps
+from kdcache.recipe_commands import command_of, table
+from kdcache.recipes import NAMES, Recipe, cost_of, decay_of, recipe_of
+from kdcache.spec import TapeSpec, TrainSpec, ViewSpec
+from tests.conftest import Result
+
+Run = Callable[..., Result]
+PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+FENCE = re.compile(r"(?<=```text\n)recipe .*?(?=```)", re.DOTALL)
+
+# As published: px, batch, epochs, T, lr, wd, warm-up; then wd / lr, by hand.
+PAPER = {
+    "imagenet-r50-fast": (224, 4096, 300, 1, 0.03, 3e-4, 5000, 0.01),
+    "imagenet-r50-medium": (224, 4096, 1200, 1, 0.03, 3e-4, 5000, 0.01),
+    "imagenet-r50-long": (224, 4096, 9600, 1, 0.03, 3e-4, 5000, 0.01),
+    "flowers-fast": (128, 512, 10_000, 10, 3e-3, 3e-4, 1500, 0.1),
+    "flowers-medium": (128, 512, 100_000, 1, 1e-3, 1e-4, 1500, 0.1),
+    "flowers-long": (128, 512, 1_000_000, 1, 3e-4, 1e-5, 1500, 0.0333333),
+    "pet-fast": (128, 512, 1000, 5, 1e-2, 1e-3, 1500, 0.1),
+    "pet-medium": (128, 512, 3000, 10, 3e-3, 3e-4, 1500, 0.1),
+    "pet-long": (128, 512, 30_000, 2, 3e-3, 1e-5, 1500, 0.00333333),
+    "food-fast": (128, 512, 100, 10, 1e-2, 1e-3, 1500, 0.1),
+    "food-medium": (128, 512, 1000, 10, 1e-3, 3e-4, 1500, 0.3),
+    "food-long": (128, 512, 3000, 5, 1e-2, 1e-4, 1500, 0.01),
+    "sun-fast": (128, 512, 100, 10, 1e-2, 1e-3, 1500, 0.1),
+    "sun-medium": (128, 512, 1000, 10, 1e-3, 1e-4, 1500, 0.1),
+    "sun-long": (128, 512, 3000, 10, 1e-2, 3e-5, 1500, 0.003),
+}
+# The images and classes of their training parts.
+DATA = {
+    "imagenet-r50": (1_255_544, 1000), "flowers": (1020, 102), "pet": (3312, 37),
+    "food": (68_175, 101), "sun": (76_128, 397),
+}  # fmt: skip
+
+
+def test_these_are_the_recipes() -> None:
+    assert set(NAMES) == {*PAPER, "fashion-mnist"}
+    assert [recipe_of(name).name for name in NAMES] == list(NAMES)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_numbers(name: str) -> None:
+    size, batch, epochs, temperature, lr, wd, warmup, decay = PAPER[name]
+    recipe = recipe_of(name)
+    if name.startswith("flowers"):
+        batch = 510  # of 1,020 images: two whole batches
+    view = ViewSpec(size, "inception", min_area=0.05, flip=True, mixup=1.0)
+    assert recipe.spec == TrainSpec(
+        "online", view, epochs, batch, lr=lr, weight_decay=decay, warmup=warmup,
+        temperature=temperature, setup="function-matching", optimizer="adamw", label_weight=0,
+    )  # fmt: skip
+    assert recipe.spec.weight_decay == pytest.approx(wd / lr, rel=1e-5)
+    assert recipe.student == "timm:resnetv2_50x1_bit"
+    family = name.rpartition("-")[0]
+    assert (recipe.data.samples, recipe.data.classes) == DATA[family]
+
+
+def test_decay_shrinks_a_weight_as_the_papers_does() -> None:
+    """Theirs, written out: without a gradient w -= s * wd * w, at every point of the schedule."""
+    lr, wd, weight, steps = 0.003, 1e-4, 1.0, 40
+    spec = replace(recipe_of("pet-long").spec, lr=lr, warmup=10, weight_decay=decay_of(wd, lr))
+    ours = weight
+    for step in range(steps):
+        rate = learning_rate(spec, step, steps)
+        weight -= rate / lr * wd * weight
+        ours *= 1 - rate * spec.weight_decay
+    assert ours == pytest.approx(weight, rel=1e-6)
+    assert weight < 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_can_be_run(name: str) -> None:
+    recipe = recipe_of(name)
+    steps = cost_of(recipe).steps
+    assert 0 < warmup_steps(recipe.spec, steps) <= steps / 4
+    assert recipe.spec.batch_size % 2 == 0  # whole pairs
+    kind, _, model = recipe.student.partition(":")
+    if kind == "timm":
+        assert model in pytest.importorskip("timm").list_models()
+    else:
+        assert model in SIZES
+
+
+def test_the_papers_own_teacher_is_timms() -> None:
+    timm = pytest.importorskip("timm")
+    teacher = recipe_of("imagenet-r50-long").teacher
+    assert teacher is not None
+    assert teacher.removeprefix("timm:") in timm.list_pretrained()
+    assert recipe_of("pet-fast").teacher is None
+
+
+def test_longer_is_longer() -> None:
+    for family in DATA:
+        costs = [cost_of(recipe_of(f"{family}-{length}")) for length in ("fast", "medium", "long")]
+        assert costs == sorted(costs, key=lambda cost: cost.steps)
+        assert costs[0].steps < costs[2].steps
+        assert costs[0].tape_bytes < costs[2].tape_bytes
+
+
+def test_an_unknown_recipe_is_refused_with_the_list() -> None:
+    with pytest.raises(UsageError, match=r"unknown recipe 'pets': there are fashion-mnist, .*sun"):
+        recipe_of("pets")
+
+
+# --- costs -----------------------------------------------------------------------------------
+
+
+def test_costs_follow_from_data_and_codec() -> None:
+    cost = cost_of(recipe_of("food-fast"))
+    assert cost.steps == 133 * 100  # 68,175 images fill 133 batches of 512
+    assert cost.views == 100
+    assert (cost.top_k, cost.record_bytes) == (16, 16 * (2 + 2) + 3 * 2)
+    assert cost.tape_bytes == 100 * 68_175 * 70
+    few = cost_of(recipe_of("food-fast"), samples=1030, classes=10)
+    assert (few.steps, few.top_k, few.record_bytes) == (200, 10, 20)
+    assert few.tape_bytes == 100 * 1030 * 20
+    cycled = recipe_of("food-fast")
+    cycled = replace(cycled, spec=replace(cycled.spec, views=7))
+    assert cost_of(cycled).tape_bytes == 7 * 68_175 * 70
+
+
+def test_costs_have_the_defaults_of_precompute() -> None:
+    assert top_k_of(None, 1000) == recipes.TOP_K
+    assert codec.effective_top_k(1000, recipes.TOP_K, recipes.DTYPE) == recipes.TOP_K
+    spec = TapeSpec(1, 1, 1000, recipes.TOP_K, recipes.DTYPE, "data", "teacher", ViewSpec(8))
+    layout = pytest.importorskip("kdcache.shards")
+    assert layout.record_bytes(spec) == cost_of(recipe_of("imagenet-r50-fast")).record_bytes
+
+
+def test_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipes, "MEASURE_S", 0)
+    assert 0 < recipes.seconds_per_image(recipe_of("fashion-mnist"), 10, "cpu") < 10
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def test_the_list_fits_and_hours_scale(monkeypatch: pytest.MonkeyPatch, kdcache: Run) -> None:
+    asked = []
+
+    def pace(recipe: Recipe, classes: int, device: str) -> float:
+        asked.append((recipe.student, recipe.spec.view.size_px))
+        return 36.0
+
+    monkeypatch.setattr(recipes, "seconds_per_image", pace)
+    result = kdcache("recipes", "--device", "cpu")
+    lines = result.out.splitlines()
+    assert [line.split()[0] for line in lines] == ["recipe", *NAMES]
+    assert max(map(len, lines)) <= 100
+    assert len(asked) == len(set(asked)) == 3
+    found = json.loads(kdcache("recipes", "--json", "--device", "cpu").out)["recipes"]
+    for one in found:
+        assert one["hours"] == pytest.approx(one["steps"] * one["spec"]["batch_size"] / 100)
+
+
+def test_one_recipe_in_full(kdcache: Run) -> None:
+    out = kdcache("recipes", "sun-long", "--no-measure").out
+    for field in fields(TrainSpec):
+        assert field.name in out or field.name == "teacher_view"
+    found = json.loads(kdcache("recipes", "sun-long", "--no-measure", "--json").out)
+    assert found["spec"] == recipe_of("sun-long").spec.to_json()
+    assert found["hours"] is None
+    assert found["command"] == command_of(recipe_of("sun-long"))
+    refused = kdcache("recipes", "sun", "--no-measure")
+    assert refused.code == 2
+    assert "unknown recipe 'sun'" in refused.err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_of_a_recipe_says_all_of_it(name: str) -> None:
+    spec, train = recipe_of(name).spec, typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    given: dict[str, Any] = train.make_context("train", command_of(recipe_of(name))[2:]).params
+    renamed = {"size_px": "size", "seed": "view_seed"}
+    for field in fields(ViewSpec):
+        if field.name != "version":
+            assert given[renamed.get(field.name, field.name)] == getattr(spec.view, field.name)
+    for field in fields(TrainSpec):
+        if field.name not in ("view", "teacher_view"):
+            found = given[field.name]
+            assert (found or 0) == (getattr(spec, field.name) or 0), field.name
+
+
+def test_costs_on_other_data(digits: Dataset, kdcache: Run) -> None:
+    options = ("--data", digits.path, "--no-measure", "--json")
+    found = json.loads(kdcache("recipes", "pet-fast", *options).out)
+    assert (found["samples"], found["classes"], found["steps"]) == (1500, 10, 2 * 1000)
+
+
+def test_without_timm_the_list_has_no_hours(monkeypatch: pytest.MonkeyPatch, kdcache: Run) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    result = kdcache("recipes", "pet-fast")
+    assert "no hours of timm:resnetv2_50x1_bit: timm is not installed" in result.err
+    assert "hours" not in result.out
+
+
+@pytest.mark.slow  # of the import of torch
+def test_the_list_needs_no_ffcv() -> None:
+    code = (
+        "import sys; sys.modules['ffcv'] = None\n"
+        "sys.argv = ['kdcache', 'recipes', '--no-measure']\n"
+        "from kdcache.cli import main; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "flowers-long" in result.stdout
+
+
+# --- the page --------------------------------------------------------------------------------
+
+
+def page_table() -> str:
+    chosen = [recipe_of(name) for name in NAMES]
+    lines = table(chosen, [cost_of(one) for one in chosen], [None] * len(chosen))
+    return "".join(line.rstrip() + "\n" for line in lines)
+
+
+def test_the_page_is_current() -> None:
+    found = FENCE.search(PAGE.read_text())
+    assert found, "no table"
+    assert found[0] == page_table(), "write it anew: python -m tests.test_recipes"
+
+
+def test_commands_of_the_page_can_be_typed() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    lines = re.findall(r"^kdcache (.*(?:\\\n.*)*)$", PAGE.read_text(), re.MULTILINE)
+    assert len(lines) > 3
+    for line in lines:
+        name, *rest = shlex.split(line, comments=True)
+        commands[name].make_context(name, rest)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(FENCE.sub(lambda _: page_table(), PAGE.read_text()))
