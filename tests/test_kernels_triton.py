@@ -293,6 +293,20 @@ def test_what_is_no_number_comes_out_as_none(
 
 
 @kernel
+@pytest.mark.parametrize("tiles", [False, True])
+def test_a_teacher_that_is_no_number_makes_its_row_nan(
+    tiles: bool, request: pytest.FixtureRequest
+) -> None:
+    """What `precompute.ask` makes of a failing teacher where it does not wait for the device."""
+    _choose(tiles, request)
+    p = problem(3, 700, None, tail="none").to(DEVICE)
+    p.values[1] = float("nan")
+    for loss_B, gradient in (recompute(p, torch.ones(3, device=DEVICE)), in_forward(p, 1)):
+        assert loss_B.isnan().tolist() == [False, True, False]
+        assert gradient.isnan().all(1).tolist() == [False, True, False]
+
+
+@kernel
 @pytest.mark.parametrize("C", [5, 8, 19, 24, 31])
 def test_every_element_of_a_row_is_stored_once(C: int) -> None:
     """Twice would be a race of two threads whose values may differ in their last bit."""
