@@ -1,10 +1,11 @@
-"""A picture of a tape: samples, the views made of them, and what the teacher said of each view.
+"""Pictures: of a tape (samples, their views, what the teacher said of each), and of the set-ups.
 
-In: a tape and its data. Out: a PNG. Needs matplotlib.
+In: a tape and its data, or data alone. Out: a PNG. Needs matplotlib.
 """
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,14 @@ from numpy.typing import NDArray
 from kdcache.dataset import Dataset
 from kdcache.errors import MissingDependency, UsageError
 from kdcache.loader import Loader
+from kdcache.setups import SETUPS, Setup
 from kdcache.spec import evaluation_views
 from kdcache.tape import Tape
-from kdcache.views import MIX_UNIT, position
+from kdcache.views import MIX_UNIT, order, position
+
+TEACHER, STUDENT, BOTH = "#c8642a", "#2f6ca8", "#3b8752"  # frames
+EPOCHS = 3
+SIDE = 3  # an average is shown as a square of so many views a side
 
 
 def draw_views(
@@ -67,6 +73,97 @@ def draw_views(
     title = "What the student sees, and what the tape says the teacher answered"
     figure.suptitle(title, y=0.985, fontsize=min(12, 1.5 * figure.get_figwidth()))
     figure.savefig(out)
+
+
+def draw_setups(dataset: Dataset, out: Path, *, sample: int, size_px: int, seed: int = 0) -> None:
+    """A PNG: a row for each set-up, what teacher and student see of a sample in three epochs.
+
+    Raises MissingDependency without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependency("pictures need matplotlib: pip install 'kdcache[plot]'") from error
+    figure = Figure(figsize=(11, 1.26 * len(SETUPS) + 0.75), dpi=100)
+    grid = figure.add_gridspec(
+        len(SETUPS), 1 + 3 * EPOCHS, width_ratios=[2.5] + [1, 1, 0.12] * EPOCHS,
+        hspace=0.08, wspace=0.1, left=0.012, right=1, top=1 - 0.72 / figure.get_figheight(),
+        bottom=0.01,
+    )  # fmt: skip
+    for row, setup in enumerate(SETUPS):
+        axis = figure.add_subplot(grid[row, 0])
+        axis.axis("off")
+        axis.text(0, 0.97, setup.name, fontsize=12.5, weight="bold", va="top")
+        axis.text(0, 0.77, f"the paper's {setup.paper}", fontsize=9, va="top", color="#666666")
+        lines = textwrap.fill(setup.sees, 38)
+        axis.text(0, 0.59, lines, fontsize=9, va="top", linespacing=1.25)
+        for epoch, (teacher, student) in enumerate(_seen(setup, dataset, sample, size_px, seed)):
+            axes = [figure.add_subplot(grid[row, 1 + 3 * epoch + side]) for side in (0, 1)]
+            same = teacher.shape == student.shape and bool((teacher == student).all())
+            for axis, image, own in zip(axes, (teacher, student), (TEACHER, STUDENT), strict=True):
+                _frame(axis, image, BOTH if same else own)
+            if row == 0:
+                for axis, who in zip(axes, ("teacher", "student"), strict=True):
+                    axis.set_title(who, fontsize=10, pad=4)
+                axes[0].text(
+                    1.05, 1.27, f"epoch {epoch}", transform=axes[0].transAxes, fontsize=12,
+                    weight="bold", ha="center", va="bottom",
+                )  # fmt: skip
+    top = 1 - 0.2 / figure.get_figheight()
+    legend = (
+        (0.012, "#333333", "Frames:"), (0.072, BOTH, "both see it"), (0.155, TEACHER, "teacher"),
+        (0.219, STUDENT, "student"),
+    )  # fmt: skip
+    for x, colour, text in legend:
+        figure.text(x, top, text, color=colour, fontsize=9.5, weight="bold", va="center")
+    figure.savefig(out)
+
+
+def _seen(
+    setup: Setup, dataset: Dataset, sample: int, size_px: int, seed: int
+) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+    """What teacher and student see of a sample in the first epochs, as pictures [H, W, 3]."""
+    student = setup.student_view({"size_px": size_px, "seed": seed}, size_px)
+    shown = []
+    with Loader(dataset, student, 2, teacher_view=setup.teacher_view(student)) as loader:
+        for epoch in range(EPOCHS):
+            place = int(position(student, epoch, len(dataset))[sample])
+            pair = np.arange(place & ~1, min((place | 1) + 1, len(dataset)))
+            batch = next(iter(loader.batches(epoch, pair)))
+            i = int(np.argmax(batch.samples_B == sample))
+            both = (batch.for_teacher[i], batch.images_BCHW[i])
+            shown.append((both[0].permute(1, 2, 0).numpy(), both[1].permute(1, 2, 0).numpy()))
+    if setup.average:
+        mosaic = _mosaic(setup, dataset, sample, size_px, seed)
+        return [(mosaic, image) for _, image in shown]
+    # A fixed teacher looks once.
+    return [(shown[0][0], image) for _, image in shown] if setup.fixed else shown
+
+
+def _mosaic(
+    setup: Setup, dataset: Dataset, sample: int, size_px: int, seed: int
+) -> NDArray[np.uint8]:
+    """Some of the views that are averaged, in one picture."""
+    student = setup.student_view({"size_px": size_px, "seed": seed}, size_px)
+    view = setup.tape_view(student)
+    gap = max(1, size_px // 24)
+    out = np.full(((size_px + gap) * SIDE - gap, (size_px + gap) * SIDE - gap, 3), 255, np.uint8)
+    with Loader(dataset, view, 1) as loader:
+        for number in range(SIDE**2):
+            place = np.flatnonzero(order(view, number, len(dataset)) == sample)
+            image = next(iter(loader.batches(number, place))).images_BCHW[0].permute(1, 2, 0)
+            top, left = (size_px + gap) * (number // SIDE), (size_px + gap) * (number % SIDE)
+            out[top : top + size_px, left : left + size_px] = image.numpy()
+    return out
+
+
+def _frame(axis: Any, image: NDArray[np.uint8], colour: str) -> None:
+    axis.imshow(image, interpolation="lanczos" if len(image) > 64 else "nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_color(colour)
+        spine.set_linewidth(2.5)
 
 
 def _show(axis: Any, image_CHW: torch.Tensor, title: str, caption: str) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache import setups, views
+from kdcache import picture, setups, views
 from kdcache.classifier import Classifier
 from kdcache.dataset import Dataset
 from kdcache.errors import TapeMismatch, UsageError
@@ -500,3 +500,30 @@ def other_teacher(num_classes: int) -> nn.Module:
 
 def seven_classes(num_classes: int | None) -> nn.Module:
     return other_teacher(7)
+
+
+# --- the picture -----------------------------------------------------------------------------
+
+
+def test_the_picture_shows_what_either_side_sees(
+    photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], tmp_path: Path
+) -> None:
+    for setup in SETUPS:
+        wanted = DEFINITIONS[setup.name]
+        shown = picture._seen(setup, photos, 7, SIZE, SEED)
+        assert len(shown) == 3
+        for epoch, (teacher, student) in enumerate(shown):
+            assert (student == by_sample(cv2, stored, wanted.student, epoch)[7]).all()
+            if not setup.average:
+                number = wanted.teacher_views(epoch)[0]
+                assert (teacher == by_sample(cv2, stored, wanted.teacher, number)[7]).all()
+                continue
+            assert teacher.shape == (3 * SIZE + 2, 3 * SIZE + 2, 3)
+            fifth = teacher[SIZE + 1 : 2 * SIZE + 1, SIZE + 1 : 2 * SIZE + 1]
+            assert (fifth == by_sample(cv2, stored, wanted.teacher, 4)[7]).all()
+
+
+def test_the_picture_is_a_picture(photos: Dataset, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture.draw_setups(photos, tmp_path / "x.png", sample=7, size_px=SIZE)
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

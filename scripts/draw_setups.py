@@ -1,0 +1,28 @@
+"""docs/setups.png: python scripts/draw_setups.py
+
+What teacher and student see of one of scikit-learn's photos in each set-up.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from kdcache.dataset import convert
+from kdcache.picture import draw_setups
+from kdcache.sources import Source
+
+OUT = Path(__file__).parents[1] / "docs" / "setups.png"
+SEED = 24  # whose three mixtures all show both photos
+
+if __name__ == "__main__":
+    photos = load_sample_images().images
+    with tempfile.TemporaryDirectory() as folder:
+        source = Source(("temple", "flower"), list(photos), [0, 1])
+        dataset, _ = convert(source, Path(folder) / "photos.beton")
+        draw_setups(dataset, OUT, sample=0, size_px=160, seed=SEED)
+    # A quarter of the bytes.
+    Image.open(OUT).convert("RGB").quantize(256).save(OUT, optimize=True)
