@@ -5,15 +5,19 @@ from __future__ import annotations
 import builtins
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from kdcache import checkpoint
+from kdcache.classifier import Classifier
 from kdcache.errors import MissingDependency, UsageError
 from kdcache.optimizers import learning_rate, optimizer_of, warmup_steps
 from kdcache.spec import TrainSpec, ViewSpec
+from kdcache.train import State
 
 SPEC = TrainSpec("labels", ViewSpec(8), epochs=1, batch_size=8, lr=0.02, weight_decay=0.1)
 NAMES = ("adamw", "sgd", "soap")
@@ -37,54 +41,34 @@ def network() -> nn.Sequential:
     return nn.Sequential(*parts).to(memory_format=torch.channels_last)
 
 
-def taken(value: Any) -> Any:
-    """As a checkpoint keeps it: only what JSON and contiguous tensors say."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone(memory_format=torch.contiguous_format)
-    if isinstance(value, dict):
-        assert all(isinstance(key, str | int) for key in value)
-        return {key: taken(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(taken(one) for one in value)
-    assert value is None or isinstance(value, bool | int | float | str), type(value)
-    return value
-
-
-def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    optimizer.load_state_dict(state)
-    for weight, kept in optimizer.state.items():
-        for name, value in kept.items():
-            if isinstance(value, torch.Tensor) and value.shape == weight.shape:
-                kept[name] = torch.empty_like(weight).copy_(value)
-
-
-def train(spec: TrainSpec, cut: int | None = None) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Some steps; at `cut` all goes on in a new network and a new optimizer."""
-    model, batches = network(), torch.Generator().manual_seed(1)
-    optimizer = optimizer_of(model, spec)
+def train(spec: TrainSpec, cut: Path | None = None, at: int = 0) -> State:
+    """Some steps; at one of them all goes through the file `cut` and on in a new state."""
+    state, batches = fresh(spec), torch.Generator().manual_seed(1)
     for step in range(STEPS):
-        if step == cut:
-            state = taken({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-            model = network()
-            model.load_state_dict(state["model"])
-            optimizer = optimizer_of(model, spec)
-            restore(optimizer, state["optimizer"])
-        images = torch.randn(16, 3, 8, 8, generator=batches)
+        if cut and step == at:
+            checkpoint.save(cut, state.state_dict())
+            state = fresh(spec)
+            state.load_state_dict(checkpoint.load(cut))
+        images = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8, generator=batches)
         labels = torch.randint(5, (16,), generator=batches)
-        for group in optimizer.param_groups:
+        for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(spec, step, STEPS)
-        optimizer.zero_grad()
-        logits = model(images.to(memory_format=torch.channels_last))
+        state.optimizer.zero_grad()
+        logits = state.student(images.contiguous(memory_format=torch.channels_last))
         nn.functional.cross_entropy(logits, labels).backward()
-        optimizer.step()
-    return model, optimizer
+        state.optimizer.step()
+    return state
+
+
+def fresh(spec: TrainSpec) -> State:
+    return State(spec, Classifier(network(), "test", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("cut", [1, 15, 20])
-def test_a_state_goes_through_a_file_and_on_to_the_bit(name: Any, cut: int) -> None:
+@pytest.mark.parametrize("at", [1, 15, 20])
+def test_a_state_goes_through_a_file_and_on_to_the_bit(name: Any, at: int, tmp_path: Path) -> None:
     spec = replace(SPEC, optimizer=name)
-    undisturbed, resumed = train(spec)[0], train(spec, cut)[0]
+    undisturbed, resumed = train(spec).student, train(spec, tmp_path / "state", at).student
     for a, b in zip(undisturbed.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(next(undisturbed.parameters()), next(network().parameters()))
@@ -100,7 +84,7 @@ def test_a_state_is_laid_out_by_a_rule(name: Any) -> None:
                 same = value.shape == weight.shape
                 assert value.stride() == weight.stride() if same else value.is_contiguous()
 
-    optimizer = train(replace(SPEC, optimizer=name))[1]
+    optimizer = train(replace(SPEC, optimizer=name)).optimizer
     assert len(optimizer.state) == 9
     for weight, kept in optimizer.state.items():
         check(weight, kept.values())
