@@ -47,6 +47,7 @@ OPTIONS = {
     ],
     "export": ["--top-k", "--json"],
     "import": ["--data", "--average", "--names", "--dtype", "--json"],
+    "recipes": ["--data", "--no-measure", "--device", "--json"],
     "demo": ["--out", "--epochs"],
     "bench": [],
 }  # fmt: skip
