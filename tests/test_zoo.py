@@ -12,7 +12,7 @@ from torch import nn
 
 from kdcache import models
 from kdcache.errors import UsageError
-from kdcache.zoo import natural_size_px
+from kdcache.zoo import from_torchvision, natural_size_px
 
 
 def views(size_px: int, count: int = 2) -> torch.Tensor:
@@ -65,14 +65,15 @@ def test_networks_with_auxiliary_heads_train_without_them(
     student = models.load(f"torchvision:{name}", "student", num_classes=7, size_px=size_px)
     assert student.training
     assert student(views(size_px, 4)).shape == (4, 7)
-    # torchvision's way to these weights normalises within the network.
-    network = build(name, transform_input=True, init_weights=False).eval()
+    # torchvision's way to these weights normalises a second time, within the network.
+    network: Any = build(name, transform_input=True, init_weights=False)
     give_weights(monkeypatch, network.state_dict())
     teacher = models.load(f"torchvision:{name}", "teacher", num_classes=None, size_px=size_px)
     mean = torch.tensor(models.IMAGENET_MEAN).view(1, 3, 1, 1)
     std = torch.tensor(models.IMAGENET_STD).view(1, 3, 1, 1)
-    expected = network((views(size_px) / 255 - mean) / std)
-    torch.testing.assert_close(teacher(views(size_px)), expected, rtol=1e-3, atol=1e-3)
+    expected = network._transform_input((views(size_px) / 255 - mean) / std)
+    found = (views(size_px) / 255 - teacher.mean) / teacher.std
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert models.start_from(student, "pretrained") == ["fc.weight", "fc.bias"]
     assert torch.equal(student.mean, teacher.mean)
     torch.testing.assert_close(
@@ -162,6 +163,18 @@ def test_the_size_that_a_model_asks_for(name: str, size_px: int | None) -> None:
     if name.startswith("timm:"):
         pytest.importorskip("timm")
     assert natural_size_px(name) == size_px
+
+
+def test_a_network_is_built_for_the_size_that_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def get_model(name: str, **options: Any) -> nn.Module:
+        seen.update(options)
+        return nn.Identity()
+
+    monkeypatch.setattr(torchvision.models, "get_model", get_model)
+    from_torchvision("vit_h_14", "student", 5)
+    assert seen == {"weights": None, "num_classes": 5, "image_size": 518}
 
 
 def test_a_model_takes_the_size_that_it_asks_for() -> None:
