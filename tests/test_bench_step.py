@@ -219,7 +219,8 @@ def test_the_whole_benchmark(
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(page, "RESULTS", tmp_path)
     monkeypatch.setattr(page, "COMMANDS", {"step": page.COMMANDS["step"]})
-    monkeypatch.setattr(sys, "argv", "b --rounds 1 --samples 0 --photos 32 --save".split())
+    options = "--rounds 1 --samples 0 --photos 32 --photo-px 32 --save"
+    monkeypatch.setattr(sys, "argv", ["bench_step", *options.split()])
     bench_step.main()
     text, printed = page.page(), capsys.readouterr().out
     for words in ("train, cached / plain loop", "student, forward / teacher, forward", "optimizer"):
