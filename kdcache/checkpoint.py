@@ -30,6 +30,7 @@ from kdcache.store import keep
 VERSION = "1"
 SUFFIX = ".safetensors"
 PARTIAL = ".partial"
+REMEDY = "remove it, and --resume goes on from the checkpoint before, or from the start"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -56,21 +57,17 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """The values that were saved, on the CPU. Raises CheckpointCorrupt, naming the file."""
-    remedy = "remove it, and --resume goes on from the checkpoint before, or from the start"
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         if about.get("kdcache") != VERSION:
-            found = about.get("kdcache")
-            raise CheckpointCorrupt(
-                f"{path} is not a checkpoint of version {VERSION}, but of {found}: {remedy}"
-            )
+            raise CheckpointCorrupt(f"{path} is no checkpoint of version {VERSION}: {REMEDY}")
         if _digest(about["state"], tensors) != about["sha256"]:
-            raise CheckpointCorrupt(f"{path} is damaged: its digest is another; {remedy}")
+            raise CheckpointCorrupt(f"{path} is damaged: its digest is another; {REMEDY}")
         state: dict[str, Any] = _unpacked(json.loads(about["state"]), tensors)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointCorrupt(f"cannot read {path}: {error}; {remedy}") from error
+        raise CheckpointCorrupt(f"cannot read {path}: {error}; {REMEDY}") from error
     return state
 
 

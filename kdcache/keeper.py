@@ -22,20 +22,21 @@ NOTHING, SAVE = 0, 1  # what a process asks of all; from 2 on it is the number o
 
 @dataclass(frozen=True)
 class Schedule:
-    """When to do what, in steps; None: never.
+    """When to do what; None: never.
 
-    checkpoint_every, minutes   a checkpoint is due after so many steps, and after so much time
-    evaluate_every              an evaluation, which also keeps the best weights
+    checkpoint_every, checkpoint_minutes   a checkpoint: after so many steps, and so much time
+    eval_every                             after so many steps a checkpoint and an evaluation,
+                                           which also keeps the best weights
     """
 
     checkpoint_every: int | None = None
-    minutes: float | None = None
-    evaluate_every: int | None = None
+    checkpoint_minutes: float | None = None
+    eval_every: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if value is not None and not value > 0:
-                raise UsageError(f"{name.replace('_', ' ')} must be above 0, not {value}")
+                raise UsageError(f"{name.replace('_', '-')} must be above 0, not {value}")
 
 
 class Stopped(Exception):
@@ -48,7 +49,8 @@ class Stopped(Exception):
 
 
 class Keeper:
-    """To be called after each step, in every process, with the state.
+    """To be called after each step, in every process, with the state; `go_on` with the first one
+    of a run that goes on.
 
     run       the folder, in the first process; None in the others
     evaluate  measures the student as it is now, in all processes together
@@ -80,16 +82,27 @@ class Keeper:
 
     def __call__(self, state: State) -> None:
         wish = self.world.largest_soon(max(self.signal(), SAVE * self._time_is_up()))
-        if self.evaluate and _due(state.step, self.schedule.evaluate_every):
-            self._measure(state)
         last = state.step == self.steps
-        if wish or last or _due(state.step, self.schedule.checkpoint_every):
+        measures = self._measures(state)
+        if wish or last or measures or _due(state.step, self.schedule.checkpoint_every):
             self._save(state)
         if wish > SAVE and not last:
+            self.world.wait()  # one that ended earlier would have torchrun end the one that writes
             raise Stopped(wish, state.step)
+        if measures:
+            self._measure(state)
+
+    def go_on(self, state: State) -> None:
+        """To be called with the state of a checkpoint, before its next step: it was kept before
+        the evaluation, so that one that takes long loses nothing."""
+        if self._measures(state):
+            self._measure(state)
+
+    def _measures(self, state: State) -> bool:
+        return self.evaluate is not None and _due(state.step, self.schedule.eval_every)
 
     def _time_is_up(self) -> bool:
-        minutes = self.schedule.minutes
+        minutes = self.schedule.checkpoint_minutes
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def _save(self, state: State) -> None:

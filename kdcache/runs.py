@@ -16,19 +16,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from kdcache import __version__, checkpoint, models
 from kdcache.dataset import Dataset
-from kdcache.errors import MissingDependency, StorageError, UsageError
+from kdcache.errors import CheckpointCorrupt, MissingDependency, StorageError, UsageError
 from kdcache.evaluate import Evaluation
 from kdcache.models import Classifier
-from kdcache.spec import TrainSpec, canonical_json, digest
+from kdcache.spec import TrainSpec
 from kdcache.store import keep
 
 SPEC_FILE = "spec.json"
@@ -68,11 +70,28 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def checkpoints(folder: Path) -> list[Path]:
     """A run's, the oldest first."""
-    return sorted((folder / CHECKPOINTS).glob("[0-9]*" + checkpoint.SUFFIX))
+    return sorted((folder / CHECKPOINTS).glob("[0-9]" * 10 + checkpoint.SUFFIX))
 
 
 def is_finished(folder: Path) -> bool:
     return (folder / models.RUN_FILE).is_file()
+
+
+def _different(here: object, there: object, name: str = "") -> str:
+    """The fields in which two identities differ, as "field: expected, found" phrases."""
+    if isinstance(here, dict) and isinstance(there, dict):
+        parts = [
+            _different(value, there.get(key), f"{name}.{key}" if name else key)
+            for key, value in here.items()
+        ]
+        return "; ".join(filter(None, parts))
+    if here == there:
+        return ""
+    return f"{name or 'spec'}: {_short(here)} here, {_short(there)} there"
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 class Run:
@@ -82,8 +101,11 @@ class Run:
     keep         how many checkpoints
     tensorboard  also write the log for TensorBoard, to tensorboard/
 
-    Raises UsageError where the folder holds another run, or any while `resume` is off. A run that
-    fails before its first log line leaves nothing.
+    Raises UsageError where the folder holds another run, or any while `resume` is off;
+    CheckpointCorrupt where the newest checkpoint is not what was written. A run that fails before
+    its first log line leaves nothing. A finished run is only read.
+
+    resumed   what the newest checkpoint holds; None where there is none
     """
 
     def __init__(
@@ -95,87 +117,110 @@ class Run:
         keep: int = KEPT,
         tensorboard: bool = False,
     ) -> None:
-        self.folder = folder
-        self.keep = keep
-        self.identity = digest(identity)
-        goes_on = resume and folder.is_dir() and any(folder.iterdir())
-        if goes_on:
+        if keep < 1:
+            raise UsageError(f"keep must be at least 1 checkpoint, not {keep}")
+        self.folder, self.keep, self.identity = folder, keep, identity
+        self.finished = is_finished(folder)
+        self.resumed: dict[str, Any] | None = None
+        self._log: TextIO | None = None
+        self._board: Any = None
+        self._logged = False
+        # A kill may have left nothing but a folder, or the first file's beginning.
+        held = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
+        self._begun = not held - {SPEC_FILE + checkpoint.PARTIAL}
+        if not self._begun and resume:
             self._require(identity)
         elif folder.exists() and not (resume and folder.is_dir()):
             line = f"{folder} exists; choose another --out, or remove it"
-            if (folder / SPEC_FILE).exists() and not is_finished(folder):
+            if SPEC_FILE in held and not self.finished:
                 line += ", or give --resume to go on with the run in it"
             raise UsageError(line)
+        if self.finished:
+            return
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not goes_on:
-                _write(folder / SPEC_FILE, identity)
-            newest = checkpoints(self.folder)[-1:]
-            self.resumed = checkpoint.load(newest[0]) if newest else None
-            step = int(newest[0].stem) if newest else 0
-            self._cut_log(step)
-            self._log = (folder / LOG_FILE).open("a")
-            self._board = _board(folder / BOARD, step) if tensorboard else None
-        except OSError as error:
-            if isinstance(error, StorageError):
-                raise
-            raise StorageError(f"cannot make {folder}: {error.strerror}") from error
-        if self.resumed is not None and self.resumed["run"] != self.identity:
-            raise UsageError(f"{newest[0]} is a checkpoint of another run: remove it")
+            self._open(tensorboard)
+        except BaseException as error:
+            self.__exit__()
+            if isinstance(error, OSError) and not isinstance(error, StorageError):
+                raise StorageError(f"cannot write {folder}: {error.strerror}") from error
+            raise
+
+    def _open(self, tensorboard: bool) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._begun:
+            _write(self.folder / SPEC_FILE, self.identity)
+        for partial in (self.folder / CHECKPOINTS).glob("*" + checkpoint.PARTIAL):
+            partial.unlink()
+        for newest in checkpoints(self.folder)[-1:]:
+            self.resumed = checkpoint.load(newest)
+            different = _different(self.identity, self.resumed.get("run"))
+            if different:
+                raise UsageError(
+                    f"{newest} is a checkpoint of another run ({different}): {checkpoint.REMEDY}"
+                )
+            if self.resumed["step"] != int(newest.stem):
+                raise CheckpointCorrupt(
+                    f"{newest} is of step {self.resumed['step']}: {checkpoint.REMEDY}"
+                )
+        step = self.resumed["step"] if self.resumed else 0
+        self._cut_log(step)
+        self._log = (self.folder / LOG_FILE).open("a")
+        if tensorboard:
+            self._board = _board(self.folder / BOARD, step)
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._log.close()
+        if self._log:
+            with contextlib.suppress(OSError):  # what did not fit was reported when it was written
+                self._log.close()
         if self._board:
             self._board.close()
-        if (self.folder / LOG_FILE).stat().st_size == 0 and not (
-            is_finished(self.folder) or checkpoints(self.folder)
+        if self._begun and not (
+            is_finished(self.folder) or checkpoints(self.folder) or self._logged
         ):
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _require(self, identity: dict[str, Any]) -> None:
         path = self.folder / SPEC_FILE
         try:
             found = json.loads(path.read_text())
-            different = [
-                f"{name}: {identity[name]} here, {found.get(name)} there"
-                for name in identity
-                if canonical_json(found.get(name)) != canonical_json(identity[name])
-            ]
         except FileNotFoundError:
             raise UsageError(
                 f"{self.folder} holds no run to go on with (no {SPEC_FILE}): choose another --out"
             ) from None
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise UsageError(f"{path} is damaged: {error}; choose another --out") from error
+        different = _different(identity, found)
         if different:
             raise UsageError(
-                f"{self.folder} holds another run ({'; '.join(different)}): give the options that "
-                "it was begun with, or choose another --out"
+                f"{self.folder} holds another run ({different}): give the options that it was "
+                "begun with, or choose another --out"
             )
 
     def _cut_log(self, step: int) -> None:
-        """Take lines of later steps, and one that was not written to its end, off the log."""
+        """Take off the log what comes after the checkpoint of this step: lines of later steps, the
+        evaluation after it, and a line that was not written to its end."""
         path = self.folder / LOG_FILE
         if not path.exists():
             return
         lines = []
-        for line in path.read_text().splitlines(keepends=True):
-            with contextlib.suppress(ValueError, KeyError):
-                if json.loads(line)["step"] <= step:
+        for line in path.read_text(errors="replace").splitlines(keepends=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                if record["step"] + ("evaluation" in record) <= step:
                     lines.append(line)
-        path.write_text("".join(lines))
+        partial = path.with_name(path.name + checkpoint.PARTIAL)
+        partial.write_text("".join(lines))
+        keep(partial, path)
 
     def log(self, record: dict[str, Any]) -> None:
-        try:
-            self._log.write(json.dumps(record) + "\n")
-            self._log.flush()
-        except OSError as error:
-            raise StorageError(
-                f"cannot write {self.folder / LOG_FILE}: {error.strerror}"
-            ) from error
+        """Add a line. Raises StorageError."""
+        with self._writing_log() as log:
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+        self._logged = True
         if self._board:
             for name, value in {**record, **record.get("evaluation", {})}.items():
                 if isinstance(value, int | float) and name != "step":
@@ -184,10 +229,21 @@ class Run:
     def save(self, state: dict[str, Any]) -> None:
         """Keep a checkpoint, and of the older ones the last few. Raises StorageError; what was
         kept before is then still there."""
+        with self._writing_log() as log:
+            os.fsync(log.fileno())
         path = checkpoint_path(self.folder, state["step"])
         checkpoint.save(path, {**state, "run": self.identity})
         for old in checkpoints(self.folder)[: -self.keep]:
             old.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _writing_log(self) -> Iterator[TextIO]:
+        assert self._log is not None
+        try:
+            yield self._log
+        except OSError as error:
+            path = self.folder / LOG_FILE
+            raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
     def finish(self, record: dict[str, Any], student: Classifier) -> None:
         """Write weights and run.json; checkpoints have served."""

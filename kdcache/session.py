@@ -100,6 +100,8 @@ def run(
             on_step(step)
 
         on_start(state.step, steps)
+        if kept:
+            keeper.go_on(state)
         train(
             job.spec, job.dataset, job.student, job.targets, labels=job.labels, state=state,
             world=world, workers=workers, log_every=log_every, on_step=logged, after_step=keeper,

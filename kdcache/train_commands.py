@@ -182,9 +182,10 @@ def train(
         given_view(view_seed, size, crop, min_area, flip, mixup),
     )  # fmt: skip
     schedule = keeper.Schedule(checkpoint_every, checkpoint_minutes, eval_every)
-    with processes.World(*rank()) as world, _stop_signal() as stop:
+    with processes.World(*rank(), asked.device) as world, _stop_signal() as stop:
         job = job_of(asked)
         with _Report(f"train {mode}", job.spec.batch_size) as report:
+            finished = runs.is_finished(out)
             try:
                 record = session.run(
                     job, out, world=world, schedule=schedule, resume=resume, keep=keep,
@@ -202,6 +203,8 @@ def train(
                 if not kept:
                     raise
                 raise NonFinite(f"{error}; the checkpoint of step {kept[-1]} is kept") from error
+    if finished:
+        notice(f"{out} was finished: there was nothing to go on with")
     if world.first:
         _show(record, out, as_json)
 
@@ -209,7 +212,9 @@ def train(
 @contextmanager
 def _stop_signal() -> Iterator[Callable[[], int]]:
     """Within, SIGTERM and Ctrl-C only set what the value gives: their number; 0 before. A second
-    Ctrl-C does not wait."""
+    Ctrl-C does not wait; nor does a process whose others have ended."""
+    from kdcache.processes import is_lost
+
     came = 0
 
     def note(number: int, frame: object) -> None:
@@ -220,6 +225,10 @@ def _stop_signal() -> Iterator[Callable[[], int]]:
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: came
+    except RuntimeError as error:
+        if came and is_lost(error):
+            raise typer.Exit(128 + came) from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -15,8 +15,8 @@ from kdcache.kernels import ops
 from kdcache.loss import distillation_loss
 from kdcache.precompute import precompute, tape_spec
 from kdcache.records import TargetSource
-from kdcache.spec import ViewSpec
-from kdcache.train import TrainSpec, set_determinism, train
+from kdcache.spec import TrainSpec, ViewSpec
+from kdcache.train import set_determinism, train
 from tests.conftest import TEACHER
 
 VIEW = ViewSpec(8, min_area=0.4, mixup=1.0, seed=5)

@@ -1,10 +1,8 @@
-"""The loop: its schedule, its determinism, the views it plays, and the run it leaves."""
+"""The loop: its determinism, the views that it plays, what it tells, and how it ends early."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,28 +10,24 @@ import pytest
 import torch
 from torch import nn
 
-import kdcache
 from kdcache import models
 from kdcache.dataset import Dataset
-from kdcache.errors import DatasetCorrupt, NonFinite, StorageError, UsageError
+from kdcache.errors import DatasetCorrupt, NonFinite, UsageError
 from kdcache.evaluate import evaluate
 from kdcache.loader import Loader
+from kdcache.loss import distillation_loss
 from kdcache.models import Classifier
-from kdcache.records import Batch, Target
-from kdcache.spec import ViewSpec
-from kdcache.targets import LabelTargets
-from kdcache.train import (
-    Run,
-    Step,
-    TrainSpec,
-    learning_rate,
-    optimizer_of,
-    set_determinism,
-    train,
-)
+from kdcache.optimizers import learning_rate
+from kdcache.processes import ALONE
+from kdcache.records import Batch, Target, TemperedTarget
+from kdcache.spec import TrainSpec, ViewSpec
+from kdcache.targets import LabelTargets, OnlineTargets
+from kdcache.train import Meter, State, Step, set_determinism, train
+from tests.conftest import TEACHER
 
 STUDENT = "python:tests.conftest:convolutional_student"
 SPEC = TrainSpec("labels", ViewSpec(8, min_area=0.5), epochs=2, batch_size=64, deterministic=True)
+UNMIXED = replace(SPEC, view=replace(SPEC.view, mixup=0))
 
 
 def fresh(spec: TrainSpec = SPEC) -> Classifier:
@@ -42,8 +36,11 @@ def fresh(spec: TrainSpec = SPEC) -> Classifier:
 
 
 def trained(dataset: Dataset, spec: TrainSpec = SPEC) -> tuple[Classifier, list[Step]]:
-    student, steps = fresh(spec), []
-    train(spec, dataset, student, LabelTargets(10), workers=1, on_step=steps.append)
+    student = fresh(spec)
+    steps: list[Step] = []
+    train(
+        spec, dataset, student, LabelTargets(10), workers=1, log_every=4, on_step=steps.append
+    )  # fmt: skip
     return student, steps
 
 
@@ -56,8 +53,13 @@ def trained(dataset: Dataset, spec: TrainSpec = SPEC) -> tuple[Classifier, list[
         ({"lr": -1e-3}, "lr must be above 0, not -0.001"),
         ({"lr": float("nan")}, "lr must be above 0, not nan"),
         ({"weight_decay": -1.0}, "weight decay must be at least 0, not -1.0"),
-        ({"warmup": 1.0}, r"warmup must be in \[0, 1\), not 1.0"),
-        ({"warmup": -0.1}, r"warmup must be in \[0, 1\), not -0.1"),
+        ({"warmup": 1.5}, r"warmup must be a share in \[0, 1\) or a number of steps, not 1.5"),
+        ({"warmup": -0.1}, r"warmup must be a share in \[0, 1\) or a number of steps, not -0.1"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), not 1.0"),
+        ({"label_weight": 1.1}, r"label weight must be in \[0, 1\], not 1.1"),
+        ({"ema": 1.0}, r"ema must be a decay in \[0, 1\), not 1.0"),
+        ({"optimizer": "adam"}, "optimizer must be one of adamw, sgd, soap, not 'adam'"),
+        ({"precision": "float64"}, "precision must be one of float32, .*, not 'float64'"),
         ({"temperature": 0.0}, "temperature must be above 0, not 0.0"),
     ],
 )
@@ -89,18 +91,9 @@ def test_the_rate_at_known_steps() -> None:
 
 def test_the_logged_rate_is_the_schedules(digits_test: Dataset) -> None:
     _, steps = trained(digits_test)
-    assert [(s.step, s.steps, s.epoch) for s in steps] == [(8, 8, 1)]
+    assert [(s.step, s.steps, s.epoch) for s in steps] == [(4, 8, 0), (8, 8, 1)]
     assert steps[-1].lr == learning_rate(SPEC, 7, 8)
     assert steps[-1].rate > 0
-
-
-def test_weight_decay_spares_norms_and_biases() -> None:
-    student = fresh()
-    groups = optimizer_of(student, replace(SPEC, weight_decay=0.3)).param_groups
-    assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
-    assert all(w.ndim > 1 for w in groups[0]["params"])
-    assert all(w.ndim == 1 for w in groups[1]["params"])
-    assert sum(len(g["params"]) for g in groups) == len(list(student.parameters()))
 
 
 # --- determinism -----------------------------------------------------------------------------
@@ -147,6 +140,7 @@ def test_epochs_cycle_through_the_views(
 ) -> None:
     spy = Spy()
     spec = replace(SPEC, epochs=5, batch_size=100, views=views)
+    assert spec.view.mixup
     train(spec, digits_test, fresh(), spy)
     assert [b.view for b in spy.batches] == [v for v in played for _ in range(2)]
     assert [b.positions_B.tolist() for b in spy.batches] == 5 * [
@@ -156,7 +150,7 @@ def test_epochs_cycle_through_the_views(
 
 def test_one_batch_may_hold_all_samples(digits_test: Dataset) -> None:
     spy = Spy()
-    train(replace(SPEC, epochs=1, batch_size=297), digits_test, fresh(), spy)
+    train(replace(UNMIXED, epochs=1, batch_size=297), digits_test, fresh(), spy)
     assert [len(b) for b in spy.batches] == [297]
 
 
@@ -168,13 +162,30 @@ def test_a_batch_above_the_data_is_refused(digits_test: Dataset) -> None:
 # --- errors ----------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(digits_test: Dataset) -> None:
-    def targets(batch: Batch) -> Target:
-        logits = torch.full((len(batch), 10), torch.nan)
-        return Target(logits, None, None, 10)
+@pytest.mark.parametrize("bad", [1, 3, 4, 5, 8])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_own_step(
+    digits_test: Dataset, bad: int, value: float
+) -> None:
+    """Also where later losses are finite again, as they are for a target that was bad once."""
+    asked = 0
 
-    with pytest.raises(NonFinite, match="the loss is nan at step 8: lower --lr or raise --warmup"):
-        train(SPEC, digits_test, fresh(), targets)
+    def targets(batch: Batch) -> Target:
+        nonlocal asked
+        asked += 1
+        logits_BC = nn.functional.one_hot(batch.labels_B, 10).float() - 1
+        if asked == bad:
+            logits_BC[7, 3] = value
+        return Target(logits_BC, None, None, 10)
+
+    student = fresh()
+    before = [w.clone() for w in student.parameters()]
+    steps: list[Step] = []
+    words = f"the loss is not finite at step {bad}: lower --lr or raise --warmup"
+    with pytest.raises(NonFinite, match=words):
+        train(SPEC, digits_test, student, targets, log_every=4, on_step=steps.append)
+    assert [s.step for s in steps] == [4] * (bad > 4)
+    assert not all(map(torch.equal, before, student.parameters()))
 
 
 def test_a_weight_that_is_not_finite_is_not_kept(digits_test: Dataset) -> None:
@@ -190,75 +201,7 @@ def test_a_damaged_sample_ends_the_run(digits_test: Dataset) -> None:
     checksums[123] ^= 1
     damaged = replace(digits_test, checksums=checksums)
     with pytest.raises(DatasetCorrupt, match="sample 123 is damaged"):
-        train(replace(SPEC, batch_size=297), damaged, fresh(), LabelTargets(10))
-
-
-# --- the run's folder ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def finished(digits_test: Dataset, tmp_path: Path) -> tuple[Classifier, Path]:
-    student, _ = trained(digits_test)
-    run = Run(tmp_path / "runs" / "a")
-    run.log({"step": 1})
-    result = evaluate(student, digits_test, size_px=8)
-    run.finish(SPEC, digits_test, student, result, cache=None, teacher="someone", seconds=1.5)
-    return student, tmp_path / "runs" / "a"
-
-
-def test_a_run_says_how_it_was_made(
-    finished: tuple[Classifier, Path], digits_test: Dataset
-) -> None:
-    student, folder = finished
-    record = json.loads((folder / "run.json").read_text())
-    assert {k: record[k] for k in asdict(SPEC)} == json.loads(json.dumps(asdict(SPEC)))
-    assert record["student"] == STUDENT
-    assert record["classes"] == 10
-    assert record["class_names"] == list(digits_test.classes)
-    assert record["data"] == digits_test.fingerprint
-    assert record["weights"] == student.fingerprint()
-    assert (record["cache"], record["teacher"], record["seconds"]) == (None, "someone", 1.5)
-    assert (record["kdcache"], record["torch"]) == (kdcache.__version__, torch.__version__)
-    assert record["evaluation"]["samples"] == 297
-    assert (folder / "log.jsonl").read_text() == '{"step": 1}\n'
-    assert {f.name for f in folder.iterdir()} == {"run.json", "log.jsonl", "student.safetensors"}
-
-
-def test_a_runs_weights_come_back_as_they_were(finished: tuple[Classifier, Path]) -> None:
-    student, folder = finished
-    for role, name in (("teacher", str(folder)), ("student", STUDENT)):
-        again = models.load(str(folder), role, num_classes=10, size_px=8)  # type: ignore[arg-type]
-        assert again.fingerprint() == student.fingerprint()
-        assert again.name == name
-
-
-def test_a_run_is_finished_last(digits_test: Dataset, tmp_path: Path) -> None:
-    run = Run(tmp_path / "r")
-    with pytest.raises(UsageError, match=r"is not a finished run: it has no run\.json"):
-        models.load(str(tmp_path / "r"), "teacher", num_classes=10, size_px=8)
-    run.finish(SPEC, digits_test, fresh(), None)
-
-
-@pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
-def test_a_run_refuses_a_path_that_exists(tmp_path: Path, make: Any) -> None:
-    make(tmp_path / "r")
-    with pytest.raises(UsageError, match=r"r exists; choose another --out, or remove it"):
-        Run(tmp_path / "r")
-
-
-def test_a_run_below_a_file_is_a_storage_error(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match=r"cannot make .*Not a directory"):
-        Run(tmp_path / "file" / "r")
-
-
-def test_weights_that_share_memory_are_saved(digits_test: Dataset, tmp_path: Path) -> None:
-    """Safetensors refuses tensors that alias each other; tied weights are common."""
-    layer = nn.Linear(192, 192)
-    network = nn.Sequential(nn.Flatten(), layer, layer, nn.Linear(192, 10))
-    student = Classifier(network, "tied", (0.5,) * 3, (0.5,) * 3)
-    Run(tmp_path / "r").finish(SPEC, digits_test, student, None)
-    assert (tmp_path / "r" / "run.json").exists()
+        train(replace(UNMIXED, batch_size=297), damaged, fresh(), LabelTargets(10))
 
 
 def test_the_loader_is_closed_when_the_run_ends_early(
@@ -279,3 +222,171 @@ def test_the_loader_is_closed_when_the_run_ends_early(
         train(SPEC, digits_test, fresh(), broken)
     assert len(closed) == 1
     assert not closed[0]._passes
+
+
+# --- state -----------------------------------------------------------------------------------
+
+
+def test_after_step_sees_every_step_and_may_end_it(digits_test: Dataset) -> None:
+    seen: list[int] = []
+
+    def after(state: State) -> None:
+        seen.append(state.step)
+        if state.step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(SPEC, digits_test, fresh(), LabelTargets(10), after_step=after)
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_dropout_draws_depends_on_the_step_alone(digits_test: Dataset) -> None:
+    """Not on what was drawn before: a run that goes on draws what it would have drawn."""
+    weights = set()
+    for extra in (0, 3):
+        student = fresh()
+        train(
+            SPEC, digits_test, student, LabelTargets(10),
+            after_step=lambda state, extra=extra: torch.rand(extra),
+        )  # fmt: skip
+        weights.add(student.fingerprint())
+    assert len(weights) == 1
+
+
+def test_dropout_draws_anew_at_every_step_and_for_every_seed(digits_test: Dataset) -> None:
+    drawn: dict[int, list[float]] = {}
+    for seed in (0, 1):
+        drawn[seed] = []
+        train(
+            replace(SPEC, seed=seed), digits_test, fresh(), LabelTargets(10),
+            after_step=lambda state, seed=seed: drawn[seed].append(float(torch.rand(1))),
+        )  # fmt: skip
+    assert len({*drawn[0], *drawn[1]}) == 16
+
+
+# --- what it tells ---------------------------------------------------------------------------
+
+
+def test_agreement_is_the_share_of_the_targets_own_classes() -> None:
+    meter = Meter(torch.device("cpu"))
+    logits_BC = torch.tensor([[0.0, 2.0, 1.0], [5.0, 2.0, 1.0], [0.0, 2.0, 3.0]])
+    dense = Target(torch.tensor([[-1.0, 0, -2], [-1, 0, -2], [-9, -9, 0]]), None, None, 3)
+    meter.add(1, torch.tensor(3.0), logits_BC, dense)
+    classes_BK = torch.tensor([[2, 1], [1, 0], [0, 2]])
+    top = Target(torch.tensor([[-1.0, 0], [0, -1], [-1, 0]]), classes_BK, None, 3)
+    meter.add(2, torch.tensor(1.0), logits_BC, top)
+    mine = TemperedTarget(torch.tensor([[-1.0, -2], [-2, -1], [-2, -1]]), classes_BK, None, 2.0, 3)
+    meter.add(3, torch.tensor(2.0), logits_BC, mine)
+    assert meter.images == 9
+    assert meter.state_dict(ALONE)["sums"].tolist() == pytest.approx([6, 2 / 3 + 2 / 3 + 2 / 3])
+    assert meter.means(ALONE) == pytest.approx((2.0, 2 / 3))
+    assert (meter.steps, meter.images) == (0, 0)
+
+
+def test_a_logged_loss_is_the_mean_since_the_last_one(
+    digits_test: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = []
+
+    def recorded(*arguments: Any, **options: Any) -> torch.Tensor:
+        loss = distillation_loss(*arguments, **options)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr("kdcache.train.distillation_loss", recorded)
+    steps = trained(digits_test)[1]
+    assert [s.loss for s in steps] == pytest.approx([np.mean(losses[:4]), np.mean(losses[4:])])
+
+
+# --- the loss --------------------------------------------------------------------------------
+
+
+def test_a_label_weight_mixes_two_losses(digits_test: Dataset) -> None:
+    """0 is the teacher alone and 1 the labels alone, to the bit; between them it is neither."""
+    teacher = OnlineTargets(models.load(TEACHER, "teacher", num_classes=10, size_px=8))
+    labels = LabelTargets(10)
+
+    def weights(weight: float, *sources: Any) -> str:
+        student = fresh()
+        spec = replace(SPEC, label_weight=weight)
+        train(spec, digits_test, student, sources[0], labels=sources[1], workers=1)
+        return student.fingerprint()
+
+    assert weights(0, teacher, labels) == weights(0, teacher, None)
+    assert weights(1, teacher, labels) == weights(0, labels, None)
+    assert len({weights(w, teacher, labels) for w in (0, 0.5, 1)}) == 3
+    with pytest.raises(UsageError, match="a label weight needs labels"):
+        train(replace(SPEC, label_weight=0.5), digits_test, fresh(), teacher)
+
+
+def test_the_labels_share_of_the_loss(
+    digits_test: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step of plain descent goes the weighted mean of the ways that either goes."""
+    teacher = OnlineTargets(models.load(TEACHER, "teacher", num_classes=10, size_px=8))
+    spec = TrainSpec(
+        "online", SPEC.view, epochs=1, batch_size=296, optimizer="sgd", momentum=0.0,
+        weight_decay=0.0, warmup=0.0, lr=1e-3, deterministic=True,
+    )  # fmt: skip
+    monkeypatch.setattr("kdcache.train.GRADIENT_NORM", 1e9)
+    start = dict(fresh(spec).named_parameters())
+    moved = {}
+    for weight in (0.0, 0.25, 1.0):
+        student = fresh(spec)
+        train(
+            replace(spec, label_weight=weight), digits_test, student, teacher,
+            labels=LabelTargets(10), workers=1,
+        )  # fmt: skip
+        moved[weight] = (student.network[5].bias - start["network.5.bias"]).detach()
+    mean = 0.75 * moved[0.0] + 0.25 * moved[1.0]
+    torch.testing.assert_close(moved[0.25], mean, rtol=1e-3, atol=1e-7)
+
+
+def test_a_mixed_batch_is_of_whole_pairs(digits_test: Dataset) -> None:
+    with pytest.raises(UsageError, match="batch size must be even with mixing, not 99"):
+        train(replace(SPEC, batch_size=99), digits_test, fresh(), LabelTargets(10))
+    train(replace(UNMIXED, batch_size=99), digits_test, fresh(), LabelTargets(10))
+
+
+# --- forms of the arithmetic -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_trains(digits_test: Dataset, precision: Any) -> None:
+    spec = replace(UNMIXED, epochs=4, precision=precision)
+    student, steps = trained(digits_test, spec)
+    assert student.precision == precision
+    assert all(w.dtype == torch.float32 for w in student.parameters())
+    assert steps[-1].loss < 0.8 * steps[0].loss
+    whole, _ = trained(digits_test, replace(spec, precision="float32"))
+    assert student.fingerprint() != whole.fingerprint()
+
+
+def test_float16_scales_the_loss_and_skips_a_step_that_overflows(digits_test: Dataset) -> None:
+    student = fresh()
+    spec = replace(UNMIXED, epochs=1, precision="float16")
+    state = State(spec, student)
+    assert not State(SPEC, fresh()).scaler.is_enabled()
+    scaled = state.state_dict()["scaler"]
+    state.scaler.load_state_dict({**scaled, "scale": 1e30})
+    start = [w.clone() for w in student.parameters()]
+
+    def after(state: State) -> None:
+        if state.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(spec, digits_test, student, LabelTargets(10), state=state, after_step=after)
+    assert all(map(torch.equal, start, student.parameters()))
+    assert state.scaler.get_scale() == pytest.approx(1e30 / 4)
+
+
+@pytest.mark.slow  # the compiler takes its time
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_student_trains_the_same_weights(digits_test: Dataset) -> None:
+    plain, _ = trained(digits_test, UNMIXED)
+    student = fresh(UNMIXED)
+    student.network.compile()
+    train(UNMIXED, digits_test, student, LabelTargets(10), workers=1)
+    assert student.network.state_dict().keys() == plain.network.state_dict().keys()
+    assert evaluate(student, digits_test, size_px=8).top1 > 0.3
