@@ -387,9 +387,10 @@ def test_a_network_that_trains_with_a_tuple() -> None:
     assert model.eval()(views(8)).shape == (2, 10)
     with pytest.raises(UsageError, match="gives a tuple when it trains, not one tensor of logits"):
         model.train()(views(8))
-    message = load_error("python:tests.test_models:always_a_tuple", size_px=8)
-    assert message.endswith(
-        "gives a tuple when it answers, not one tensor of logits: build it without auxiliary heads"
+    name = "python:tests.test_models:always_a_tuple"
+    assert load_error(name, size_px=8) == (
+        f"{name} gives a tuple when it answers, not one tensor of logits: build it without "
+        "auxiliary heads"
     )
 
 
