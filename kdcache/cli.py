@@ -23,10 +23,12 @@ from kdcache import (
     train_commands,
 )
 from kdcache.console import JsonOption, err_console, out_console, progress_bar, rank, show
-from kdcache.errors import KDCacheError, MissingDependency, UsageError
+from kdcache.errors import KDCacheError, MissingDependency, ProcessLost, UsageError
 from kdcache.spec import OnError, Split
 
-AFTER_S = 2.0  # torchrun has ended the other processes by then
+# torchrun ends all other processes when the first one has spoken and ended.
+AFTER_S = 5.0  # the first process speaks first: what all have met is said once
+LOST_S = 15.0  # and then the one that knows why
 
 app = typer.Typer(
     help="Record a teacher's answers to deterministic views once; train any number of students.",
@@ -46,8 +48,10 @@ def main() -> None:
     try:
         app()
     except KDCacheError as error:
-        if rank()[0] > 0:
-            time.sleep(AFTER_S)  # what all have met, the first process says
+        if isinstance(error, ProcessLost):
+            time.sleep(LOST_S)
+        elif rank()[0] > 0:
+            time.sleep(AFTER_S)
         err_console.print(f"kdcache: {error}", markup=False, soft_wrap=True, style="red")
         sys.exit(2)
     except KeyboardInterrupt:  # before there was a command

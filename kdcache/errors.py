@@ -8,6 +8,7 @@
     ├── TapeCorrupt                       delete the named part and precompute it again
     ├── CheckpointCorrupt                 remove the named file, and resume from the one before
     ├── NonFinite                         mend the model or the learning rate
+    ├── ProcessLost                       see what another process of the run says
     ├── StorageError (OSError)            free space, or gain the right to write
     └── MissingDependency (ImportError)   install what is named
 
@@ -45,6 +46,10 @@ class CheckpointCorrupt(KDCacheError):
 
 class NonFinite(KDCacheError):
     """A model gave NaN or infinity where a number is needed."""
+
+
+class ProcessLost(KDCacheError):
+    """Another process of the run has ended before this one."""
 
 
 class StorageError(KDCacheError, OSError):

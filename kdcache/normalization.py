@@ -1,5 +1,9 @@
 """Batch normalisation over the batches of all processes, as one process would do it.
 
+In: a network. Out: the same network, whose layers of batch normalisation see the whole batch. What
+stays true: names, parameters and buffers are the network's own; all processes have equal shares of
+a batch. Cost: two sums over the processes in the forward pass, two in the backward pass.
+
 PyTorch's own SyncBatchNorm is for GPUs; on the CPU `SyncedBatchNorm` stands in its place.
 """
 
@@ -15,46 +19,90 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdcache.errors import UsageError
 
+# By name, as timm is optional: batch normalisation, and then its children (dropout, activation).
+TIMMS = ("timm.layers.norm_act", "BatchNormAct2d")
+
 
 def synchronize(network: nn.Module) -> None:
-    """Replace every batch normalisation in `network`; parameters, buffers and names stay.
+    """Replace every batch normalisation in `network`.
 
-    Raises UsageError for a layer that does more than batch normalisation.
+    Raises UsageError for a layer that does more than batch normalisation, but for timm's.
     """
     for name, layer in list(network.named_children()):
         if not isinstance(layer, _BatchNorm):
             synchronize(layer)
-        elif type(layer).__module__ != nn.BatchNorm2d.__module__ or layer.running_mean is None:
+            continue
+        kind = type(layer)
+        known = kind.__module__ == nn.BatchNorm2d.__module__
+        if not known and (kind.__module__, kind.__name__) != TIMMS:
             raise UsageError(
-                f"the layer {name!r} is a {type(layer).__name__}, which is not known to "
-                "synchronise: train this student in one process"
+                f"the layer {name!r} is a {kind.__name__}, which is not known to synchronise: "
+                "train this student in one process"
             )
-        elif layer.running_mean.is_cuda:
-            convert = nn.SyncBatchNorm.convert_sync_batchnorm
-            setattr(network, name, convert(layer))  # type: ignore[no-untyped-call]
-        else:
-            setattr(network, name, SyncedBatchNorm(layer))
+        if layer.running_mean is None:
+            raise UsageError(
+                f"the layer {name!r} is a {kind.__name__} that keeps no statistics, so what it "
+                "gives depends on the batch at evaluation too: train this student in one process"
+            )
+        setattr(network, name, _native(layer) if layer.running_mean.is_cuda else _own(layer))
+
+
+def _own(layer: _BatchNorm) -> nn.Module:
+    return SyncedBatchNorm(layer)
+
+
+def _native(layer: _BatchNorm) -> nn.Module:
+    convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    native: nn.Module = convert(layer)  # type: ignore[no-untyped-call]
+    if list(native.children()):
+        native.register_forward_hook(lambda layer, inputs, output: _through(layer, output))
+    return native
+
+
+def _through(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What the children of a layer make of x, one after the other."""
+    for child in layer.children():
+        x = child(x)
+    return x
 
 
 class SyncedBatchNorm(nn.Module):
-    """A batch normalisation whose mean and variance are of the images of all processes."""
+    """A batch normalisation whose mean and variance are of the images of all processes.
+
+    Inputs [N, C] or [N, C, ...] of any float type; sums are float32 at least. The children of the
+    layer that it replaces come after the normalisation.
+    """
 
     def __init__(self, layer: _BatchNorm) -> None:
         super().__init__()
         self.eps, self.momentum = layer.eps, layer.momentum
-        self.weight, self.bias = layer.weight, layer.bias
-        for name, buffer in layer.named_buffers():
+        for name, parameter in (("weight", layer.weight), ("bias", layer.bias)):
+            self.register_parameter(name, parameter)
+        for name, buffer in layer.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
+        for name, child in layer.named_children():
+            self.add_module(name, child)
+        self.train(layer.training)
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
     running_mean: torch.Tensor
     running_var: torch.Tensor
     num_batches_tracked: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return functional.batch_norm(
+        if self.training:
+            return _through(self, self._normalised(x))
+        return _through(
+            self,
+            functional.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
+            ),
+        )
+
+    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = x.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32))
         dims, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
         count = x.numel() // x.shape[1] * distributed.get_world_size()
         mean_C: torch.Tensor = _Sum.apply(x.sum(dims)) / count
@@ -63,14 +111,20 @@ class SyncedBatchNorm(nn.Module):
         self._remember(mean_C.detach(), variance_C.detach() * count / (count - 1))
         scale_C = (variance_C + self.eps).rsqrt()
         if self.weight is not None:
-            return centred * (scale_C * self.weight).view(shape) + self.bias.view(shape)
-        return centred * scale_C.view(shape)
+            scale_C = scale_C * self.weight
+        y = centred * scale_C.view(shape)
+        if self.bias is not None:
+            y = y + self.bias.view(shape)
+        return y.to(dtype)
 
     def _remember(self, mean_C: torch.Tensor, variance_C: torch.Tensor) -> None:
         self.num_batches_tracked.add_(1)
-        share = self.momentum or 1.0 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(mean_C, share)
-        self.running_var.lerp_(variance_C, share)
+        share = self.momentum
+        if share is None:
+            share = 1 / float(self.num_batches_tracked)
+        dtype = self.running_mean.dtype
+        self.running_mean.lerp_(mean_C.to(dtype), share)
+        self.running_var.lerp_(variance_C.to(dtype), share)
 
 
 class _Sum(Function):

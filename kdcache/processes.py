@@ -7,6 +7,7 @@ changes anything; a step's batch is the same for any number of processes, and ea
 from __future__ import annotations
 
 import inspect
+import os
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdcache.errors import KDCacheError, UsageError
+from kdcache.errors import KDCacheError, ProcessLost, UsageError
 from kdcache.normalization import synchronize
 from kdcache.spec import TrainSpec
 
@@ -28,19 +29,40 @@ SYNC_BUFFERS = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if 
 class World:
     """This process among `count` that train together. A resource: use it with `with`.
 
-    Its collectives run on gloo for the CPU's tensors and on NCCL for a GPU's. When a process fails,
-    torchrun ends the others; what they meet before that is reported as such.
+    device   that it trains on
+
+    Its collectives run on gloo for the CPU's tensors and on NCCL for a GPU's. Entering raises
+    UsageError for a device or an environment that cannot be, KDCacheError where the others are not
+    met. When a process fails, torchrun ends the others; one that notices first raises ProcessLost.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1) -> None:
+    def __init__(self, rank: int = 0, count: int = 1, device: str = "cpu") -> None:
         self.rank = rank
         self.count = count
+        self.device = torch.device(device)
         self._asked: tuple[distributed.Work, torch.Tensor] | None = None
 
     def __enter__(self) -> World:
-        if self.count > 1:
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if self.count == 1:
+            return self
+        backend = "gloo"
+        if self.device.type == "cuda":
+            _require_gpus()
+            torch.cuda.set_device(self.device)
+            backend = "cpu:gloo,cuda:nccl"
+        try:
             distributed.init_process_group(backend)
+        except ValueError as error:
+            raise UsageError(
+                f"WORLD_SIZE is {self.count}, but torchrun has not started this process ({error}): "
+                "start with torchrun, or unset WORLD_SIZE and RANK"
+            ) from error
+        except distributed.DistError as error:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise KDCacheError(
+                f"process {self.rank} of {self.count} has not met the others at {place}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
         return self
 
     def __exit__(
@@ -48,15 +70,21 @@ class World:
     ) -> None:
         if self.count == 1:
             return
-        if kind is None:
-            distributed.barrier()
-        distributed.destroy_process_group()
-        lost = isinstance(error, RuntimeError) and not isinstance(error, KDCacheError)
-        if lost and ("gloo" in str(error) or isinstance(error, distributed.DistError)):
-            raise KDCacheError(
+        try:
+            if error is None:
+                self.wait()
+        except RuntimeError as late:
+            error = late
+        # NCCL may wait here for work that a lost process will never do.
+        if error is None or self.device.type == "cpu":
+            distributed.destroy_process_group()
+        if is_lost(error):
+            raise ProcessLost(
                 f"process {self.rank} of {self.count} ended because another one did; that one's "
                 "own message says why"
             ) from error
+        if error is not None and kind is None:
+            raise error
 
     @property
     def first(self) -> bool:
@@ -87,7 +115,8 @@ class World:
     def share(self, batches: range, batch_size: int) -> NDArray[np.int64]:
         """The positions of a view that this process takes of these batches, in order."""
         positions = np.arange(batches.start * batch_size, batches.stop * batch_size)
-        return positions.reshape(len(batches), self.count, -1)[:, self.rank].reshape(-1)
+        shares = positions.reshape(len(batches), self.count, batch_size // self.count)
+        return shares[:, self.rank].reshape(-1)
 
     def parallel(self, student: nn.Module) -> nn.Module:
         """The student as the loop calls it: gradients become their mean over all processes, and
@@ -127,8 +156,7 @@ class World:
 
     def wait(self) -> None:
         """Until all have come here."""
-        if self.count > 1:
-            distributed.barrier()
+        self.total(torch.zeros(1))
 
     def largest_soon(self, value: int) -> int:
         """The largest value that any process gave to the last call of this; 0 at the first.
@@ -146,6 +174,23 @@ class World:
         work = distributed.all_reduce(asked, distributed.ReduceOp.MAX, async_op=True)
         self._asked = work, asked
         return answer
+
+
+def _require_gpus() -> None:
+    """Raise UsageError unless each process of this machine has a GPU of its own."""
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if here > gpus:
+        raise UsageError(
+            f"{here} processes on this machine are more than its {gpus} GPU{'s' * (gpus > 1)}: "
+            f"start {gpus} (--nproc-per-node {gpus}), or give --device cpu"
+        )
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """This is what a process meets when another one has ended."""
+    if not isinstance(error, RuntimeError) or isinstance(error, KDCacheError):
+        return False
+    return "gloo" in str(error) or isinstance(error, distributed.DistError)
 
 
 ALONE = World()
