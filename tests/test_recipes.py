@@ -28,6 +28,7 @@ from kdcache.optimizers import learning_rate, warmup_steps
 from kdcache.recipe_commands import command_of, table
 from kdcache.recipes import NAMES, Recipe, cost_of, decay_of, recipe_of
 from kdcache.spec import TapeSpec, TrainSpec, ViewSpec
+from kdcache.train import steps_of
 from tests.conftest import Result
 
 Run = Callable[..., Result]
@@ -210,6 +211,7 @@ def test_costs_on_other_data(digits: Dataset, kdcache: Run) -> None:
     options = ("--data", digits.path, "--no-measure", "--json")
     found = json.loads(kdcache("recipes", "pet-fast", *options).out)
     assert (found["samples"], found["classes"], found["steps"]) == (1500, 10, 2 * 1000)
+    assert found["steps"] == steps_of(recipe_of("pet-fast").spec, digits)[1]
 
 
 def test_without_timm_the_list_has_no_hours(monkeypatch: pytest.MonkeyPatch, kdcache: Run) -> None:
