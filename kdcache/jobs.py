@@ -167,7 +167,8 @@ def _spec(asked: Asked, recipe: Recipe | None, tape: Tape | None, natural_px: in
         base, mode=asked.mode, view=view, setup=name, teacher_view=seen,
         deterministic=asked.deterministic, **training,
     )  # fmt: skip
-    if tape and tape.spec.views < spec.epochs and not (setup and setup.fixed):
+    lasting = name != setups.CUSTOM and setups.setup_of(name).fixed
+    if tape and tape.spec.views < spec.epochs and not lasting:
         views = tape.spec.views
         notice(
             f"{tape.url} has {views} view{'s' * (views > 1)} for {spec.epochs} epochs: it wraps, "

@@ -475,6 +475,38 @@ def test_another_domain(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> N
     assert verified.code == 0, verified.out
 
 
+@pytest.mark.parametrize("name", ["fixed-average", "independent-mild", "function-matching"])
+def test_a_run_from_a_tape_is_the_run_with_a_live_teacher(
+    kdcache: Run, digits_test: Dataset, tmp_path: Path, name: str
+) -> None:
+    """The same weights to the bit, from `--setup` to the end."""
+    average = ["--average", 2] if name == "fixed-average" else []
+    views = [] if average else ["--views", 2]
+    tape = made(
+        kdcache, digits_test, tmp_path / "t", "--setup", name, *average, *views,
+        "--top-k", "all", "--dtype", "float32", "--batch-size", 54, "--view-seed", 5,
+    )  # fmt: skip
+    weights = []
+    for mode, options in (
+        ("cached", ["--cache", tmp_path / "t"]),
+        ("cached", ["--cache", tmp_path / "t", "--setup", name]),
+        ("online", ["--teacher", TEACHER, "--setup", name, "--view-seed", 5, *average, *views]),
+    ):
+        out = tmp_path / f"run{len(weights)}"
+        result = kdcache(
+            "train", "--mode", mode, *options, "--data", digits_test.path, "--student",
+            "python:tests.conftest:convolutional_student", "--epochs", 2, "--batch-size", 54,
+            "--deterministic", "--out", out,
+        )  # fmt: skip
+        assert result.code == 0, result.err
+        record = json.loads((out / "run.json").read_text())
+        assert record["setup"] == name
+        weights.append(record["weights"])
+    assert len(set(weights)) == 1
+    with pytest.raises(TapeMismatch, match=f"was made for {name}, not for fixed-center"):
+        cached_view(setup_of("fixed-center"), tape.spec, tape.url, {}, 8)
+
+
 def test_refusals_are_one_line(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
     line = ("precompute", "--data", digits_test.path, "--teacher", TEACHER, "--out", tmp_path / "t")
     for options, words in (
@@ -487,6 +519,20 @@ def test_refusals_are_one_line(kdcache: Run, digits_test: Dataset, tmp_path: Pat
         assert words in result.err
         assert result.err.count("\n") == 1
     assert not (tmp_path / "t").exists()
+    made(kdcache, digits_test, tmp_path / "t", "--setup", "ind/ic", "--views", 1)
+    line = (
+        "train", "--mode", "cached", "--cache", tmp_path / "t", "--data", digits_test.path,
+        "--student", "kdcache:small", "--out", tmp_path / "r",
+    )  # fmt: skip
+    for options, words in (
+        (["--setup", "same/ic"], "was made for independent-inception, not for consistent-incep"),
+        (["--setup", "ind/ic", "--view-seed", HIGH], "has the student's own seed"),
+        (["--setup", "ind/ic", "--crop", "random"], "with --crop random it would be independent-m"),
+    ):
+        result = kdcache(*line, *options)
+        assert result.code == 2
+        assert words in result.err
+        assert result.err.count("\n") == 1
 
 
 def other_teacher(num_classes: int) -> nn.Module:
