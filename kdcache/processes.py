@@ -83,6 +83,11 @@ class World:
                 f"process {self.rank} of {self.count} ended because another one did; that one's "
                 "own message says why"
             ) from error
+        if isinstance(error, RuntimeError) and "find_unused_parameters" in str(error):
+            raise UsageError(
+                "the student has weights that a step does not use: give it without them, or with "
+                "requires_grad = False, or train it in one process"
+            ) from error
         if error is not None and kind is None:
             raise error
 

@@ -17,6 +17,7 @@ from typing import Any
 from kdcache import checkpoint, evaluate, models, runs
 from kdcache.classifier import Classifier
 from kdcache.dataset import Dataset
+from kdcache.errors import UsageError
 from kdcache.evaluate import Evaluation
 from kdcache.keeper import Keeper, Schedule
 from kdcache.models import Teacher
@@ -124,7 +125,13 @@ def _state(
     if step == 0:
         return state, {}
     if kept is None:
-        kept = checkpoint.load(runs.checkpoint_path(out, step))
+        path = runs.checkpoint_path(out, step)
+        if not path.exists():
+            raise UsageError(
+                f"process {world.rank} does not see {path}, which process 0 goes on from: --out "
+                "must be on a file system that all machines share"
+            )
+        kept = checkpoint.load(path)
     state.load_state_dict(kept)
     return state, kept
 

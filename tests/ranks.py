@@ -76,7 +76,7 @@ def _as_rank(
         MASTER_ADDR=HOST, MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
         TORCHELASTIC_RESTART_COUNT="0",
     )  # fmt: skip
-    cli.AFTER_S, cli.LOST_S = 1.0, 10.0
+    cli.AFTER_S, cli.LOST_S = 3.0, 20.0
     function(*args)
 
 
