@@ -30,6 +30,7 @@ from kdcache.store import keep
 VERSION = "1"
 SUFFIX = ".safetensors"
 PARTIAL = ".partial"
+LEFT = ("*" + PARTIAL, ".tmp*")  # what a kill may leave; safetensors writes the latter
 REMEDY = "remove it, and --resume goes on from the checkpoint before, or from the start"
 
 
@@ -44,15 +45,29 @@ def save(path: Path, state: dict[str, Any]) -> None:
     partial = path.with_name(path.name + PARTIAL)
     try:
         path.parent.mkdir(exist_ok=True)
-        safetensors.torch.save_file(tensors, partial, about)
+        save_tensors(partial, tensors, about)
         keep(partial, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        reason = getattr(error, "strerror", None) or error
         raise StorageError(
-            f"cannot write the checkpoint {path}: {reason}; earlier ones are still there"
+            f"cannot write the checkpoint {path}: {error.strerror or error}; earlier ones are "
+            "still there"
         ) from error
+
+
+def save_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str] | None = None
+) -> None:
+    """A safetensors file with the rights of any new file: the library's own is its owner's alone.
+    Raises OSError."""
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        safetensors.torch.save_file(tensors, path, about)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    path.chmod(mode)
 
 
 def load(path: Path) -> dict[str, Any]:

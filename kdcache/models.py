@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from kdcache import networks, zoo
+from kdcache.checkpoint import save_tensors
 from kdcache.classifier import Classifier, Ensemble, Teacher, Triple, teacher_of
 from kdcache.errors import UsageError
 from kdcache.spec import Precision, ViewSpec
@@ -189,7 +190,7 @@ def save_weights(model: Classifier, path: Path) -> None:
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in model.network.state_dict().items()
     }
-    safetensors.torch.save_file(weights, path)
+    save_tensors(path, weights)
 
 
 def run_record(folder: Path) -> dict[str, Any]:

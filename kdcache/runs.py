@@ -149,8 +149,9 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._begun:
             _write(self.folder / SPEC_FILE, self.identity)
-        for partial in (self.folder / CHECKPOINTS).glob("*" + checkpoint.PARTIAL):
-            partial.unlink()
+        for part in (self.folder, self.folder / CHECKPOINTS, self.folder / BEST):
+            for left in (left for pattern in checkpoint.LEFT for left in part.glob(pattern)):
+                left.unlink()
         for newest in checkpoints(self.folder)[-1:]:
             self.resumed = checkpoint.load(newest)
             different = _different(self.identity, self.resumed.get("run"))
@@ -186,6 +187,8 @@ class Run:
         path = self.folder / SPEC_FILE
         try:
             found = json.loads(path.read_text())
+            if not isinstance(found, dict):
+                raise ValueError("it is no JSON object")
         except FileNotFoundError:
             raise UsageError(
                 f"{self.folder} holds no run to go on with (no {SPEC_FILE}): choose another --out"
@@ -223,7 +226,7 @@ class Run:
         self._logged = True
         if self._board:
             for name, value in {**record, **record.get("evaluation", {})}.items():
-                if isinstance(value, int | float) and name != "step":
+                if isinstance(value, int | float) and name not in ("step", "steps"):
                     self._board.add_scalar(name, value, record["step"])
 
     def save(self, state: dict[str, Any]) -> None:
@@ -299,14 +302,18 @@ def run_record(
 
 def write_result(folder: Path, record: dict[str, Any], student: Classifier) -> None:
     """The student's weights, then run.json, which makes the folder a finished run's."""
+    weights = folder / models.WEIGHTS_FILE
+    partial = weights.with_name(weights.name + checkpoint.PARTIAL)
     try:
-        weights = folder / models.WEIGHTS_FILE
-        partial = weights.with_name(weights.name + checkpoint.PARTIAL)
         models.save_weights(student, partial)
         keep(partial, weights)
         _write(folder / models.RUN_FILE, record)
     except OSError as error:
-        raise StorageError(f"cannot write {folder}: {error.strerror or error}") from error
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise StorageError(
+            f"cannot write {folder}: {error.strerror or error}; with room for it, --resume goes on"
+        ) from error
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

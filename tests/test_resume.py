@@ -1,0 +1,471 @@
+"""Killed at any moment and gone on with, a run ends as one that nothing disturbed, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdcache import checkpoint, models, runs, session, targets
+from kdcache.dataset import Dataset, open_dataset
+from kdcache.keeper import Schedule, Stopped
+from kdcache.precompute import precompute, tape_spec
+from kdcache.session import Job
+from kdcache.spec import TrainSpec, ViewSpec
+from kdcache.tape import Tape
+from kdcache.train import set_determinism
+from tests import processes
+from tests.conftest import TEACHER, Result
+
+STUDENT = "python:tests.conftest:convolutional_student"  # with batch norm and dropout
+VIEW = ViewSpec(8, min_area=0.4, seed=5)
+SPEC = TrainSpec("cached", VIEW, epochs=3, batch_size=64, views=2, deterministic=True, seed=3)
+STEPS = 12
+SCHEDULE = Schedule(checkpoint_every=3, eval_every=5)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "adamw cached": {"ema": 0.9},
+    "adamw online": {"mode": "online", "label_weight": 0.3},
+    "sgd online float16": {"mode": "online", "optimizer": "sgd", "precision": "float16"},
+    "soap labels": {"mode": "labels", "optimizer": "soap", "ema": 0.99, "views": None},
+    "adamw bfloat16": {"precision": "bfloat16", "temperature": 2.0},
+}
+
+
+class Killed(BaseException):
+    """As a kill, but for what a `with` still does."""
+
+
+@pytest.fixture(scope="module")
+def tape(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    spec = tape_spec(digits_test, teacher, VIEW, views=2, top_k=None, dtype="float32")
+    out = tmp_path_factory.mktemp("tape") / "t.zarr"
+    precompute(digits_test, teacher, spec, out, batch_size=64, workers=1)
+    return out
+
+
+def job(dataset: Dataset, tape: Path, spec: TrainSpec, val: bool = True) -> Job:
+    set_determinism(spec)
+    student = models.load(STUDENT, "student", num_classes=10, size_px=8)
+    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    labels = targets.LabelTargets(10)
+    source: Any = labels
+    if spec.mode == "online":
+        source = targets.OnlineTargets(teacher)
+    if spec.mode == "cached":
+        source = targets.CachedTargets(Tape.open(tape), dataset.fingerprint, spec.view)
+    return Job(
+        spec, dataset, student, source, labels=labels, val=dataset if val else None, judge=teacher
+    )  # fmt: skip
+
+
+Go = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def go(digits_test: Dataset, tape: Path) -> Go:
+    """Run a spec in a folder, from its last checkpoint if there is one."""
+
+    def run(out: Path, spec: TrainSpec = SPEC, **options: Any) -> dict[str, Any]:
+        options = {"schedule": SCHEDULE, "log_every": 2, "resume": True, "workers": 1, **options}
+        return session.run(job(digits_test, tape, spec), out, **options)
+
+    return run
+
+
+def dies(after: int) -> Callable[[], int]:
+    """For `signal`, which is asked once after each step, before anything is saved."""
+    asked = iter(range(1, 10_000))
+
+    def ask() -> int:
+        if next(asked) == after:
+            raise Killed
+        return 0
+
+    return ask
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that a run leaves, but for what tells of time."""
+    files = {str(f.relative_to(folder)): f for f in folder.rglob("*") if f.is_file()}
+    found: dict[str, Any] = {}
+    for name, file in files.items():
+        found[name] = file.read_bytes()
+        if name.endswith("run.json"):
+            found[name] = {**json.loads(found[name]), "seconds": 0}
+        if name.endswith(".jsonl"):
+            found[name] = [{**json.loads(x), "rate": 0} for x in found[name].splitlines()]
+    return found
+
+
+# --- in this process: every step, every optimizer --------------------------------------------
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_that_dies_again_and_again_ends_the_same(
+    go: Go, tmp_path: Path, name: str
+) -> None:
+    """Each of two lives makes four steps, of which three are kept: a life ends mid-epoch."""
+    spec = replace(SPEC, **VARIANTS[name])
+    go(tmp_path / "whole", spec)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            go(tmp_path / "cut", spec, signal=dies(4))
+    assert go(tmp_path / "cut", spec)["evaluation"]["samples"] == 297
+    whole = outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "cut") == whole
+    assert set(whole) == {
+        "spec.json", "log.jsonl", "student.safetensors", "run.json", "best/run.json",
+        "best/student.safetensors",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(digits_test: Dataset, tape: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What a run that nothing disturbed leaves."""
+    out = tmp_path_factory.mktemp("whole") / "r"
+    session.run(
+        job(digits_test, tape, replace(SPEC, ema=0.9)), out, schedule=SCHEDULE, log_every=2,
+        workers=1,
+    )  # fmt: skip
+    return outcome(out)
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_a_run_that_dies_after_any_step_ends_the_same(
+    go: Go, whole: Any, tmp_path: Path, step: int
+) -> None:
+    spec = replace(SPEC, ema=0.9)
+    with pytest.raises(Killed):
+        go(tmp_path / "r", spec, signal=dies(step))
+    started: list[tuple[int, int]] = []
+    go(tmp_path / "r", spec, on_start=lambda *args: started.append(args))
+    kept = max(s for s in (0, 3, 5, 6, 9, 10) if s < step)
+    assert started == [(kept, STEPS)]
+    assert outcome(tmp_path / "r") == whole
+
+
+def test_the_log_is_of_every_logged_step_and_evaluation_in_order(whole: Any) -> None:
+    lines = whole["log.jsonl"]
+    steps = [(x["step"], "evaluation" in x) for x in lines]
+    assert steps == [
+        (2, False), (4, False), (5, True), (6, False), (8, False), (10, False), (10, True),
+        (12, False),
+    ]  # fmt: skip
+    assert set(lines[0]) == {"step", "steps", "epoch", "loss", "agreement", "lr", "rate"}
+
+
+def test_how_often_to_log_and_to_keep_is_no_part_of_a_run(
+    go: Go, whole: Any, tmp_path: Path
+) -> None:
+    spec = replace(SPEC, ema=0.9)
+    with pytest.raises(Killed):
+        go(tmp_path / "r", spec, signal=dies(8), log_every=5, keep=1, schedule=Schedule(7))
+    go(tmp_path / "r", spec, log_every=1, schedule=Schedule(), workers=2)
+    assert outcome(tmp_path / "r")["student.safetensors"] == whole["student.safetensors"]
+
+
+def test_this_comparison_can_fail(
+    go: Go, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one number of the optimizer's state lost, the end must be another."""
+    load = checkpoint.load
+
+    def lossy(path: Path) -> dict[str, Any]:
+        state = load(path)
+        state["optimizer"]["state"][0]["exp_avg"][0, 0, 0, 0] = 0
+        return state
+
+    spec = replace(SPEC, ema=0.9)
+    with pytest.raises(Killed):
+        go(tmp_path / "r", spec, signal=dies(8))
+    monkeypatch.setattr(checkpoint, "load", lossy)
+    go(tmp_path / "r", spec)
+    assert outcome(tmp_path / "r")["student.safetensors"] != whole["student.safetensors"]
+
+
+@pytest.mark.parametrize("time", ["before the evaluation", "before weights", "before run.json"])
+def test_a_run_that_dies_after_its_last_step_ends_the_same(
+    go: Go, whole: Any, tmp_path: Path, time: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object, **__: object) -> None:
+        raise Killed
+
+    spec = replace(SPEC, ema=0.9)
+    with monkeypatch.context() as patch:
+        if time == "before the evaluation":
+            patch.setattr(session, "_evaluated", die)
+            schedule = replace(SCHEDULE, eval_every=None)
+        else:
+            schedule = SCHEDULE
+            write = runs._write
+
+            def write_or_die(path: Path, record: dict[str, Any]) -> None:
+                if path == tmp_path / "r" / "run.json":
+                    die()
+                write(path, record)
+
+            if time == "before weights":
+                patch.setattr(runs.Run, "finish", die)
+            else:
+                patch.setattr(runs, "_write", write_or_die)
+        with pytest.raises(Killed):
+            go(tmp_path / "r", spec, schedule=schedule)
+    go(tmp_path / "r", spec)
+    found = outcome(tmp_path / "r")
+    assert {key: found[key] for key in ("student.safetensors", "run.json")} == {
+        key: whole[key] for key in ("student.safetensors", "run.json")
+    }
+    assert "checkpoints" not in os.listdir(tmp_path / "r")
+
+
+@pytest.mark.parametrize("place", ["model", "weights", "run.json"])
+@pytest.mark.parametrize("when", [1, 2])
+def test_a_run_that_dies_while_it_evaluates_ends_the_same(
+    go: Go, whole: Any, tmp_path: Path, place: str, when: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(1, 100))
+    module, name = {
+        "model": (session, "_evaluated"), "weights": (models, "save_weights"),
+        "run.json": (runs, "_write"),
+    }[place]  # fmt: skip
+    real = getattr(module, name)
+
+    def die(*arguments: Any, **options: Any) -> Any:
+        if not (place == "run.json" and arguments[0].name != "run.json") and next(calls) == when:
+            raise Killed
+        return real(*arguments, **options)
+
+    spec = replace(SPEC, ema=0.9)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, die)
+        with pytest.raises(Killed):
+            go(tmp_path / "r", spec)
+    go(tmp_path / "r", spec)
+    assert outcome(tmp_path / "r") == whole
+
+
+def test_a_signal_keeps_the_step_before_its_evaluation(
+    go: Go, whole: Any, tmp_path: Path
+) -> None:
+    spec = replace(SPEC, ema=0.9)
+    for step in (5, 7):
+        asked = iter([0] * (step - (5 if step > 5 else 0) - 1) + [signal.SIGTERM])
+        with pytest.raises(Stopped, match=f"stopped by signal 15 after step {step}"):
+            go(tmp_path / "r", spec, signal=lambda asked=asked: next(asked))
+        assert max(int(p.stem) for p in runs.checkpoints(tmp_path / "r")) == step
+    go(tmp_path / "r", spec)
+    assert outcome(tmp_path / "r") == whole
+
+
+def test_a_signal_at_the_last_step_lets_the_run_end(go: Go, whole: Any, tmp_path: Path) -> None:
+    asked = iter([0] * (STEPS - 1) + [signal.SIGTERM])
+    go(tmp_path / "r", replace(SPEC, ema=0.9), signal=lambda: next(asked))
+    assert outcome(tmp_path / "r") == whole
+
+
+def test_a_finished_run_is_read_and_not_touched(go: Go, tmp_path: Path) -> None:
+    record = go(tmp_path / "r")
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "r").rglob("*")}
+    assert go(tmp_path / "r", signal=dies(1)) == json.loads(json.dumps(record))
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "r").rglob("*")} == before
+
+
+# --- killed for real -------------------------------------------------------------------------
+
+
+def _life(out: Path, data: Path, tape: Path, prepare: Callable[..., None], *args: Any) -> None:
+    """A life of a run, in a process that may be killed."""
+    this = job(open_dataset(data), tape, replace(SPEC, ema=0.9))
+    os.fsync = lambda descriptor: None  # type: ignore[assignment]
+    prepare(out, *args)
+    session.run(this, out, schedule=SCHEDULE, log_every=2, resume=True, workers=1)
+
+
+def _undisturbed(out: Path) -> None:
+    """Nothing."""
+
+
+def _die_before_change(out: Path, moment: int) -> None:
+    changes = iter(range(10_000))
+
+    def watch(event: str, args: tuple[object, ...]) -> None:
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            if str(args[0]).startswith(str(out)) and next(changes) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def _die_within_file(out: Path, size: int) -> None:
+    """The kernel ends the process within the write of its first file above this size."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize("every", [27, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_before_any_change_of_a_file_it_ends_the_same(
+    digits_test: Dataset, tape: Path, whole: Any, tmp_path: Path, every: int
+) -> None:
+    killed = random.Random(every).randrange(every)
+    lives = 0
+    while True:
+        out = tmp_path / str(killed)
+        code = processes.run(_life, out, digits_test.path, tape, _die_before_change, killed)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        assert processes.run(_life, out, digits_test.path, tape, _undisturbed) == 0
+        assert outcome(out) == whole
+        killed, lives = killed + every, lives + 1
+    assert killed > 50
+    assert outcome(out) == whole
+    print(f"killed at {lives} of {killed} changes")
+
+
+@pytest.mark.parametrize("size", [5_000, 60_000])
+def test_killed_within_the_write_of_a_checkpoint_it_ends_the_same(
+    digits_test: Dataset, tape: Path, whole: Any, tmp_path: Path, size: int
+) -> None:
+    out = tmp_path / "r"
+    code = processes.run(_life, out, digits_test.path, tape, _die_within_file, size)
+    assert code == -signal.SIGXFSZ
+    (partial,) = (out / "checkpoints").iterdir()
+    assert partial.name.startswith(".tmp") or partial.suffix == ".partial"
+    assert partial.stat().st_size <= size
+    assert processes.run(_life, out, digits_test.path, tape, _undisturbed) == 0
+    assert outcome(out) == whole
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def line(mode: str, data: Dataset, tape: Path, out: Path, *options: object) -> list[object]:
+    source = ["--cache", tape] if mode == "cached" else ["--teacher", TEACHER, "--views", 2]
+    view = [] if mode == "cached" else ["--min-area", 0.4, "--view-seed", 5]
+    return [
+        "train", "--mode", mode, "--data", data.path, "--student", STUDENT, "--out", out,
+        "--epochs", 24, "--batch-size", 64, "--ema", 0.9, "--val", data.path, "--eval-every", 25,
+        "--checkpoint-every", 10, "--log-every", 7, "--workers", 1, "--deterministic", *source,
+        *view, *options,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def commanded(
+    digits_test: Dataset, tape: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Any]:
+    """What the command leaves in a mode where nothing disturbs it."""
+    known: dict[str, Any] = {}
+
+    def get(mode: str) -> Any:
+        if mode not in known:
+            folder = tmp_path_factory.mktemp(mode)
+            result = processes.command(folder, *line(mode, digits_test, tape, folder / "r"))()
+            assert (result.code, without_wrap(result.err)) == (0, "")
+            known[mode] = outcome(folder / "r")
+        return known[mode]
+
+    return get
+
+
+def without_wrap(words: str) -> str:
+    """Without the line that a cached run has more epochs than views."""
+    return "".join(x for x in words.splitlines(keepends=True) if "it wraps" not in x)
+
+
+@contextmanager
+def begun(folder: Path, *words: object) -> Iterator[Any]:
+    """A command that has logged a line since it began."""
+    log = folder / "r" / "log.jsonl"
+    before = log.read_bytes() if log.exists() else b""
+    wait = processes.command(folder, *words)
+    while wait.process.is_alive() and not (
+        log.exists() and log.read_bytes()[len(before) :].count(b"\n")
+    ):
+        pass
+    yield wait
+    wait()
+
+
+@pytest.mark.parametrize(
+    ("mode", "kills"),
+    [("cached", 3), *(pytest.param(m, 12, marks=pytest.mark.slow) for m in ("cached", "online"))],
+)
+def test_a_command_killed_at_random_moments_ends_the_same(
+    digits_test: Dataset, tape: Path, commanded: Any, tmp_path: Path, mode: str, kills: int
+) -> None:
+    whole = commanded(mode)
+    dice = random.Random(kills)
+    words = line(mode, digits_test, tape, tmp_path / "r", "--resume")
+    for _ in range(kills):
+        wait = processes.command(tmp_path, *words)
+        wait.process.join(dice.uniform(0.2, 0.7))
+        wait.process.kill()
+        if wait().code == 0:
+            break
+    result = processes.command(tmp_path, *words)()
+    assert result.code == 0, result
+    assert outcome(tmp_path / "r") == whole
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_keeps_the_step_and_exits_as_schedulers_expect(
+    digits_test: Dataset, tape: Path, commanded: Any, tmp_path: Path, number: int, code: int
+) -> None:
+    words = line("cached", digits_test, tape, tmp_path / "r")
+    with begun(tmp_path, *words) as wait:
+        os.kill(wait.process.pid, number)
+        result: Result = wait()
+    step = max(int(p.stem) for p in runs.checkpoints(tmp_path / "r"))
+    said = f"kdcache: stopped after step {step}, which is kept; the same command with --resume"
+    assert (result.code, result.out) == (code, "")
+    assert without_wrap(result.err) == f"{said} goes on from there\n"
+    again = processes.command(tmp_path, *words)()
+    assert again.code == 2
+    assert "give --resume to go on with the run in it" in again.err
+    last = processes.command(tmp_path, *words, "--resume")()
+    assert last.code == 0
+    assert without_wrap(last.err) == f"kdcache: goes on after step {step} of 96\n"
+    assert outcome(tmp_path / "r") == commanded("cached")
+    more = processes.command(tmp_path, *words, "--resume")()
+    assert (more.code, more.out) == (0, last.out)
+    said = f"kdcache: {tmp_path / 'r'} was finished: there was nothing to go on with\n"
+    assert without_wrap(more.err) == said
+
+
+def slow_teacher(num_classes: int) -> torch.nn.Module:
+    """Takes a minute for a batch, but not for the first few."""
+    import time
+
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, num_classes))
+    calls = iter(range(1000))
+    network.register_forward_pre_hook(lambda *_: time.sleep(60) if next(calls) > 8 else None)
+    return network
+
+
+def test_a_second_ctrl_c_does_not_wait(digits_test: Dataset, tape: Path, tmp_path: Path) -> None:
+    words = line("online", digits_test, tape, tmp_path / "r", "--log-every", 1)
+    words[words.index(TEACHER)] = "python:tests.test_resume:slow_teacher"
+    with begun(tmp_path, *words) as wait:
+        wait.process.join(0.5)
+        os.kill(wait.process.pid, signal.SIGINT)
+        wait.process.join(0.5)
+        assert wait.process.is_alive()
+        os.kill(wait.process.pid, signal.SIGINT)
+        wait.process.join(20)
+        result: Result = wait()
+    assert (result.code, result.out) == (130, "")
+    assert "Traceback" not in result.err
