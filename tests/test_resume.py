@@ -342,9 +342,9 @@ def test_killed_within_the_write_of_a_checkpoint_it_ends_the_same(
     out = tmp_path / "r"
     code = processes.run(_life, out, digits_test.path, tape, _die_within_file, size)
     assert code == -signal.SIGXFSZ
-    (partial,) = (out / "checkpoints").iterdir()
-    assert partial.name.startswith(".tmp") or partial.suffix == ".partial"
-    assert partial.stat().st_size <= size
+    left = list((out / "checkpoints").iterdir())
+    assert all(f.name.startswith(".tmp") or f.suffix == ".partial" for f in left)
+    assert 0 < max(f.stat().st_size for f in left) <= size
     assert processes.run(_life, out, digits_test.path, tape, _undisturbed) == 0
     assert outcome(out) == whole
 

@@ -1,0 +1,183 @@
+"""What happens after a step: checkpoints when they are due, the best weights, an end by signal."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdcache import keeper as keeping
+from kdcache import models, runs
+from kdcache.errors import NonFinite, UsageError
+from kdcache.evaluate import Evaluation
+from kdcache.keeper import Keeper, Schedule, Stopped
+from kdcache.processes import ALONE
+from kdcache.runs import Run
+from kdcache.spec import TrainSpec, ViewSpec
+from kdcache.train import State, set_determinism
+
+SPEC = TrainSpec("labels", ViewSpec(8), epochs=1, batch_size=8, ema=0.5)
+FOUND = Evaluation(10, 0.5, None, 1.0, 0.1, None, None, None, None, None, None)
+RECORD = {"student": "s", "classes": 10, "weights": "w", "view": SPEC.view.to_json()}
+
+
+class Clock:
+    """time.monotonic, by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 100.0
+        monkeypatch.setattr(keeping.time, "monotonic", lambda: self.now_s)
+
+
+@pytest.fixture
+def state() -> State:
+    set_determinism(SPEC)
+    name = "python:tests.conftest:convolutional_student"
+    return State(SPEC, models.load(name, "student", num_classes=10, size_px=8))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Any:
+    with Run(tmp_path / "r", {}, keep=99) as run:
+        yield run
+
+
+def steps(keeper: Keeper, state: State, first: int, last: int) -> list[int]:
+    """Calls the keeper after these steps; which checkpoints there then are."""
+    for state.step in range(first, last + 1):
+        keeper(state)
+    assert keeper.run is not None
+    return [int(p.stem) for p in runs.checkpoints(keeper.run.folder)]
+
+
+@pytest.mark.parametrize("name", ["checkpoint_every", "checkpoint_minutes", "eval_every"])
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_a_schedule_says_what_is_wrong(name: str, value: float) -> None:
+    words = f"^{name.replace('_', '-')} must be above 0, not {value}$"
+    with pytest.raises(UsageError, match=words):
+        Schedule(**{name: value})  # type: ignore[arg-type]
+
+
+def test_the_last_step_is_always_kept(run: Run, state: State) -> None:
+    assert steps(Keeper(run, ALONE, Schedule(), 7), state, 1, 7) == [7]
+
+
+def test_checkpoints_by_step(run: Run, state: State) -> None:
+    assert steps(Keeper(run, ALONE, Schedule(3), 10), state, 1, 10) == [3, 6, 9, 10]
+
+
+def test_checkpoints_by_time(run: Run, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted from the last one, whatever it was for."""
+    clock = Clock(monkeypatch)
+    keeper = Keeper(run, ALONE, Schedule(4, checkpoint_minutes=1), 99)
+    for state.step in range(1, 9):
+        clock.now_s += 25
+        keeper(state)
+    kept = [int(p.stem) for p in runs.checkpoints(run.folder)]
+    assert kept == [3, 4, 7, 8]
+
+
+@pytest.mark.parametrize("number", [2, 15])
+def test_a_signal_keeps_this_step_and_stops(run: Run, state: State, number: int) -> None:
+    came = 0
+    keeper = Keeper(run, ALONE, Schedule(), 10, signal=lambda: came)
+    assert steps(keeper, state, 1, 4) == []
+    came = number
+    with pytest.raises(Stopped, match=f"stopped by signal {number} after step 5") as end:
+        steps(keeper, state, 5, 6)
+    assert (end.value.signal, end.value.step) == (number, 5)
+    assert [int(p.stem) for p in runs.checkpoints(run.folder)] == [5]
+
+
+def test_bad_weights_are_not_kept(run: Run, state: State) -> None:
+    keeper = Keeper(run, ALONE, Schedule(2), 10)
+    assert steps(keeper, state, 1, 3) == [2]
+    with torch.no_grad():
+        next(state.student.parameters())[0, 0, 0, 0] = torch.inf
+    with pytest.raises(NonFinite, match="step 4 made a weight NaN or infinite: lower --lr"):
+        steps(keeper, state, 4, 4)
+    assert [int(p.stem) for p in runs.checkpoints(run.folder)] == [2]
+
+
+def test_nor_is_a_bad_loss_before_it_was_logged(run: Run, state: State) -> None:
+    keeper = Keeper(run, ALONE, Schedule(2), 10)
+    target = torch.zeros(4, 10)
+    for step, loss in ((1, 1.0), (3, torch.nan), (4, 1.0)):
+        state.meter.add(step, torch.tensor(loss), target, _dense(target))
+    with pytest.raises(NonFinite, match="the loss is not finite at step 3"):
+        steps(keeper, state, 4, 4)
+    assert runs.checkpoints(run.folder) == []
+
+
+def _dense(logits_BC: torch.Tensor) -> Any:
+    from kdcache.records import Target
+
+    return Target(logits_BC, None, None, logits_BC.shape[1])
+
+
+def test_the_best_weights_are_kept_and_equals_do_not_replace_them(
+    run: Run, state: State
+) -> None:
+    top1 = iter([0.5, 0.7, 0.7, 0.6, 0.8])
+    keeper = Keeper(
+        run, ALONE, Schedule(eval_every=2), 99,
+        evaluate=lambda: replace(FOUND, top1=next(top1)),
+        record=lambda found: {**RECORD, "top1": found.top1, "step": state.step},
+    )  # fmt: skip
+    best = []
+    for state.step in range(1, 11):
+        keeper(state)
+        if state.step % 2 == 0:
+            record = models.run_record(run.folder / "best")
+            best.append((record["step"], record["top1"]))
+    assert best == [(2, 0.5), (4, 0.7), (4, 0.7), (4, 0.7), (10, 0.8)]
+    assert keeper.best == 0.8
+    assert steps(keeper, state, 11, 11) == [2, 4, 6, 8, 10]
+
+
+def test_what_is_evaluated_and_kept_is_the_average(run: Run, state: State) -> None:
+    own = [w.detach().clone() for w in state.student.parameters()]
+    with torch.no_grad():
+        for weight in state.student.parameters():
+            weight += 1
+    state.average.update()
+    seen: list[Any] = []
+
+    def evaluate() -> Evaluation:
+        seen.append(state.student.fingerprint())
+        return FOUND
+
+    state.step = 1
+    live = state.student.fingerprint()
+    keeper = Keeper(
+        run, ALONE, Schedule(eval_every=1), 9, evaluate=evaluate,
+        record=lambda found: {**RECORD, "weights": state.student.fingerprint()},
+    )  # fmt: skip
+    keeper(state)
+    assert state.student.fingerprint() == live
+    assert state.student.training
+    with state.average.applied():
+        assert seen == [state.student.fingerprint()]
+    assert models.run_record(run.folder / "best")["weights"] == seen[0]
+    assert not all(map(torch.equal, own, state.student.parameters()))
+
+
+def test_a_run_that_goes_on_makes_up_for_the_evaluation_of_its_checkpoint(
+    run: Run, state: State
+) -> None:
+    asked: list[int] = []
+
+    def evaluate() -> Evaluation:
+        asked.append(state.step)
+        return FOUND
+
+    keeper = Keeper(
+        run, ALONE, Schedule(eval_every=2), 9, evaluate=evaluate, record=lambda found: RECORD
+    )  # fmt: skip
+    for state.step in (3, 4):
+        keeper.go_on(state)
+    assert asked == [4]
+    assert runs.checkpoints(run.folder) == []
