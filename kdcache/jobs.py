@@ -79,8 +79,11 @@ def job_of(asked: Asked) -> Job:
     val = open_dataset(asked.val) if asked.val else None
     names = _class_names(asked, dataset, val, classes)
     live = teacher if asked.mode == "online" else None
+    source = _targets(asked, spec, tape, live, dataset, classes)
+    if tape:
+        _say_where_it_wraps(tape, spec)
     return Job(
-        spec, dataset, student, _targets(asked, spec, tape, live, dataset, classes),
+        spec, dataset, student, source,
         labels=targets.LabelTargets(classes) if spec.label_weight else None,
         val=val, judge=teacher, judge_size_px=_seen_px(spec, tape),
         tape=tape.spec.digest if tape else None,
@@ -167,14 +170,17 @@ def _spec(asked: Asked, recipe: Recipe | None, tape: Tape | None, natural_px: in
         base, mode=asked.mode, view=view, setup=name, teacher_view=seen,
         deterministic=asked.deterministic, **training,
     )  # fmt: skip
-    lasting = name != setups.CUSTOM and setups.setup_of(name).fixed
-    if tape and tape.spec.views < spec.epochs and not lasting:
-        views = tape.spec.views
+    return spec
+
+
+def _say_where_it_wraps(tape: Tape, spec: TrainSpec) -> None:
+    lasting = spec.setup != setups.CUSTOM and setups.setup_of(spec.setup).fixed
+    views = tape.spec.views
+    if views < spec.epochs and not lasting:
         notice(
             f"{tape.url} has {views} view{'s' * (views > 1)} for {spec.epochs} epochs: it wraps, "
             "epoch e plays view " + (f"e mod {views}" if views > 1 else "0")
         )
-    return spec
 
 
 def _live_views(

@@ -299,7 +299,10 @@ def cached_view(
     if serves != CUSTOM:
         with contextlib.suppress(UsageError, TapeMismatch):
             return cached_view(setup_of(serves), tape, url, given, natural_size_px)
-    return CUSTOM, plain_view({"mixup": 0, **given}, natural_size_px)
+    view = plain_view({"mixup": 0, **given}, natural_size_px)
+    if view.mixup:
+        raise UsageError(f"{url} answers single images: train with --mixup 0")
+    return CUSTOM, view
 
 
 def _kind(setup: Setup) -> tuple[object, ...]:
