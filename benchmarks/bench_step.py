@@ -1,6 +1,6 @@
 """Training steps: where their time goes, and how many a second against two other loops.
 
-    python -m benchmarks.bench_step [--rounds 5] [--samples 16384] [--photos 160] [--save]
+    python -m benchmarks.bench_step [--rounds 5] [--samples 16384] [--photos 96] [--save]
 
 About 5 minutes of 2 CPU cores. One student (kdcache:small), one teacher (four of it: four times its
 forward pass) and one set of images for all: Fashion-MNIST at 28 px, and photos as JPEG files at
@@ -176,10 +176,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=16_384, help="of Fashion-MNIST; 0: none")
-    parser.add_argument("--photos", type=int, default=160, help="0: none")
+    parser.add_argument("--photos", type=int, default=96, help="0: none")
     parser.add_argument("--photo-px", type=int, default=224)
     parser.add_argument("--save", action="store_true", help="keep the result lines")
     args = parser.parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler tells of every start and stop
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.save:
         harness.start_results("step")
