@@ -27,13 +27,14 @@ MACHINE = ["--batch-size", "--workers", "--device"]
 OPTIONS = {
     "convert": ["--split", "--max-side", "--quality", "--on-error", "--json"],
     "plan": [
-        "--data", "--teacher", "--views", "--top-k", "--dtype", "--order", "--average",
-        "--sampled", "--temperature", "--out", "--student", "--students", "--epochs",
-        "--precision", *VIEW, *MACHINE, "--json",
+        "--data", "--teacher", "--setup", "--other-domain", "--views", "--top-k", "--dtype",
+        "--order", "--average", "--sampled", "--temperature", "--out", "--student", "--students",
+        "--epochs", "--precision", *VIEW, *MACHINE, "--json",
     ],
     "precompute": [
-        "--data", "--teacher", "--out", "--views", "--top-k", "--dtype", "--order", "--average",
-        "--sampled", "--temperature", "--part", "--precision", *VIEW, *MACHINE, "--json",
+        "--data", "--teacher", "--out", "--setup", "--other-domain", "--views", "--top-k",
+        "--dtype", "--order", "--average", "--sampled", "--temperature", "--part", "--precision",
+        *VIEW, *MACHINE, "--json",
     ],
     "train": [
         "--mode", "--data", "--student", "--out", "--cache", "--teacher", "--val", "--epochs",
