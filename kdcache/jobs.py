@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache import loss, models, setups, targets
-from kdcache.console import notice, require_classes
+from kdcache.console import load_teacher, notice
 from kdcache.dataset import Dataset, open_dataset
 from kdcache.errors import TapeMismatch, UsageError
 from kdcache.loader import pixel_digest
@@ -61,11 +61,9 @@ def job_of(asked: Asked) -> Job:
     tape = _tape(asked, dataset)
     natural_px = models.natural_size_px(student_name) or dataset.natural_size_px
     spec = _spec(asked, recipe, tape, natural_px)
-    classes = tape.spec.classes if tape else None if asked.other_domain else len(dataset.classes)
-    teacher = _teacher(asked, spec, tape, classes, dataset)
-    if classes is None:
-        assert teacher is not None
-        classes = teacher.num_classes
+    teacher = _teacher(asked, spec, tape, dataset)
+    answers = tape.spec.classes if tape else teacher.num_classes if teacher else None
+    classes = answers or len(dataset.classes)
     set_determinism(spec)
     student = models.load(
         student_name, "student", num_classes=classes, size_px=spec.view.size_px,
@@ -217,17 +215,19 @@ def _seen_px(spec: TrainSpec, tape: Tape | None) -> int:
 
 
 def _teacher(
-    asked: Asked, spec: TrainSpec, tape: Tape | None, classes: int | None, dataset: Dataset
+    asked: Asked, spec: TrainSpec, tape: Tape | None, dataset: Dataset
 ) -> Teacher | None:
     if not asked.teachers:
         return None
-    if not asked.other_domain:
-        for name in asked.teachers:
-            require_classes(name, dataset)
-    return models.load_teachers(
-        asked.teachers, num_classes=classes, size_px=_seen_px(spec, tape), device=asked.device,
-        precision=spec.precision,
+    teacher = load_teacher(
+        list(asked.teachers), dataset, _seen_px(spec, tape), asked.device, spec.precision,
+        other_domain=asked.other_domain,
     )  # fmt: skip
+    if tape and teacher.num_classes != tape.spec.classes:
+        raise UsageError(
+            f"{teacher.name} has {teacher.num_classes} classes, {tape.url} has {tape.spec.classes}"
+        )
+    return teacher
 
 
 def _targets(
