@@ -129,7 +129,9 @@ def train(
     ] = None,
     teacher_size: Annotated[
         int | None,
-        typer.Option(help="Side in px of what a live teacher sees.  [default: the student's]"),
+        typer.Option(
+            min=1, help="Side in px of what a live teacher sees.  [default: the student's]"
+        ),
     ] = None,
     view_seed: ViewSeedOption = None,
     size: SizeOption = None,
@@ -297,7 +299,8 @@ def evaluate(
     ] = None,
     size: SizeOption = None,
     teacher_size: Annotated[
-        int | None, typer.Option(help="Side in px of what the teacher sees.  [default: the same]")
+        int | None,
+        typer.Option(min=1, help="Side in px of what the teacher sees.  [default: the same]"),
     ] = None,
     batch_size: BatchOption = 256,
     workers: WorkersOption = None,
@@ -312,20 +315,21 @@ def evaluate(
     dataset = datasets.open_dataset(data)
     if size is None and Path(model).is_dir():
         size = models.run_record(Path(model))["view"]["size_px"]
-    size_px = size or models.natural_size_px(model) or dataset.natural_size_px
-    for px in (size_px, teacher_size or size_px):
+    if size is None:
+        size = models.natural_size_px(model) or dataset.natural_size_px
+    for px in (size, teacher_size or size):
         evaluation_views(px)  # refuses a size that cannot be
     options: Any = {"num_classes": len(dataset.classes), "device": device_of(device)}
     require_classes(model, dataset)
-    network = models.load(model, "teacher", size_px=size_px, **options)
+    network = models.load(model, "teacher", size_px=size, **options)
     judge = None
     if teacher:
         for name in teacher:
             require_classes(name, dataset)
-        judge = models.load_teachers(teacher, size_px=teacher_size or size_px, **options)
+        judge = models.load_teachers(teacher, size_px=teacher_size or size, **options)
     with progress_bar("eval", len(dataset), "images") as update:
         result = evaluation.evaluate(
-            network, dataset, size_px=size_px, teacher=judge, teacher_size_px=teacher_size,
+            network, dataset, size_px=size, teacher=judge, teacher_size_px=teacher_size,
             batch_size=batch_size, workers=workers, progress=update,
         )  # fmt: skip
     found = asdict(result)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -16,14 +17,14 @@ from kdcache import models
 from kdcache import store as stores
 from kdcache.dataset import Dataset, open_dataset
 from kdcache.precompute import precompute, tape_spec
-from kdcache.spec import ViewSpec
+from kdcache.runs import run_record, write_result
+from kdcache.spec import TrainSpec, ViewSpec
 from kdcache.tape import Tape
-from kdcache.train import Run as TrainingRun
-from kdcache.train import TrainSpec
 from tests.conftest import TEACHER, Result, synthetic_tape
 
 STUDENT = "python:tests.conftest:convolutional_student"
 NAN_TEACHER = "python:tests.test_bad_input:nan_teacher"
+TWO_CLASSES = "python:tests.test_bad_input:two_classes"
 Command = Callable[..., Result]
 
 
@@ -70,7 +71,7 @@ class Bench:
 
     def train(self, *options: object, mode: str = "labels") -> list[object]:
         line = ["train", "--mode", mode, "--data", self.data, "--student", STUDENT]
-        return [*line, "--out", self.folder / "run", "--epochs", 1, "--batch-size", 99, *options]
+        return [*line, "--out", self.folder / "run", "--epochs", 1, "--batch-size", 98, *options]
 
     def cached(self, *options: object, cache: Path | None = None) -> list[object]:
         return self.train("--cache", cache or self.tape, *options, mode="cached")
@@ -129,7 +130,7 @@ def test_a_sample_whose_bytes_changed(bench: Bench) -> None:
     whole = bytearray(bench.data.read_bytes())
     whole[8 << 20] ^= 1
     bench.data.write_bytes(whole)
-    for line in (bench.train("--batch-size", 297), bench.precompute()):
+    for line in (bench.train("--batch-size", 297, "--mixup", 0), bench.precompute()):
         bench.refused(*line, words=("sample 0 is damaged: its checksum", "convert the images"))
     bench.refused("eval", TEACHER, "--data", bench.data, words="sample 0 is damaged")
 
@@ -203,8 +204,12 @@ def test_views_of_a_size_that_the_model_cannot_take(bench: Bench) -> None:
 
 def test_a_teacher_that_gives_nan(bench: Bench) -> None:
     words = (f"the teacher {NAN_TEACHER} gave NaN or infinity for sample", "in view 0")
-    bench.refused(*bench.precompute("--teacher", NAN_TEACHER), words=words)
+    line = bench.precompute()
+    line[line.index(TEACHER)] = NAN_TEACHER
+    bench.refused(*line, words=words)
     bench.refused(*bench.train("--teacher", NAN_TEACHER, mode="online"), words=words)
+    line = bench.precompute("--teacher", NAN_TEACHER, out="two.zarr")
+    bench.refused(*line, words=f"the teacher {TEACHER} + {NAN_TEACHER} gave NaN")
     assert Tape.open(bench.folder / "new.zarr").missing() == [(0, 0)]
 
 
@@ -213,7 +218,8 @@ def run_folder(bench: Bench) -> Path:
     student = models.load(STUDENT, "student", num_classes=10, size_px=8)
     spec = TrainSpec("labels", ViewSpec(8), epochs=1, batch_size=8)
     data = open_dataset(bench.data)
-    TrainingRun(bench.folder / "teacher").finish(spec, data, student, None)
+    (bench.folder / "teacher").mkdir()
+    write_result(bench.folder / "teacher", run_record(spec, data, student, None), student)
     return bench.folder / "teacher"
 
 
@@ -288,13 +294,21 @@ def test_precompute_refuses(bench: Bench, options: list[object], words: str) -> 
         (["--lr", "nan"], "lr must be above 0, not nan"),
         (["--lr", "inf"], "lr must be"),
         (["--epochs", 0], "epochs must be at least 1, not 0"),
-        (["--temperature", 0], "temperature must be above 0, not 0"),
-        (["--temperature", -2], "temperature must be above 0, not -2"),
-        (["--temperature", "inf"], "temperature must be"),
-        (["--warmup", 1], "warmup must be in [0, 1), not 1"),
+        (["--warmup", 1.5], "warmup must be a share in [0, 1) or a number of steps, not 1.5"),
+        (["--warmup", 3], "a warm-up of 3 steps does not fit into the run's 3"),
         (["--weight-decay", -1], "weight decay must be at least 0, not -1"),
         (["--weight-decay", "inf"], "weight decay must be"),
         (["--batch-size", 0], "batch size must be at least 1, not 0"),
+        (["--momentum", 1], "momentum must be in [0, 1), not 1"),
+        (["--ema", 1], "ema must be a decay in [0, 1), not 1"),
+        (["--ema", "nan"], "ema must be a decay in [0, 1), not nan"),
+        (["--batch-size", 99], "batch size must be even with mixing, not 99: a step takes whole"),
+        (["--checkpoint-minutes", 0], "checkpoint-minutes must be above 0, not 0"),
+        (["--eval-every", 3], "--eval-every needs --val DATA.beton"),
+        (["--recipe", "soup"], "soup"),
+        (["--setup", "chaos"], "chaos"),
+        (["--init", "no.safetensors"], "cannot read no.safetensors"),
+        (["--init", "pretrained"], "has no pretrained weights"),
         (["--batch-size", 298], "batch size 298 is more than the 297 samples of the data"),
         (["--seed", 1 << 70], "seed must be"),
         (["--mixup", -1], "mixup must be 0 or 0.05 to 100, not -1"),
@@ -336,6 +350,14 @@ def test_eval_refuses(bench: Bench, options: list[object], words: str) -> None:
         (["train", "--lr", "fast"], "Invalid value for '--lr'"),
         (["train", "--workers", 0], "Invalid value for '--workers'"),
         (["train", "--views", 0], "Invalid value for '--views'"),
+        (["train", "--keep", 0], "Invalid value for '--keep'"),
+        (["train", "--checkpoint-every", 0], "Invalid value for '--checkpoint-every'"),
+        (["train", "--eval-every", 0], "Invalid value for '--eval-every'"),
+        (["train", "--log-every", 0], "Invalid value for '--log-every'"),
+        (["train", "--teacher-size", 0], "Invalid value for '--teacher-size'"),
+        (["eval", "x", "--teacher-size", 0], "Invalid value for '--teacher-size'"),
+        (["train", "--optimizer", "adam"], "'adam' is not one of"),
+        (["train", "--precision", "int8"], "'int8' is not one of"),
         (["demo", "--epochs", 0], "Invalid value for '--epochs'"),
         (["train"], "Missing option '--mode'"),
         (["inspect"], "Missing argument"),
@@ -346,6 +368,21 @@ def test_eval_refuses(bench: Bench, options: list[object], words: str) -> None:
 )
 def test_options_that_do_not_parse(bench: Bench, line: list[object], words: str) -> None:
     bench.misused(*line, words=words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--temperature", 0], "temperature must be above 0, not 0"),
+        (["--temperature", -2], "temperature must be above 0, not -2"),
+        (["--temperature", "inf"], "temperature must be above 0, not inf"),
+        (["--label-weight", 1.1], "label weight must be in [0, 1], not 1.1"),
+        (["--label-weight", "nan"], "label weight must be in [0, 1], not nan"),
+    ],
+)
+def test_train_refuses_of_its_teacher(bench: Bench, options: list[object], words: str) -> None:
+    bench.refused(*bench.train("--teacher", TEACHER, *options, mode="online"), words=words)
+    assert not (bench.folder / "run").exists()
 
 
 # --- modes -----------------------------------------------------------------------------------
@@ -363,6 +400,171 @@ def test_modes_need_their_options_and_no_others(bench: Bench) -> None:
     bench.refused(*train("--teacher", TEACHER), words="--teacher goes with --mode online or cached")
 
 
+def test_a_teacher_of_other_classes_than_the_students(bench: Bench, photos: Dataset) -> None:
+    """The student has the data's classes."""
+    line = bench.train("--teacher", TWO_CLASSES, mode="online")
+    bench.refused(*line, words=(f"{TWO_CLASSES} has 2 classes, the data has 10",))
+    line = bench.cached("--val", bench.data, "--teacher", TWO_CLASSES)
+    bench.refused(*line, words=(f"{TWO_CLASSES} has 2 classes, the data has 10",))
+
+
+# --- runs ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begun(bench: Bench) -> list[object]:
+    """The command of a run that was begun, has three checkpoints, and is not finished."""
+    line = bench.train("--epochs", 2, "--checkpoint-every", 2, "--keep", 9, "--log-every", 1)
+    assert bench.command(*line).code == 0
+    run = bench.folder / "run"
+    again = bench.train("--out", bench.folder / "other", *line[-8:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdcache.runs.Run.finish", lambda self, *_: None)
+        assert bench.command(*again).code == 0
+    shutil.rmtree(run)
+    (bench.folder / "other").rename(run)
+    assert len(list((run / "checkpoints").iterdir())) == 3
+    return line
+
+
+def test_a_run_folder_without_resume(bench: Bench, begun: list[object]) -> None:
+    before = files(bench.folder)
+    words = "run exists; choose another --out, or remove it, or give --resume to go on with the run"
+    bench.refused(*begun, words=words)
+    assert files(bench.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--lr", 1], "lr: 1 here, 0.003 there"),
+        (["--epochs", 3], "epochs: 3 here, 2 there"),
+        (["--batch-size", 50], "batch_size: 50 here, 98 there"),
+        (["--optimizer", "sgd"], "optimizer: sgd here, adamw there"),
+        (["--seed", 1], "seed: 1 here, 0 there; first_weights: "),
+        (["--view-seed", 1], "view.seed: 1 here, 0 there"),
+        (["--mixup", 0], "view.mixup: 0 here, 1 there"),
+        (["--ema", 0.5], "ema: 0.5 here, 0 there"),
+        (["--precision", "bfloat16"], "precision: bfloat16 here, float32 there"),
+        (["--deterministic"], "deterministic: True here, False there"),
+        (["--student", "python:tests.test_bad_input:wide_student"], "student: python:tests.test_b"),
+        (["--data", "OTHER"], "data: "),
+    ],
+)  # fmt: skip
+def test_a_run_is_not_gone_on_with_by_another_command(
+    bench: Bench, begun: list[object], digits: Dataset, options: list[object], words: str
+) -> None:
+    before = files(bench.folder)
+    given = [digits.path if x == "OTHER" else x for x in options]
+    bench.refused(
+        *begun, *given, "--resume", words=("holds another run (", words, "give the options that")
+    )
+    assert files(bench.folder) == before
+
+
+def test_nor_with_another_mode_teacher_tape_or_recipe(bench: Bench, begun: list[object]) -> None:
+    online = [*begun, "--mode", "online", "--teacher", TEACHER, "--resume"]
+    words = ("mode: online here, labels there", "teacher: ", " here, None there")
+    bench.refused(*online, words=words)
+    cached = [*begun, "--mode", "cached", "--cache", bench.tape, "--resume"]
+    words = ("mode: cached here, labels there", "views: 2 here, None there", "tape: ")
+    result = bench.command(*cached)
+    assert result.code == 2
+    assert all(word in result.err for word in words), result.err
+    recipe = [*begun, "--recipe", "fashion-mnist", "--size", 8, "--mixup", 1, "--resume"]
+    bench.refused(*recipe, words=("holds another run (", "lr: 0.01 here, 0.003 there"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "empty", "a directory"])
+def test_a_checkpoint_that_cannot_be_read(
+    bench: Bench, begun: list[object], damage: str
+) -> None:
+    newest = bench.folder / "run" / "checkpoints" / "0000000006.safetensors"
+    whole = newest.read_bytes()
+    newest.unlink()
+    if damage == "a directory":
+        newest.mkdir()
+    else:
+        newest.write_bytes(
+            {
+                "truncated": whole[:-100], "flipped": whole[:-1] + bytes([whole[-1] ^ 1]),
+                "foreign": safetensors.torch.save({"x": torch.zeros(1)}), "empty": b"",
+            }[damage]
+        )  # fmt: skip
+    words = (str(newest), "remove it, and --resume goes on from the checkpoint before")
+    bench.refused(*begun, "--resume", words=words)
+    newest.rmdir() if damage == "a directory" else newest.unlink()
+    result = bench.command(*begun, "--resume")
+    assert (result.code, result.err) == (0, "kdcache: goes on after step 4 of 6\n")
+
+
+def test_a_run_whose_spec_is_damaged(bench: Bench, begun: list[object]) -> None:
+    spec = bench.folder / "run" / "spec.json"
+    spec.write_text(spec.read_text()[:-9])
+    bench.refused(*begun, "--resume", words=("spec.json is damaged: ", "; choose another --out"))
+    spec.unlink()
+    bench.refused(*begun, "--resume", words="run holds no run to go on with (no spec.json): choose")
+
+
+def test_a_loss_that_is_nan(bench: Bench) -> None:
+    line = bench.train("--lr", 1000, "--optimizer", "sgd", "--epochs", 9, "--warmup", 0)
+    line += ["--student", "python:tests.test_bad_input:exploding_student"]
+    message = bench.refused(*line, words="the loss is not finite at step 4: lower --lr or raise")
+    assert "is kept" not in message
+    assert not (bench.folder / "run").exists()
+    words = ("not finite at step 4: lower --lr", "; the checkpoint of step 3 is kept")
+    bench.refused(*line, "--checkpoint-every", 1, words=words)
+    kept = [f.name for f in (bench.folder / "run" / "checkpoints").iterdir()]
+    assert sorted(kept) == ["0000000002.safetensors", "0000000003.safetensors"]
+
+
+def exploding_student(num_classes: int) -> nn.Module:
+    """Its fourth batch is too much for it."""
+
+    class Exploding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(192, num_classes)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = self.layer(x.flatten(1))
+            if not self.training:
+                return logits
+            self.calls += 1
+            return logits * torch.where(self.calls == 4, torch.nan, 1.0)
+
+    return Exploding()
+
+
+def wide_student(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes))
+
+
+def test_a_tape_with_fewer_views_than_epochs_says_that_it_wraps(bench: Bench) -> None:
+    result = bench.command(*bench.cached("--epochs", 3))
+    assert result.code == 0
+    said = f"kdcache: {bench.tape} has 2 views for 3 epochs: it wraps, epoch e plays view e mod 2\n"
+    assert result.err == said
+    shutil.rmtree(bench.folder / "run")
+    assert bench.command(*bench.cached("--epochs", 2)).err == ""
+
+
+@pytest.mark.parametrize(
+    ("setup", "words"),
+    [
+        ("fixed-center", ("fixed-center", "t.zarr")),
+        ("independent-mild", ("independent-mild", "t.zarr")),
+        ("consistent-mild", ("consistent-mild", "t.zarr")),
+    ],
+)
+def test_a_set_up_that_the_tape_was_not_made_for(
+    bench: Bench, setup: str, words: tuple[str, ...]
+) -> None:
+    bench.refused(*bench.cached("--setup", setup), words=words)
+    assert not (bench.folder / "run").exists()
+
+
 def test_a_run_folder_that_exists(bench: Bench) -> None:
     (bench.folder / "run").mkdir()
     (bench.folder / "run" / "thesis").write_text("mine")
@@ -373,7 +575,7 @@ def test_a_run_folder_that_exists(bench: Bench) -> None:
 def test_a_run_folder_that_cannot_be_made(bench: Bench) -> None:
     (bench.folder / "file").touch()
     line = bench.train("--out", bench.folder / "file" / "run")
-    bench.refused(*line, words=("cannot make", "Not a directory"))
+    bench.refused(*line, words=("cannot write", "Not a directory"))
 
 
 # --- tapes -----------------------------------------------------------------------------------
@@ -404,7 +606,6 @@ def test_a_tape_of_other_data(bench: Bench, digits: Dataset, photos: Dataset) ->
     ("options", "words"),
     [
         (["--view-seed", 1], "seed: 1 here, 0 there"),
-        (["--size", 9], "size_px: 9 here, 8 there"),
         (["--crop", "center"], "crop: center here, inception there"),
         (["--min-area", 0.5], "min_area: 0.5 here, 0.05 there"),
         (["--no-flip"], "flip: False here, True there"),

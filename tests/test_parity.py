@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from kdcache import models, targets
+from kdcache import checkpoint, models, targets
 from kdcache.dataset import Dataset
 from kdcache.errors import TapeMismatch
 from kdcache.kernels import ops
@@ -16,7 +17,7 @@ from kdcache.loss import distillation_loss
 from kdcache.precompute import precompute, tape_spec
 from kdcache.records import TargetSource
 from kdcache.spec import TrainSpec, ViewSpec
-from kdcache.train import set_determinism, train
+from kdcache.train import State, set_determinism, train
 from tests.conftest import TEACHER
 
 VIEW = ViewSpec(8, min_area=0.4, mixup=1.0, seed=5)
@@ -62,6 +63,58 @@ def test_cached_equals_online_to_the_bit(
     cached = weights_after(digits, replay, "cached", temperature, losses[1])
     assert losses[0] == losses[1]
     assert all(torch.equal(online[name], cached[name]) for name in online)
+
+
+@pytest.mark.parametrize("label_weight", [0.0, 0.3])
+@pytest.mark.parametrize("first", ["online", "cached"])
+def test_one_may_go_on_with_what_the_other_began(
+    digits: Dataset, tmp_path: Path, first: str, label_weight: float
+) -> None:
+    """A run that stops in the middle of an epoch and goes on with the other source of targets ends
+    with the weights of one that was online from beginning to end."""
+    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    torch.set_num_threads(1)
+    tape = precompute(
+        digits, teacher, tape_spec(digits, teacher, VIEW, views=VIEWS, dtype="float32"),
+        tmp_path / "t.zarr", batch_size=128, workers=1,
+    )  # fmt: skip
+    sources: dict[str, TargetSource] = {
+        "online": targets.OnlineTargets(teacher),
+        "cached": targets.CachedTargets(tape, digits.fingerprint, VIEW),
+    }
+    spec = TrainSpec(
+        "online", VIEW, epochs=2, batch_size=128, deterministic=True, views=VIEWS, ema=0.9,
+        label_weight=label_weight,
+    )  # fmt: skip
+
+    def fresh() -> State:
+        set_determinism(spec)
+        name = "python:tests.conftest:convolutional_student"
+        return State(spec, models.load(name, "student", num_classes=10, size_px=8))
+
+    def play(state: State, source: str, last: int = 99) -> State:
+        def after(state: State) -> None:
+            if state.step == last:
+                raise KeyboardInterrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            train(
+                spec, digits, state.student, sources[source], state=state, workers=1,
+                labels=targets.LabelTargets(10), after_step=after,
+            )  # fmt: skip
+        return state
+
+    whole = play(fresh(), "online")
+    checkpoint.save(tmp_path / "c", play(fresh(), first, last=14).state_dict())
+    state = fresh()
+    state.load_state_dict(checkpoint.load(tmp_path / "c"))
+    assert state.step == 14
+    assert state.step % (len(digits) // 128)  # mid-epoch
+    play(state, {"online": "cached", "cached": "online"}[first])
+    assert state.step == whole.step == 22
+    assert state.student.fingerprint() == whole.student.fingerprint()
+    averages = [s.average.state_dict()["weights"] for s in (state, whole)]
+    assert all(map(torch.equal, *averages))
 
 
 def test_the_parity_test_can_fail(digits: Dataset, tmp_path: Path) -> None:

@@ -383,7 +383,7 @@ def test_float16_scales_the_loss_and_skips_a_step_that_overflows(digits_test: Da
 
 @pytest.mark.slow  # the compiler takes its time
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_compiled_student_trains_the_same_weights(digits_test: Dataset) -> None:
+def test_a_compiled_student_trains_and_keeps_the_names_of_its_weights(digits_test: Dataset) -> None:
     plain, _ = trained(digits_test, UNMIXED)
     student = fresh(UNMIXED)
     student.network.compile()
