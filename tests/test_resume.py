@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdcache import checkpoint, models, runs, session, targets
+from kdcache import checkpoint, cli, models, runs, session, targets
 from kdcache.dataset import Dataset, open_dataset
 from kdcache.keeper import Schedule, Stopped
 from kdcache.precompute import precompute, tape_spec
@@ -386,7 +388,7 @@ def without_wrap(words: str) -> str:
     return "".join(x for x in words.splitlines(keepends=True) if "it wraps" not in x)
 
 
-@contextmanager
+@contextlib.contextmanager
 def begun(folder: Path, *words: object) -> Iterator[Any]:
     """A command that has logged a line since it began."""
     log = folder / "r" / "log.jsonl"
@@ -469,3 +471,89 @@ def test_a_second_ctrl_c_does_not_wait(digits_test: Dataset, tape: Path, tmp_pat
         result: Result = wait()
     assert (result.code, result.out) == (130, "")
     assert "Traceback" not in result.err
+
+
+# --- places ----------------------------------------------------------------------------------
+
+CANNOT = 77
+
+
+def _read_only(folder: Path, words: list[object]) -> None:
+    """Commands on folders that cannot be written; finished ones are read all the same."""
+    if os.getuid():
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+    else:
+        try:
+            processes.own_mounts()
+            processes.mount("--bind", folder, folder)
+            processes.mount("-o", "remount,bind,ro", folder)
+        except OSError as error:
+            print(error)
+            sys.exit(CANNOT)
+    for name, wanted in (
+        ("begun", (2, rf"cannot write {folder}/begun")),
+        ("new", (2, rf"cannot write {folder}/new")),
+        ("finished", (0, "finished was finished: there was nothing to go on with")),
+    ):
+        code, said = _main(*words, "--out", folder / name)
+        assert code == wanted[0], said
+        assert wanted[1] in said.splitlines()[-1], said
+        assert "Traceback" not in said
+
+
+def _main(*words: object) -> tuple[int, str]:
+    said = io.StringIO()
+    sys.argv = ["kdcache", *map(str, words)]
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            cli.main()
+        except SystemExit as end:
+            return int(end.code or 0), said.getvalue()
+    return 0, said.getvalue()
+
+
+def test_a_folder_that_is_read_only(digits_test: Dataset, tape: Path, tmp_path: Path) -> None:
+    words = line("online", digits_test, tape, tmp_path / "folder" / "x", "--epochs", 2, "--resume")
+    (tmp_path / "folder").mkdir()
+    for name in ("finished", "begun"):
+        out = tmp_path / "folder" / name
+        assert processes.command(tmp_path, *words, "--out", out)().code == 0
+    (tmp_path / "folder" / "begun" / "run.json").unlink()
+    code = processes.run(_read_only, tmp_path / "folder", words)
+    if code == CANNOT:
+        pytest.skip("no mounts allowed here")
+    assert code == 0
+
+
+def _on_a_full_disk(disk: Path, words: list[object], kib: int) -> None:
+    try:
+        processes.own_mounts()
+        processes.mount("-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", disk)
+    except OSError as error:
+        print(error)
+        sys.exit(CANNOT)
+    code, said = _main(*words, "--out", disk / "r")
+    assert code == 2, said
+    assert len(said.splitlines()) == 1, said
+    assert "No space left on device" in said, said
+    kept = [checkpoint.load(path) for path in runs.checkpoints(disk / "r")]
+    processes.mount("-o", "remount,size=4m", disk)
+    code, said = _main(*words, "--out", disk / "r")
+    assert code == 0, said
+    assert ("goes on after" in said) == bool(kept), said
+    shutil.copytree(disk / "r", disk.parent / "copy")
+
+
+@pytest.mark.parametrize("kib", [4, 60, 200, 300])
+def test_a_full_disk(
+    digits_test: Dataset, tape: Path, commanded: Any, tmp_path: Path, kib: int
+) -> None:
+    """Full at spec.json, within the first checkpoint, within a later one, at the best weights."""
+    words = line("online", digits_test, tape, tmp_path / "x", "--resume")
+    (tmp_path / "disk").mkdir()
+    code = processes.run(_on_a_full_disk, tmp_path / "disk", words, kib)
+    if code == CANNOT:
+        pytest.skip("no mounts allowed here")
+    assert code == 0
+    assert outcome(tmp_path / "copy") == commanded("online")

@@ -1,0 +1,161 @@
+"""From options to a job: what a recipe, a tape and a set-up settle, and what is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdcache import jobs, models, targets
+from kdcache.dataset import Dataset
+from kdcache.errors import TapeMismatch, UsageError
+from kdcache.jobs import Asked, job_of
+from kdcache.precompute import precompute, tape_spec
+from kdcache.recipes import recipe_of
+from kdcache.spec import ViewSpec
+from tests.conftest import TEACHER
+
+STUDENT = "python:tests.conftest:convolutional_student"
+
+
+@pytest.fixture(scope="module")
+def tape(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
+    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    spec = tape_spec(
+        digits_test, teacher, ViewSpec(8, min_area=0.3, seed=9), views=3, dtype="float32"
+    )
+    out = tmp_path_factory.mktemp("tape") / "t.zarr"
+    precompute(digits_test, teacher, spec, out)
+    return str(out)
+
+
+def asked(dataset: Dataset, mode: Any = "labels", **options: Any) -> Asked:
+    return Asked(mode, dataset.path, **{"student": STUDENT, **options})
+
+
+def test_labels(digits_test: Dataset) -> None:
+    job = job_of(asked(digits_test))
+    assert isinstance(job.targets, targets.LabelTargets)
+    assert (job.labels, job.judge, job.tape, job.teacher) == (None, None, None, None)
+    assert (job.spec.view, job.spec.teacher_view) == (ViewSpec(8), None)
+    assert job.student.num_classes == 10
+    assert job.class_names == digits_test.classes
+
+
+def test_a_live_teacher_is_part_of_the_run(digits_test: Dataset) -> None:
+    job = job_of(asked(digits_test, "online", teachers=(TEACHER,)))
+    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    assert job.teacher == teacher.fingerprint()
+    assert isinstance(job.targets, targets.OnlineTargets)
+    assert job.spec.setup == "function-matching"
+    two = job_of(asked(digits_test, "online", teachers=(TEACHER, TEACHER)))
+    assert two.teacher != job.teacher
+
+
+def test_a_tape_settles_the_views_and_its_judge_is_no_part_of_the_run(
+    digits_test: Dataset, tape: str
+) -> None:
+    for teachers in ((), (TEACHER,)):
+        job = job_of(asked(digits_test, "cached", cache=tape, teachers=teachers))
+        assert isinstance(job.targets, targets.CachedTargets)
+        assert job.spec.view == ViewSpec(8, min_area=0.3, seed=9)
+        assert job.spec.views == 3
+        assert job.tape == job.targets.tape.spec.digest
+        assert job.teacher is None
+        assert (job.judge is not None) == bool(teachers)
+        assert job.about["cache"] == tape
+
+
+def test_a_label_weight_brings_the_labels(digits_test: Dataset, tape: str) -> None:
+    job = job_of(asked(digits_test, "cached", cache=tape, training={"label_weight": 0.1}))
+    assert isinstance(job.labels, targets.LabelTargets)
+    assert job.spec.label_weight == 0.1
+
+
+def test_a_recipe_settles_what_was_not_asked_for(digits_test: Dataset) -> None:
+    recipe = recipe_of("fashion-mnist")
+    job = job_of(asked(digits_test, recipe="fashion-mnist", view={"size_px": 8}))
+    assert (job.spec.epochs, job.spec.lr) == (recipe.spec.epochs, recipe.spec.lr)
+    assert job.spec.view.min_area == recipe.spec.view.min_area
+    own = job_of(
+        asked(
+            digits_test, recipe="fashion-mnist", view={"size_px": 8, "min_area": 0.9},
+            training={"epochs": 3},
+        )
+    )  # fmt: skip
+    assert (own.spec.epochs, own.spec.lr, own.spec.view.min_area) == (3, recipe.spec.lr, 0.9)
+
+
+def test_a_student_is_needed_or_a_recipe_that_names_one(digits_test: Dataset) -> None:
+    with pytest.raises(UsageError, match="give --student MODEL, or a --recipe, which names one"):
+        job_of(asked(digits_test, student=None))
+
+
+def test_the_seed_settles_the_first_weights(digits_test: Dataset) -> None:
+    torch.rand(3)
+    first = [
+        job_of(asked(digits_test, training={"seed": seed})).student.fingerprint()
+        for seed in (0, 0, 1)
+    ]
+    assert first[0] == first[1] != first[2]
+
+
+def test_first_weights_may_be_given(digits_test: Dataset, tmp_path: Path) -> None:
+    given = job_of(asked(digits_test, training={"seed": 5})).student
+    models.save_weights(given, tmp_path / "w.safetensors")
+    job = job_of(asked(digits_test, init=str(tmp_path / "w.safetensors")))
+    assert job.student.fingerprint() == given.fingerprint()
+
+
+def test_a_compiled_student_has_the_names_of_its_weights(digits_test: Dataset) -> None:
+    plain = job_of(asked(digits_test)).student
+    compiled = job_of(asked(digits_test, compile=True)).student
+    assert compiled.network._compiled_call_impl is not None
+    assert compiled.fingerprint() == plain.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "words"),
+    [
+        ("online", {}, "--mode online needs --teacher MODEL"),
+        ("cached", {}, r"--mode cached needs --cache C.zarr"),
+        ("labels", {"training": {"label_weight": 0.5}}, "--label-weight goes with a teacher"),
+        ("labels", {"training": {"temperature": 2}}, "--temperature goes with a teacher"),
+        ("labels", {"other_domain": True}, "--other-domain leaves labels out"),
+        ("labels", {"teacher_size": 9}, "--teacher-size goes with --mode online, not with"),
+        ("labels", {"training": {"average": 2}}, "--average goes with --mode online, not with"),
+        (
+            "online",
+            {"teachers": (TEACHER,), "other_domain": True, "training": {"label_weight": 0.5}},
+            "--label-weight needs labels of the teacher's classes",
+        ),
+        (
+            "online",
+            {"teachers": (TEACHER,), "training": {"average": 2}},
+            "--average goes with --setup fixed-average",
+        ),
+    ],
+)
+def test_what_does_not_go_together(
+    digits_test: Dataset, mode: Any, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        job_of(asked(digits_test, mode, **options))
+
+
+def test_a_tape_of_another_number_of_views(digits_test: Dataset, tape: str) -> None:
+    with pytest.raises(TapeMismatch, match="has 3 views, not 2: leave --views out"):
+        job_of(asked(digits_test, "cached", cache=tape, training={"views": 2}))
+
+
+def test_epochs_beyond_the_views_of_a_tape_are_told(
+    digits_test: Dataset, tape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(jobs, "notice", told.append)
+    job_of(asked(digits_test, "cached", cache=tape, training={"epochs": 3}))
+    assert told == []
+    job_of(asked(digits_test, "cached", cache=tape, training={"epochs": 4}))
+    assert told == [f"{tape} has 3 views for 4 epochs: it wraps, epoch e plays view e mod 3"]
