@@ -103,7 +103,7 @@ class Run:
 
     Raises UsageError where the folder holds another run, or any while `resume` is off;
     CheckpointCorrupt where the newest checkpoint is not what was written. A run that fails before
-    its first log line leaves nothing. A finished run is only read.
+    its first log line leaves nothing. A finished run stays as it is.
 
     resumed   what the newest checkpoint holds; None where there is none
     """
@@ -136,6 +136,7 @@ class Run:
                 line += ", or give --resume to go on with the run in it"
             raise UsageError(line)
         if self.finished:
+            self._forget_checkpoints()  # a kill may have come between
             return
         try:
             self._open(tensorboard)
@@ -251,6 +252,9 @@ class Run:
     def finish(self, record: dict[str, Any], student: Classifier) -> None:
         """Write weights and run.json; checkpoints have served."""
         write_result(self.folder, record, student)
+        self._forget_checkpoints()
+
+    def _forget_checkpoints(self) -> None:
         shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
 
     def keep_best(self, record: dict[str, Any], student: Classifier) -> None:

@@ -448,6 +448,24 @@ def test_a_signal_keeps_the_step_and_exits_as_schedulers_expect(
     assert without_wrap(more.err) == said
 
 
+@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
+def test_ctrl_c_at_any_moment_is_one_line(
+    digits_test: Dataset, tape: Path, commanded: Any, tmp_path: Path, seed: int
+) -> None:
+    """From the start, while the model is loaded, to the end."""
+    words = line("online", digits_test, tape, tmp_path / "r", "--resume")
+    wait = processes.command(tmp_path, *words)
+    wait.process.join(random.Random(seed).uniform(0.02, 0.6))
+    if wait.process.exitcode is None:
+        os.kill(wait.process.pid, signal.SIGINT)
+    result = wait()
+    assert result.code in (0, 130), result
+    assert len(result.err.splitlines()) <= 1, result
+    result = processes.command(tmp_path, *words)()
+    assert result.code == 0, result
+    assert outcome(tmp_path / "r") == commanded("online")
+
+
 def slow_teacher(num_classes: int) -> torch.nn.Module:
     """Takes a minute for a batch, but not for the first few."""
     import time
