@@ -91,7 +91,8 @@ def _different(here: object, there: object, name: str = "") -> str:
 
 
 def _short(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    short = isinstance(value, float) and float(f"{value:g}") == value
+    return f"{value:g}" if short else str(value)
 
 
 class Run:

@@ -26,9 +26,10 @@ from kdcache.precompute import precompute, tape_spec
 from kdcache.session import Job
 from kdcache.spec import TrainSpec, ViewSpec
 from kdcache.tape import Tape
-from kdcache.train import set_determinism
+from kdcache.train import State, set_determinism, train
 from tests import processes
 from tests.conftest import TEACHER, Result
+from tests.test_checkpoint import same
 
 STUDENT = "python:tests.conftest:convolutional_student"  # with batch norm and dropout
 VIEW = ViewSpec(8, min_area=0.4, seed=5)
@@ -156,6 +157,36 @@ def test_a_run_that_dies_after_any_step_ends_the_same(
     kept = max(s for s in (0, 3, 5, 6, 9, 10) if s < step)
     assert started == [(kept, STEPS)]
     assert outcome(tmp_path / "r") == whole
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_state_comes_back_whole(
+    digits_test: Dataset, tape: Path, tmp_path: Path, name: str
+) -> None:
+    """What no later step may show is there too: the loss scale, sums for the log."""
+    spec = replace(SPEC, **VARIANTS[name])
+
+    def after(state: State) -> None:
+        if state.step == 7:
+            raise Killed
+
+    this = job(digits_test, tape, spec)
+    state = State(spec, this.student)
+    with pytest.raises(Killed):
+        train(spec, digits_test, this.student, this.targets, labels=this.labels, state=state,
+              after_step=after, log_every=5)  # fmt: skip
+    if spec.precision == "float16":
+        state.scaler.update(123.0)
+    checkpoint.save(tmp_path / "c", state.state_dict())
+    again = State(spec, job(digits_test, tape, spec).student)
+    assert not same(again.state_dict(), checkpoint.load(tmp_path / "c"))
+    again.load_state_dict(checkpoint.load(tmp_path / "c"))
+    checkpoint.save(tmp_path / "d", again.state_dict())
+    assert same(checkpoint.load(tmp_path / "d"), checkpoint.load(tmp_path / "c"))
+    assert again.meter.steps == 2
+    assert again.state_dict()["scaler"].get("scale") == (
+        123 if spec.precision == "float16" else None
+    )
 
 
 def test_the_log_is_of_every_logged_step_and_evaluation_in_order(whole: Any) -> None:

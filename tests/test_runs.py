@@ -249,6 +249,7 @@ def test_resume_does_not_touch_what_is_no_run(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"lr": 0.2}, r"another run \(lr: 0.2 here, 0.1 there\): give the options that it was"),
+        ({"lr": 0.1000000001}, r"another run \(lr: 0.1000000001 here, 0.1 there\)"),
         ({"tape": "abc"}, r"\(tape: abc here, None there\)"),
         ({"view": {"seed": 1, "size_px": 8}}, r"\(view.seed: 1 here, 0 there\)"),
         ({"view": None}, r"\(view: None here, \{'seed': 0, 'size_px': 8\} there\)"),
