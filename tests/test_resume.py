@@ -10,7 +10,9 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -342,10 +344,16 @@ def _die_before_change(out: Path, moment: int) -> None:
 
 
 def _die_within_file(out: Path, size: int) -> None:
-    """The kernel ends the process within the write of its first file above this size."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    """The kernel ends the process within the write of its first checkpoint."""
+    real = checkpoint.save_tensors
+
+    def limited(*arguments: Any) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        real(*arguments)
+
+    checkpoint.save_tensors = limited
 
 
 @pytest.mark.parametrize("every", [27, pytest.param(1, marks=pytest.mark.slow)])
@@ -376,8 +384,9 @@ def test_killed_within_the_write_of_a_checkpoint_it_ends_the_same(
     code = processes.run(_life, out, digits_test.path, tape, _die_within_file, size)
     assert code == -signal.SIGXFSZ
     left = list((out / "checkpoints").iterdir())
+    assert left
     assert all(f.name.startswith(".tmp") or f.suffix == ".partial" for f in left)
-    assert 0 < max(f.stat().st_size for f in left) <= size
+    assert all(f.stat().st_size <= size for f in left)
     assert processes.run(_life, out, digits_test.path, tape, _undisturbed) == 0
     assert outcome(out) == whole
 
@@ -497,10 +506,33 @@ def test_ctrl_c_at_any_moment_is_one_line(
     assert outcome(tmp_path / "r") == commanded("online")
 
 
+@pytest.mark.slow
+def test_a_real_command_in_a_shell(digits_test: Dataset, tape: Path, tmp_path: Path) -> None:
+    """Started, preempted, killed and finished as a scheduler would."""
+    words = [str(w) for w in line("online", digits_test, tape, tmp_path / "r", "--resume")]
+    codes = []
+    for number in (signal.SIGTERM, signal.SIGKILL, None):
+        options: dict[str, Any] = {"cwd": Path(__file__).parents[1], "text": True}
+        with subprocess.Popen(
+            [sys.executable, "-m", "kdcache", *words, "--epochs", "100"],
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, **options,
+        ) as run:  # fmt: skip
+            log = tmp_path / "r" / "log.jsonl"
+            before = log.read_bytes() if log.exists() else b""
+            while number and run.poll() is None:
+                if log.exists() and len(log.read_bytes()) > len(before) + 300:
+                    run.send_signal(number)
+                    break
+                time.sleep(0.005)
+            said = run.communicate()[1]
+            assert "Traceback" not in said
+            codes.append(run.returncode)
+    assert codes == [143, -9, 0]
+    assert models.run_record(tmp_path / "r")["epochs"] == 100
+
+
 def slow_teacher(num_classes: int) -> torch.nn.Module:
     """Takes a minute for a batch, but not for the first few."""
-    import time
-
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, num_classes))
     calls = iter(range(1000))
     network.register_forward_pre_hook(lambda *_: time.sleep(60) if next(calls) > 8 else None)
