@@ -57,7 +57,7 @@ class World:
                 f"WORLD_SIZE is {self.count}, but torchrun has not started this process ({error}): "
                 "start with torchrun, or unset WORLD_SIZE and RANK"
             ) from error
-        except distributed.DistError as error:
+        except RuntimeError as error:
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise KDCacheError(
                 f"process {self.rank} of {self.count} has not met the others at {place}: "

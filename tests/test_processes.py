@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -182,7 +185,8 @@ def test_the_result_of_one_process(
     assert_same(many, one, steps=18)
     assert sorted(f.name for f in many.iterdir()) == sorted(f.name for f in one.iterdir())
     for name, value in records[0]["evaluation"].items():
-        assert value is None or records[1]["evaluation"][name] == pytest.approx(value, rel=1e-2, abs=7e-3), name
+        found = records[1]["evaluation"][name]
+        assert found == (value and pytest.approx(value, rel=1e-2, abs=7e-3)), name
 
 
 def measure(data: Path, out: Path, rank: int, count: int) -> None:
@@ -456,9 +460,10 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
 
-def test_nobody_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [distributed.DistNetworkError, RuntimeError])
+def test_nobody_to_meet(monkeypatch: pytest.MonkeyPatch, error: type[RuntimeError]) -> None:
     def unmet(backend: str) -> None:
-        raise distributed.DistNetworkError("the client socket has timed out\nmore")
+        raise error("the client socket has timed out\nmore")
 
     monkeypatch.setattr(processes.distributed, "init_process_group", unmet)
     monkeypatch.setenv("MASTER_ADDR", "node0")
@@ -488,3 +493,63 @@ def test_a_lost_process_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     line = "process 0 of 2 ended because another one did; that one's own message says why"
     with pytest.raises(ProcessLost, match=line), World(0, 2):
         raise RuntimeError("gloo: Connection closed by peer")
+
+
+# --- torchrun --------------------------------------------------------------------------------
+
+
+def torchrun(*options: object) -> subprocess.Popen[str]:
+    run = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::FutureWarning"}
+    return subprocess.Popen(
+        [*run, *map(str, options)],
+        cwd=Path(__file__).parents[1], env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_nodes_give_the_result_of_one_process(digits_test: Dataset, tmp_path: Path) -> None:
+    options = ("--val", digits_test.path, "--epochs", 2, "--log-every", 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = ("--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-endpoint")
+    line = training(digits_test.path, tmp_path / "two", *options)
+    running = [torchrun(*nodes, f"127.0.0.1:{port}", "-m", "kdcache", *line) for _ in range(2)]
+    said = [node.communicate(timeout=120) for node in running]
+    assert [node.returncode for node in running] == [0, 0], said
+    assert sorted(len(out.splitlines()) for out, _ in said) == [0, 1]
+    assert not any("kdcache" in err or "Warning" in err for _, err in said), said
+    line = training(digits_test.path, tmp_path / "one", *options)
+    assert ranks.command(1, tmp_path / "io", *line)()[0].code == 0
+    assert_same(tmp_path / "two", tmp_path / "one", steps=18)
+
+
+@pytest.mark.slow
+def test_torchrun_hands_a_sigterm_on(digits_test: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    line = training(digits_test.path, out, "--epochs", 3000, "--log-every", 1)
+    agent = torchrun("--standalone", "--nproc-per-node", 2, "-m", "kdcache", *line)
+    while not (out / runs.LOG_FILE).exists() and agent.poll() is None:
+        time.sleep(0.05)
+    agent.send_signal(signal.SIGTERM)
+    _, err = agent.communicate(timeout=60)
+    assert agent.returncode == 1  # its own, whatever the processes give
+    [kept] = runs.checkpoints(out)
+    said = f"kdcache: stopped after step {checkpoint.load(kept)['step']}, which is kept"
+    assert [text[: len(said)] for text in err.splitlines() if "kdcache:" in text] == [said]
+
+
+@pytest.mark.slow
+def test_under_torchrun_the_one_that_knows_why_is_heard(
+    digits_test: Dataset, tmp_path: Path
+) -> None:
+    sample = sample_of(digits_test, 3 * 32 + 16)
+    damaged = damaged_copy(digits_test, tmp_path, sample, everything)
+    line = training(damaged.path, tmp_path / "run", "--log-every", 1)
+    agent = torchrun("--standalone", "--nproc-per-node", 2, "-m", "kdcache", *line)
+    _, err = agent.communicate(timeout=120)
+    assert agent.returncode == 1
+    [said] = [text for text in err.splitlines() if text.startswith("kdcache:")]
+    assert f"sample {sample} is damaged" in said
