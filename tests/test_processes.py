@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import distributed, nn
 
-from kdcache import checkpoint, models, processes, runs
+from kdcache import checkpoint, cli, models, processes, runs
 from kdcache.dataset import Dataset, open_dataset
 from kdcache.errors import KDCacheError, ProcessLost, UsageError
 from kdcache.evaluate import evaluate
@@ -493,6 +493,31 @@ def test_a_lost_process_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     line = "process 0 of 2 ended because another one did; that one's own message says why"
     with pytest.raises(ProcessLost, match=line), World(0, 2):
         raise RuntimeError("gloo: Connection closed by peer")
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "waits_s"),
+    [
+        ("0", UsageError("x"), []), ("1", UsageError("x"), [cli.AFTER_S]),
+        ("0", ProcessLost("x"), [cli.LOST_S]), ("1", ProcessLost("x"), [cli.LOST_S]),
+    ],
+)  # fmt: skip
+def test_the_one_that_knows_why_speaks_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    rank: str, error: KDCacheError, waits_s: list[float],
+) -> None:  # fmt: skip
+    def fail() -> None:
+        raise error
+
+    waited: list[float] = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert (end.value.code, waited) == (2, waits_s)
+    assert cli.AFTER_S < cli.LOST_S
 
 
 # --- torchrun --------------------------------------------------------------------------------
