@@ -258,7 +258,7 @@ def ask(teacher: Teacher, batch: Batch, *, wait: bool = True) -> torch.Tensor:
     row = int((~fine_B).nonzero()[0])
     raise NonFinite(
         f"the teacher {teacher.name} gave NaN or infinity for sample {batch.samples_B[row]} in "
-        f"view {batch.view}: nothing was recorded for its shard"
+        f"view {batch.view}: a teacher's answers must be numbers"
     )
 
 
