@@ -207,6 +207,18 @@ def test_what_a_kill_left_is_swept_away(digits_test: Dataset, tmp_path: Path) ->
     assert names(tmp_path / "r") == before
 
 
+def test_checkpoints_that_outlived_their_run_are_removed(
+    finished: tuple[Classifier, Path], digits_test: Dataset
+) -> None:
+    """A kill came after run.json."""
+    made, folder = finished
+    before = names(folder)
+    checkpoint.save(runs.checkpoint_path(folder, 1), state(1))
+    with Run(folder, identity(SPEC, digits_test, made), resume=True) as run:
+        assert run.finished
+    assert names(folder) == before
+
+
 # --- refusals --------------------------------------------------------------------------------
 
 
