@@ -167,7 +167,7 @@ def test_nan_names_its_sample_and_its_view_and_is_not_recorded(
     spoilt = Classifier(Spoilt((image - norm[0]) / norm[1]), "spoilt", *mean)
     spoilt.eval().requires_grad_(False)
     spec = spec_of(digits_test, spoilt)
-    expected = rf"spoilt gave NaN or infinity for sample {batch.samples_B[1]} in view 1: nothing"
+    expected = rf"spoilt gave NaN or infinity for sample {batch.samples_B[1]} in view 1: a teacher"
     with pytest.raises(NonFinite, match=expected):
         precompute(digits_test, spoilt, spec, tmp_path / "t", batch_size=32)
     made = Tape.open(tmp_path / "t")
