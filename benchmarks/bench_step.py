@@ -1,10 +1,10 @@
 """Training steps: where their time goes, and how many a second against two other loops.
 
-    python -m benchmarks.bench_step [--rounds 5] [--samples 16384] [--photos 96] [--save]
+    python -m benchmarks.bench_step [--rounds 7] [--samples 24576] [--photos 96] [--save]
 
-About 5 minutes of 2 CPU cores. One student (kdcache:small), one teacher (four of it: four times its
+About 7 minutes of 2 CPU cores. One student (kdcache:small), one teacher (four of it: four times its
 forward pass) and one set of images for all: Fashion-MNIST at 28 px, and photos as JPEG files at
-224 px. "plain loop" and "torchdistill" are rivals.py and rival_torchdistill.py, with the number of
+224 px and at 64 px, where decoding takes more than both networks. "plain loop" and "torchdistill" are rivals.py and rival_torchdistill.py, with the number of
 DataLoader workers that served the plain loop best just before (lines "workers"). All take random
 crops, flips and mixtures of the same images, and make the same steps: AdamW, cosine, clipping at
 1.0. Online does what the plain loop does, with a cheaper way to the images: the more of the time
@@ -174,10 +174,10 @@ def measure(case: Case, rounds: int, save: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=16_384, help="of Fashion-MNIST; 0: none")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--samples", type=int, default=24_576, help="of Fashion-MNIST; 0: none")
     parser.add_argument("--photos", type=int, default=96, help="0: none")
-    parser.add_argument("--photo-px", type=int, default=224)
+    parser.add_argument("--photo-px", type=int, nargs="+", default=[224, 64])
     parser.add_argument("--save", action="store_true", help="keep the result lines")
     args = parser.parse_args()
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler tells of every start and stop
@@ -187,8 +187,8 @@ def main() -> None:
     if args.samples:
         with fashion(args.samples, device) as case:
             measure(case, args.rounds, args.save)
-    if args.photos:
-        with photos(args.photos, args.photo_px, 2, device) as case:
+    for side_px in args.photo_px if args.photos else ():
+        with photos(args.photos, side_px, 2, device) as case:
             measure(case, args.rounds, args.save)
 
 
