@@ -15,6 +15,7 @@ newest checkpoint, with the log cut back to it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -125,6 +126,7 @@ class Run:
         self.resumed: dict[str, Any] | None = None
         self._log: TextIO | None = None
         self._board: Any = None
+        self._lock: int | None = None
         self._logged = False
         # A kill may have left nothing but a folder, or the first file's beginning.
         held = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
@@ -149,6 +151,16 @@ class Run:
 
     def _open(self, tensorboard: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._begun = False  # what is there is the other one's
+            raise UsageError(
+                f"another process trains in {self.folder}: wait for it, or choose another --out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
         if self._begun:
             _write(self.folder / SPEC_FILE, self.identity)
         for part in (self.folder, self.folder / CHECKPOINTS, self.folder / BEST):
@@ -180,6 +192,8 @@ class Run:
                 self._log.close()
         if self._board:
             self._board.close()
+        if self._lock is not None:
+            os.close(self._lock)
         if self._begun and not (
             is_finished(self.folder) or checkpoints(self.folder) or self._logged
         ):

@@ -398,3 +398,19 @@ def test_a_log_that_cannot_be_written_is_one_error(
     with pytest.raises(StorageError, match=r"cannot write .*log.jsonl: No space left on device"):
         with Run(tmp_path / "r", IDENTITY, resume=True) as run:
             run.log({"step": 2})
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_two_do_not_train_in_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    out = tmp_path / "r"
+    with Run(out, IDENTITY) as first:
+        if at_once:  # the second one, too, found nothing there
+            monkeypatch.setattr(Path, "iterdir", lambda path: iter(()))
+        with pytest.raises(UsageError, match=r"another process trains in .*r: wait for it, or"):
+            Run(out, IDENTITY, resume=True)
+        monkeypatch.undo()
+        first.log({"step": 1})
+    with Run(out, IDENTITY, resume=True):
+        assert names(out) == {"spec.json", "log.jsonl"}
