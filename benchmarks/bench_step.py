@@ -3,12 +3,13 @@
     python -m benchmarks.bench_step [--rounds 7] [--samples 24576] [--photos 96] [--save]
 
 About 7 minutes of 2 CPU cores. One student (kdcache:small), one teacher (four of it: four times its
-forward pass) and one set of images for all: Fashion-MNIST at 28 px, and photos as JPEG files at
-224 px and at 64 px, where decoding takes more than both networks. "plain loop" and "torchdistill" are rivals.py and rival_torchdistill.py, with the number of
-DataLoader workers that served the plain loop best just before (lines "workers"). All take random
-crops, flips and mixtures of the same images, and make the same steps: AdamW, cosine, clipping at
-1.0. Online does what the plain loop does, with a cheaper way to the images: the more of the time
-the networks take, as with photos, the nearer the two must come to each other.
+forward pass) and one set of images for all: Fashion-MNIST at 28 px, and photos as JPEG files at 224
+px and at 64 px, where decoding takes more than both networks. "plain loop" and "torchdistill" are
+rivals.py and rival_torchdistill.py, with the number of DataLoader workers that served the plain
+loop best just before (lines "workers"). All take random crops, flips and mixtures of the same
+images, and make the same steps: AdamW, cosine, clipping at 1.0. Online does what the plain loop
+does, with a cheaper way to the images: the more of the time the networks take, as with photos, the
+nearer the two must come to each other.
 
 The bars: cached is worth at least 0.97 of training from labels and 2 plain loops, online 1.2 plain
 loops. On a GPU also: the device waits for data or targets under 3 % of the time.
