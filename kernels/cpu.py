@@ -69,11 +69,14 @@ def _tail_log_mass(tail, left, inverse_t):
 
 @njit(fastmath=FLAGS)
 def _teacher(values, tail, left, inverse_t, mode, tempered, log_p, p):
-    """log p and p at T of the named classes of one row; returns log r, -inf without a tail."""
+    """log p and p at T of the named classes of one row; returns log r, -inf without a tail, and
+    whether the teacher is numbers: NaN where it is not would pass for a class of no mass."""
     factor = 1.0 if tempered else inverse_t
     top = -np.inf
+    fine = True
     for k in range(values.size):
         top = max(top, np.float64(values[k]))
+        fine &= values[k] < np.inf
     named = 0.0
     for k in range(values.size):
         p[k] = exp((values[k] - top) * factor)
@@ -89,11 +92,12 @@ def _teacher(values, tail, left, inverse_t, mode, tempered, log_p, p):
         high = max(log_r, log_total)
         log_total = high + math.log(math.exp(log_r - high) + math.exp(log_total - high))
         log_r -= log_total
+    fine &= abs(log_total) < np.inf
     share = math.exp(top * factor - log_total)
     for k in range(values.size):
         log_p[k] = values[k] * factor - log_total
         p[k] *= share
-    return log_r
+    return log_r, fine
 
 
 @njit(fastmath=FLAGS)
@@ -146,13 +150,17 @@ def _sparse(
             if wrong:
                 bad += 1
                 continue
-            log_r = _teacher(
+            log_r, fine = _teacher(
                 values[r], tail[r], width - kept, inverse_t, mode, tempered, log_p, p
             )
             live = 0
             for k in range(kept):
                 live += log_p[k] > -np.inf
             left = width - live
+            if not fine or (mode >= UNIFORM and left > 0 and not log_r < np.inf):
+                loss[r] = np.nan
+                e[:] = np.nan
+                continue
             tail_p = math.exp(log_r) if mode >= UNIFORM and left > 0 else 0.0
 
             top = largest(x)

@@ -46,7 +46,8 @@ def rows(
     else:
         log_p_BK, log_tail_B = values, tail_values
         if not tempered:
-            log_p_BK, log_tail_B = temper(values, tail_values, student_BC.shape[1], temperature)
+            rest = None if tail == "renormalise" else tail_values
+            log_p_BK, log_tail_B = temper(values, rest, student_BC.shape[1], temperature)
         loss_B = sparse_kl(student_BC, classes_BK, log_p_BK, log_tail_B, temperature, tail)
     if labels_B is not None:
         ce_B = label_cross_entropy(student_BC, labels_B)
@@ -127,10 +128,10 @@ def sparse_kl(
 
 
 def _cross(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """p (log p - log q), and 0 where p is 0."""
+    """p (log p - log q), and 0 where p is 0. A NaN is NaN, and so is its gradient."""
     p = log_p.exp()
     # The inner `where` keeps infinities out of the gradient of the branch that is not taken.
-    named = p > 0
+    named = p != 0
     zero = torch.zeros_like(log_p)
     return p * (torch.where(named, log_p, zero) - torch.where(named, log_q, zero))
 

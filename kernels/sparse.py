@@ -66,7 +66,8 @@ def _teacher(
         v = v - log_all[:, None]
     if TEMPERED and (TAIL_N == 1):
         log_r = tl.load(tail_ptr + row, mask=in_R, other=float("-inf")).to(tl.float32)
-    live = mask & (v > float("-inf"))
+    # NaN is live, and makes its row NaN: else it would pass for a class of no mass.
+    live = mask & (v != float("-inf"))
     fine = (idx >= 0) & (idx < C)
     wrong = tl.max((mask & (fine == 0)).to(tl.int32), axis=1) > 0
     live = live & fine
@@ -82,7 +83,7 @@ def _row_loss(
     """KL [R], and the gradient's coefficients: tail mass A, tail constant u, named mass."""
     log_total = tl.log(total)
     log_q = dk * inverse_t - log_total[:, None]
-    kl = tl.sum(tl.where(p > 0, p * (log_p - log_q), 0.0), axis=1)
+    kl = tl.sum(tl.where(p != 0, p * (log_p - log_q), 0.0), axis=1)
     mass = tl.sum(p, axis=1)
     each = tl.zeros_like(mass)
     rest_mass = mass
@@ -96,10 +97,10 @@ def _row_loss(
             each = r / n
             named = tl.sum(tl.where(live, log_q, 0.0), axis=1)
             rest = gap_sum * inverse_t - C * log_total - named
-            kl += tl.where(r > 0, r * (log_r - tl.log(n)) - each * rest, 0.0)
+            kl += tl.where(r != 0, r * (log_r - tl.log(n)) - each * rest, 0.0)
         else:
             log_rest = rest_gap * inverse_t + tl.log(rest_sum) - log_total
-            kl += tl.where(r > 0, r * (log_r - log_rest), 0.0)
+            kl += tl.where(r != 0, r * (log_r - log_rest), 0.0)
             rest_mass = mass * tl.exp(log_rest) - r
     return kl, rest_mass, each, mass
 

@@ -13,7 +13,9 @@ one rounding more where the gradient is stored in 16 bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
@@ -95,6 +97,22 @@ def problem(
         z, values, classes, rest, y if labels else None, w if weights else None, T,
         0.3 if labels else 0.0, tail, tempered,
     )  # fmt: skip
+
+
+def failing_teachers(C: int, tail: str | None) -> Iterator[Problem]:
+    """Three rows, of which the second has a NaN for a value, or for a number of the tail where
+    that counts. tail None: a dense teacher."""
+    for tempered, T in product((False, True), (1.0, 4.0)):
+        options = dict(T=T, tail=tail or "none", tempered=tempered, labels=True)
+        for column in (0, 2, slice(None)):
+            p = problem(3, C, 8 if tail else None, **options)
+            p.values[1, column] = torch.nan
+            yield p
+        counts = tail != "renormalise" and not (tail == "none" and tempered)
+        for number in range(1 if tempered else 3) if tail and counts else ():
+            p = problem(3, C, 8, **options)
+            p.tail_values.view(3, -1)[1, number] = torch.nan
+            yield p
 
 
 def truth(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:

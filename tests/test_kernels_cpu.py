@@ -11,7 +11,7 @@ import torch
 
 from kdcache.kernels import cpu, ops, reference
 from tests import loss_cases
-from tests.loss_cases import TAILS, Problem, assert_close, problem, truth
+from tests.loss_cases import TAILS, Problem, assert_close, failing_teachers, problem, truth
 
 ROOT = Path(__file__).parents[1]
 
@@ -139,6 +139,25 @@ def test_a_gradient_that_is_not_one_and_a_second_backward() -> None:
     z.grad = None
     loss_B.backward(torch.ones(5))
     assert_close(p, loss_B.detach(), z.grad)
+
+
+@pytest.mark.parametrize("tail", [*TAILS, None])
+def test_a_teacher_that_is_no_number_makes_its_row_nan(tail: str | None) -> None:
+    """As the definition has it: a NaN that passed for a class of no mass would go unseen."""
+    for p in failing_teachers(100, tail):
+        for loss_B, gradient in (truth(p), run(p)):
+            assert loss_B.isnan().tolist() == [False, True, False]
+            assert gradient.isnan().all(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("tail", [*TAILS, None])
+def test_a_student_that_is_no_number_makes_its_row_nan(tail: str | None) -> None:
+    for column in (0, 50, 99):
+        p = problem(3, 100, 8 if tail else None, tail=tail or "none", labels=True)
+        p.student_BC[1, column] = torch.nan
+        for loss_B, gradient in (truth(p), run(p)):
+            assert loss_B.isnan().tolist() == [False, True, False]
+            assert gradient.isnan().all(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("wrong", [-1, 100, 2**40])

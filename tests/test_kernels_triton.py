@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from tests.loss_cases import EPS, TAILS, Problem, assert_close, problem
+from tests.loss_cases import EPS, TAILS, Problem, assert_close, failing_teachers, problem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_DEVICE = torch.cuda.is_available() and not INTERPRETED
@@ -294,16 +294,17 @@ def test_what_is_no_number_comes_out_as_none(
 
 @kernel
 @pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("tail", [*TAILS, None])
 def test_a_teacher_that_is_no_number_makes_its_row_nan(
-    tiles: bool, request: pytest.FixtureRequest
+    tail: str | None, tiles: bool, request: pytest.FixtureRequest
 ) -> None:
     """What `precompute.ask` makes of a failing teacher where it does not wait for the device."""
     _choose(tiles, request)
-    p = problem(3, 700, None, tail="none").to(DEVICE)
-    p.values[1] = float("nan")
-    for loss_B, gradient in (recompute(p, torch.ones(3, device=DEVICE)), in_forward(p, 1)):
-        assert loss_B.isnan().tolist() == [False, True, False]
-        assert gradient.isnan().all(1).tolist() == [False, True, False]
+    for p in failing_teachers(300, tail):
+        q = p.to(DEVICE)
+        for loss_B, gradient in (recompute(q, torch.ones(3, device=DEVICE)), in_forward(q, 1)):
+            assert loss_B.isnan().tolist() == [False, True, False]
+            assert gradient.isnan().all(1).tolist() == [False, True, False]
 
 
 @kernel
