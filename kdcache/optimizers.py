@@ -75,9 +75,12 @@ def optimizer_of(student: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def _shrink(sgd: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    # GradScaler lends a fused step this tensor, 1 where the step shall change nothing.
+    left_out: torch.Tensor | float = getattr(sgd, "found_inf", 0.0)
     for group in sgd.param_groups:
         if group["params"] and group["shrink"]:
-            torch._foreach_mul_(group["params"], 1 - group["lr"] * group["shrink"])
+            factor = 1 - group["lr"] * group["shrink"] * (1 - left_out)
+            torch._foreach_mul_(group["params"], factor)
 
 
 def _soap(groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimizer:

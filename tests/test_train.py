@@ -362,9 +362,15 @@ def test_half_precision_trains(digits_test: Dataset, precision: Any) -> None:
     assert student.fingerprint() != whole.fingerprint()
 
 
-def test_float16_scales_the_loss_and_skips_a_step_that_overflows(digits_test: Dataset) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "soap"])
+def test_float16_scales_the_loss_and_skips_a_step_that_overflows(
+    digits_test: Dataset, optimizer: Any
+) -> None:
+    """All of it: the decay of the weights too."""
+    if optimizer == "soap":
+        pytest.importorskip("pytorch_optimizer")
     student = fresh()
-    spec = replace(UNMIXED, epochs=1, precision="float16")
+    spec = replace(UNMIXED, epochs=1, precision="float16", optimizer=optimizer)
     state = State(spec, student)
     assert not State(SPEC, fresh()).scaler.is_enabled()
     scaled = state.state_dict()["scaler"]
