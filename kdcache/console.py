@@ -45,7 +45,11 @@ DeviceOption = Annotated[
 BatchOption = Annotated[int, typer.Option("--batch-size", help="Images in a batch.")]
 SizeOption = Annotated[
     int | None,
-    typer.Option("--size", help="Side of a view in px.  [default: the images' up to 64, else 224]"),
+    typer.Option(
+        "--size",
+        help="Side of a view in px.  [default: the model's, if it has one (a run's, a vision "
+        "transformer's), or the images' up to 64, else 224]",
+    ),
 ]
 CropOption = Annotated[Crop | None, typer.Option(help="Kind of crop.  [default: inception]")]
 AreaOption = Annotated[
@@ -171,6 +175,10 @@ def load_teacher(
     from kdcache import models
 
     classes = None if other_domain else len(dataset.classes)
+    for name in names:
+        own_px = models.natural_size_px(name)
+        if own_px not in (None, size_px):
+            notice(f"{name} was made for views of {own_px} px and is shown {size_px} px")
     try:
         for name in names if classes else ():
             require_classes(name, dataset)
@@ -192,9 +200,9 @@ def teacher_and_spec(
     other_domain: bool = False,
 ) -> tuple[Teacher, TapeSpec]:  # fmt: skip
     """What precompute records, from its options; `given` are those of the view."""
-    from kdcache import precompute
+    from kdcache import models, precompute
 
-    natural_px = dataset.natural_size_px
+    natural_px = models.natural_size_px(teachers[0]) or dataset.natural_size_px
     if setup is not None:
         view, order, average = setup_of(setup).tape_fields(
             given, natural_px, views=views, order=order, average=average

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from kdcache import loss, models, setups, targets
-from kdcache.console import load_teacher, notice
+from kdcache.console import describe, load_teacher, notice
 from kdcache.dataset import Dataset, open_dataset
 from kdcache.errors import TapeMismatch, UsageError
 from kdcache.loader import pixel_digest
 from kdcache.models import Teacher
+from kdcache.optimizers import warmup_steps
 from kdcache.recipes import Recipe, recipe_of
 from kdcache.records import TargetSource
 from kdcache.session import Job
 from kdcache.spec import Mode, TrainSpec, ViewSpec
 from kdcache.tape import Tape
-from kdcache.train import set_determinism
+from kdcache.train import set_determinism, steps_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Asked:
     """The options of `kdcache train`; None, or absent, where one was not given.
 
     training   fields of TrainSpec; view: fields of the student's ViewSpec
+    workers    threads that decode what a live teacher averages over
     """
 
     mode: Mode
@@ -47,6 +49,7 @@ class Asked:
     device: str = "cpu"
     training: dict[str, Any] = field(default_factory=dict)
     view: dict[str, Any] = field(default_factory=dict)
+    workers: int | None = None
 
 
 def job_of(asked: Asked) -> Job:
@@ -59,11 +62,15 @@ def job_of(asked: Asked) -> Job:
     if student_name is None:
         raise UsageError("give --student MODEL, or a --recipe, which names one")
     tape = _tape(asked, dataset)
-    natural_px = models.natural_size_px(student_name) or dataset.natural_size_px
+    sizes = map(models.natural_size_px, (student_name, *asked.teachers[:1]))
+    natural_px = next(filter(None, sizes), dataset.natural_size_px)
     spec = _spec(asked, recipe, tape, natural_px)
     teacher = _teacher(asked, spec, tape, dataset)
     answers = tape.spec.classes if tape else teacher.num_classes if teacher else None
     classes = answers or len(dataset.classes)
+    if spec.optimizer != "sgd" and "momentum" in asked.training:
+        raise UsageError(f"--momentum goes with --optimizer sgd, not with {spec.optimizer}")
+    warmup_steps(spec, steps_of(spec, dataset)[1])  # refuses one that is longer than the run
     set_determinism(spec)
     student = models.load(
         student_name, "student", num_classes=classes, size_px=spec.view.size_px,
@@ -78,8 +85,6 @@ def job_of(asked: Asked) -> Job:
     names = _class_names(asked, dataset, val, classes)
     live = teacher if asked.mode == "online" else None
     source = _targets(asked, spec, tape, live, dataset, classes)
-    if tape:
-        _say_where_it_wraps(tape, spec)
     return Job(
         spec, dataset, student, source,
         labels=targets.LabelTargets(classes) if spec.label_weight else None,
@@ -87,6 +92,7 @@ def job_of(asked: Asked) -> Job:
         tape=tape.spec.digest if tape else None,
         teacher=live.fingerprint() if live else None,
         class_names=names,
+        notes=_notes(tape, spec, recipe) if tape else (),
         about={"cache": asked.cache, "teacher": teacher.name if teacher else None},
     )  # fmt: skip
 
@@ -171,14 +177,22 @@ def _spec(asked: Asked, recipe: Recipe | None, tape: Tape | None, natural_px: in
     return spec
 
 
-def _say_where_it_wraps(tape: Tape, spec: TrainSpec) -> None:
+def _notes(tape: Tape, spec: TrainSpec, recipe: Recipe | None) -> tuple[str, ...]:
+    """What a tape decides that one may not expect."""
+    notes = []
+    own = replace(spec.view, seed=recipe.spec.view.seed) if recipe else None
+    if recipe and own != recipe.spec.view:
+        notes.append(
+            f"the tape decides what is seen, not the recipe: {spec.setup}, {describe(spec.view)}"
+        )
     lasting = spec.setup != setups.CUSTOM and setups.setup_of(spec.setup).fixed
     views = tape.spec.views
     if views < spec.epochs and not lasting:
-        notice(
+        notes.append(
             f"{tape.url} has {views} view{'s' * (views > 1)} for {spec.epochs} epochs: it wraps, "
             "epoch e plays view " + (f"e mod {views}" if views > 1 else "0")
         )
+    return tuple(notes)
 
 
 def _live_views(
@@ -237,8 +251,9 @@ def _targets(
     if live and spec.average:
         assert spec.teacher_view is not None
         return targets.AverageTargets(
-            live, dataset, spec.teacher_view, spec.average, spec.batch_size
-        )
+            live, dataset, spec.teacher_view, spec.average, spec.batch_size,
+            workers=asked.workers,
+        )  # fmt: skip
     if live:
         return targets.OnlineTargets(live)
     if tape is None:

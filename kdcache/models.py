@@ -26,7 +26,7 @@ from kdcache.checkpoint import save_tensors
 from kdcache.classifier import Classifier, Ensemble, Teacher, Triple, teacher_of
 from kdcache.errors import UsageError
 from kdcache.spec import Precision, ViewSpec
-from kdcache.zoo import Role, natural_size_px
+from kdcache.zoo import Role
 
 __all__ = [
     "Classifier", "Ensemble", "Role", "Teacher", "Triple", "load", "load_teachers",
@@ -83,6 +83,14 @@ def load(
     if role == "teacher":
         model.eval().requires_grad_(False)
     return model
+
+
+def natural_size_px(name: str) -> int | None:
+    """The side of views that a finished run was trained at, or the only one that a model takes;
+    None where it takes many."""
+    if name and Path(name).is_dir():
+        return int(run_record(Path(name))["view"]["size_px"])
+    return zoo.natural_size_px(name)
 
 
 def load_teachers(

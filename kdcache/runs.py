@@ -74,6 +74,15 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / CHECKPOINTS).glob("[0-9]" * 10 + checkpoint.SUFFIX))
 
 
+def last_step(folder: Path) -> dict[str, Any]:
+    """The last line of a run's log that is of a step. Raises UsageError where there is none."""
+    try:
+        records = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+        return dict([record for record in records if "loss" in record][-1])
+    except (OSError, ValueError, IndexError) as error:
+        raise UsageError(f"{folder / LOG_FILE} is no log of a run: {error}") from error
+
+
 def is_finished(folder: Path) -> bool:
     return (folder / models.RUN_FILE).is_file()
 
@@ -242,7 +251,7 @@ class Run:
         self._logged = True
         if self._board:
             for name, value in {**record, **record.get("evaluation", {})}.items():
-                if isinstance(value, int | float) and name not in ("step", "steps"):
+                if isinstance(value, int | float) and name not in ("step", "steps", "samples"):
                     self._board.add_scalar(name, value, record["step"])
 
     def save(self, state: dict[str, Any]) -> None:

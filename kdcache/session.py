@@ -38,6 +38,7 @@ class Job:
     tape         digest of the spec of the tape that targets come from; teacher: fingerprint of the
                  live teacher. They are part of what the run is; `about` is told in run.json only
     class_names  where they are not the data's
+    notes        lines that the user should read as it begins
     """
 
     spec: TrainSpec
@@ -52,6 +53,7 @@ class Job:
     teacher: str | None = None
     class_names: tuple[str, ...] | None = None
     about: dict[str, str | None] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def run(
@@ -67,11 +69,13 @@ def run(
     log_every: int = LOG_EVERY_STEPS,
     on_start: Callable[[int, int], None] = lambda step, steps: None,
     on_step: Callable[[Step], None] = lambda step: None,
+    on_tick: Callable[[int], None] = lambda step: None,
     signal: Callable[[], int] = lambda: 0,
 ) -> dict[str, Any]:
     """Train, evaluate, and write the result to `out`; what run.json says.
 
     on_start  gets the step that the run goes on from, 0 for a new one, and how many there are
+    on_tick   gets the number of every step
     signal    the number of a signal that shall end the run soon, or 0
 
     Raises keeper.Stopped after a signal, and what `Run`, `train` and `evaluate` raise.
@@ -100,12 +104,17 @@ def run(
                 folder.log(asdict(step))
             on_step(step)
 
+        def after_step(state: State) -> None:
+            on_tick(state.step)
+            keeper(state)
+
         on_start(state.step, steps)
         if kept:
             keeper.go_on(state)
         train(
             job.spec, job.dataset, job.student, job.targets, labels=job.labels, state=state,
-            world=world, workers=workers, log_every=log_every, on_step=logged, after_step=keeper,
+            world=world, workers=workers, log_every=log_every, on_step=logged,
+            after_step=after_step,
         )  # fmt: skip
         seconds = time.perf_counter() - begun
         with state.average.applied():

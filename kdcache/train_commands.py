@@ -47,6 +47,7 @@ from kdcache.spec import Mode, OptimizerName, Precision, evaluation_views
 if TYPE_CHECKING:
     from kdcache.train import Step
 
+BAR_S = 0.2  # from one look of the bar to the next
 LINE_S = 60.0  # from one line of a log to the next, where there is no terminal for a bar
 
 
@@ -181,18 +182,18 @@ def train(
         mode, data, student, cache, tuple(teacher or ()), val, recipe, setup, other_domain,
         teacher_size, init, deterministic, compile_student, device_of(device),
         {name: value for name, value in options.items() if value is not None},
-        given_view(view_seed, size, crop, min_area, flip, mixup),
+        given_view(view_seed, size, crop, min_area, flip, mixup), _threads(workers),
     )  # fmt: skip
     schedule = keeper.Schedule(checkpoint_every, checkpoint_minutes, eval_every)
     with processes.World(*rank(), asked.device) as world, _stop_signal() as stop:
         job = job_of(asked)
-        with _Report(f"train {mode}", job.spec.batch_size) as report:
+        with _Report(f"train {mode}", job.spec.batch_size, job.notes) as report:
             finished = runs.is_finished(out)
             try:
                 record = session.run(
                     job, out, world=world, schedule=schedule, resume=resume, keep=keep,
-                    tensorboard=tensorboard, workers=_threads(workers), log_every=log_every,
-                    on_start=report.start, on_step=report, signal=stop,
+                    tensorboard=tensorboard, workers=asked.workers, log_every=log_every,
+                    on_start=report.start, on_step=report, on_tick=report.tick, signal=stop,
                 )  # fmt: skip
             except keeper.Stopped as end:
                 notice(
@@ -247,10 +248,10 @@ def _threads(workers: int | None) -> int | None:
 class _Report:
     """How training goes: a bar on a terminal, elsewhere a line now and then. Use it with `with`."""
 
-    def __init__(self, name: str, batch_size: int) -> None:
-        self.name, self.batch_size = name, batch_size
+    def __init__(self, name: str, batch_size: int, notes: tuple[str, ...]) -> None:
+        self.name, self.batch_size, self.notes = name, batch_size, notes
         self._exit = ExitStack()
-        self._told_at = time.monotonic()
+        self._known = ""
 
     def __enter__(self) -> _Report:
         return self
@@ -259,31 +260,45 @@ class _Report:
         self._exit.close()
 
     def start(self, step: int, steps: int) -> None:
+        for line in self.notes:
+            notice(line)
         if step:
             notice(f"goes on after step {step:,} of {steps:,}")
+        self._first, self._steps = step, steps
+        self._begun = self._shown_at = self._told_at = time.monotonic()
         images = step * self.batch_size
         bar = progress_bar(self.name, steps * self.batch_size, "images", images)
         self._update = self._exit.enter_context(bar)
 
     def __call__(self, step: Step) -> None:
-        known = f"loss {step.loss:.4g}, agreement {step.agreement:.1%}"
-        self._update(step.step * self.batch_size, known)
-        if err_console.is_terminal or time.monotonic() - self._told_at < LINE_S:
-            return
-        self._told_at = time.monotonic()
-        left = timedelta(
-            seconds=round((step.steps - step.step) * self.batch_size / max(step.rate, 1e-9))
-        )
-        notice(
-            f"step {step.step:,} of {step.steps:,}: {known}, {step.rate:,.0f} images/s, "
-            f"{left} left"
-        )
+        self._known = f"loss {step.loss:.4g}, agreement {step.agreement:.1%}"
+
+    def tick(self, step: int) -> None:
+        """After every step; most do no more than look at the clock."""
+        now = time.monotonic()
+        if now - self._shown_at >= BAR_S:
+            self._shown_at = now
+            self._update(step * self.batch_size, self._known)
+        if not err_console.is_terminal and now - self._told_at >= LINE_S:
+            self._told_at = now
+            step_s = (now - self._begun) / (step - self._first)
+            left = timedelta(seconds=round((self._steps - step) * step_s))
+            known = f"{self._known}, " if self._known else ""
+            rate = self.batch_size / step_s
+            notice(
+                f"step {step:,} of {self._steps:,}: {known}{rate:,.0f} images/s, {left} left"
+            )
 
 
 def _show(record: dict[str, Any], out: Path, as_json: bool) -> None:
-    images = record["epochs"] * record["samples"] // record["batch_size"] * record["batch_size"]
+    from kdcache import runs
+
+    steps = record["epochs"] * (record["samples"] // record["batch_size"])
+    images = steps * record["batch_size"]
+    last = runs.last_step(out)
     answer = {
-        "run": str(out), "student": record["student"],
+        "run": str(out), "student": record["student"], "training loss": f"{last['loss']:.4g}",
+        "training agreement": f"{last['agreement']:.2%}",
         "images_per_s": round(images / record["seconds"]),
         "seconds": round(record["seconds"], 2), **percentages(record["evaluation"]),
     }  # fmt: skip
@@ -313,8 +328,6 @@ def evaluate(
     from kdcache import models
 
     dataset = datasets.open_dataset(data)
-    if size is None and Path(model).is_dir():
-        size = models.run_record(Path(model))["view"]["size_px"]
     if size is None:
         size = models.natural_size_px(model) or dataset.natural_size_px
     for px in (size, teacher_size or size):

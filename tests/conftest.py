@@ -78,6 +78,14 @@ def convolutional_student(num_classes: int) -> nn.Module:
     )  # fmt: skip
 
 
+def any_size(num_classes: int) -> nn.Module:
+    """A student for views of any size."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, num_classes),
+    )  # fmt: skip
+
+
 def synthetic_tape(
     out: Path,
     logits_VNC: torch.Tensor,

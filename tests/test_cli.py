@@ -363,10 +363,46 @@ def test_where_there_is_no_terminal_a_line_tells_now_and_then(
     assert kdcache(*line, tmp_path / "quiet").err == ""
     monkeypatch.setattr("kdcache.train_commands.LINE_S", 0.0)
     told = kdcache(*line, tmp_path / "r").err.splitlines()
-    assert len(told) == 2
     number = r"[\d,.]+"
-    form = rf"step (4|6) of 6: loss {number}, agreement {number}%, {number} images/s, 0:.* left"
-    assert all(re.fullmatch(f"kdcache: {form}", x) for x in told), told
+    known = f"loss {number}, agreement {number}%, "
+    forms = [
+        f"kdcache: step {step} of 6: {known * (step >= 4)}{number} images/s, 0:.* left"
+        for step in range(1, 7)
+    ]
+    assert len(told) == 6
+    assert all(re.fullmatch(*pair) for pair in zip(forms, told, strict=True)), told
+
+
+def test_a_run_without_val_tells_how_training_ended(
+    kdcache: Run, digits_test: Dataset, tmp_path: Path
+) -> None:
+    line = ("train", "--mode", "labels", "--data", digits_test.path, "--student", STUDENT)
+    result = kdcache(*line, "--epochs", 1, "--batch-size", 98, "--out", tmp_path / "r")
+    last = json.loads((tmp_path / "r" / "log.jsonl").read_text().splitlines()[-1])
+    assert re.search(rf"training loss +{last['loss']:.4g} +\n", result.out)
+    assert f"{last['agreement']:.2%}" in result.out
+
+
+def test_a_teacher_that_is_a_run_is_shown_the_size_that_it_knows(
+    kdcache: Run, digits_test: Dataset, tmp_path: Path
+) -> None:
+    small = "python:tests.conftest:any_size"
+    line = ("--data", digits_test.path, "--epochs", 1, "--batch-size", 98)
+    made = kdcache("train", "--mode", "labels", "--student", small, *line, "--size", 12,
+                   "--out", tmp_path / "t")  # fmt: skip
+    assert made.code == 0, made.err
+    tape = ("precompute", "--data", digits_test.path, "--teacher", tmp_path / "t", "--out")
+    assert kdcache(*tape, tmp_path / "own").err == ""
+    view = Tape.open(tmp_path / "own").spec.view
+    assert view is not None
+    assert view.size_px == 12
+    shown = kdcache(*tape, tmp_path / "other", "--size", 8)
+    assert shown.err == (
+        f"kdcache: {tmp_path / 't'} was made for views of 12 px and is shown 8 px\n"
+    )
+    kdcache("train", "--mode", "online", "--teacher", tmp_path / "t", "--student", small, *line,
+            "--out", tmp_path / "s")  # fmt: skip
+    assert json.loads((tmp_path / "s" / "run.json").read_text())["view"]["size_px"] == 12
 
 
 def test_eval_says_how_good_a_model_is(kdcache: Run, digits_test: Dataset) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numba
 import pytest
 import torch
 
-from kdcache import jobs, models, targets
+from kdcache import models, targets
 from kdcache.dataset import Dataset
 from kdcache.errors import TapeMismatch, UsageError
 from kdcache.jobs import Asked, job_of
@@ -52,6 +53,20 @@ def test_a_live_teacher_is_part_of_the_run(digits_test: Dataset) -> None:
     assert job.spec.setup == "function-matching"
     two = job_of(asked(digits_test, "online", teachers=(TEACHER, TEACHER)))
     assert two.teacher != job.teacher
+
+
+def test_a_teacher_that_averages_decodes_with_the_workers_that_were_asked_for(
+    digits_test: Dataset,
+) -> None:
+    for workers in (1, 2):
+        job = job_of(
+            asked(
+                digits_test, "online", teachers=(TEACHER,), setup="fixed-average",
+                training={"average": 2}, workers=workers,
+            )
+        )  # fmt: skip
+        assert isinstance(job.targets, targets.AverageTargets)
+        assert job.targets._loader.workers == min(workers, numba.config.NUMBA_NUM_THREADS)
 
 
 def test_a_tape_settles_the_views_and_its_judge_is_no_part_of_the_run(
@@ -150,12 +165,29 @@ def test_a_tape_of_another_number_of_views(digits_test: Dataset, tape: str) -> N
         job_of(asked(digits_test, "cached", cache=tape, training={"views": 2}))
 
 
-def test_epochs_beyond_the_views_of_a_tape_are_told(
-    digits_test: Dataset, tape: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[str] = []
-    monkeypatch.setattr(jobs, "notice", told.append)
-    job_of(asked(digits_test, "cached", cache=tape, training={"epochs": 3}))
-    assert told == []
-    job_of(asked(digits_test, "cached", cache=tape, training={"epochs": 4}))
-    assert told == [f"{tape} has 3 views for 4 epochs: it wraps, epoch e plays view e mod 3"]
+def test_epochs_beyond_the_views_of_a_tape_are_told(digits_test: Dataset, tape: str) -> None:
+    enough = job_of(asked(digits_test, "cached", cache=tape, training={"epochs": 3}))
+    assert enough.notes == ()
+    more = job_of(asked(digits_test, "cached", cache=tape, training={"epochs": 4}))
+    wraps = f"{tape} has 3 views for 4 epochs: it wraps, epoch e plays view e mod 3"
+    assert more.notes == (wraps,)
+
+
+def test_what_a_tape_decides_against_a_recipe_is_told(digits_test: Dataset, tape: str) -> None:
+    given = {"epochs": 3, "batch_size": 64}
+    found = job_of(
+        asked(digits_test, "cached", cache=tape, recipe="fashion-mnist", training=given)
+    )
+    [line] = found.notes
+    assert line.startswith(f"the tape decides what is seen, not the recipe: {found.spec.setup}, 8")
+
+
+def test_a_warm_up_beyond_the_run_is_refused_before_anything_is_made(digits_test: Dataset) -> None:
+    with pytest.raises(UsageError, match="a warm-up of 500 steps does not fit into the run's"):
+        job_of(asked(digits_test, "labels", training={"warmup": 500}))
+
+
+def test_momentum_goes_with_sgd(digits_test: Dataset) -> None:
+    with pytest.raises(UsageError, match="--momentum goes with --optimizer sgd, not with adamw"):
+        job_of(asked(digits_test, "labels", training={"momentum": 0.5}))
+    job_of(asked(digits_test, "labels", training={"momentum": 0.5, "optimizer": "sgd"}))
