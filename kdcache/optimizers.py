@@ -55,8 +55,11 @@ def learning_rate(spec: TrainSpec, step: int, steps: int) -> float:
 
 
 def optimizer_of(student: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
-    """Of the weights that learn. Raises MissingDependency for "soap" without its package."""
+    """Of the weights that learn. Raises UsageError where there is none, MissingDependency for
+    "soap" without its package."""
     weights = [w for w in student.parameters() if w.requires_grad]
+    if not weights:
+        raise UsageError("the student has no weight that learns: all have requires_grad = False")
     groups: list[dict[str, Any]] = [
         {"params": [w for w in weights if w.ndim > 1], "weight_decay": spec.weight_decay},
         {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0},

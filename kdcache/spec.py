@@ -235,6 +235,7 @@ class TrainSpec:
 
     def __post_init__(self) -> None:
         _need(self.epochs >= 1, "epochs", "at least 1", self.epochs)
+        _need(self.epochs <= MAX_VIEWS, "epochs", f"at most {MAX_VIEWS}", self.epochs)
         _need(self.batch_size >= 1, "batch size", "at least 1", self.batch_size)
         _need(self.lr > 0, "lr", "above 0", self.lr)
         _need(self.lr <= 1000, "lr", "at most 1000", self.lr)

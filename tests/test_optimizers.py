@@ -163,3 +163,11 @@ def test_warm_up_is_a_share_or_a_number_of_steps() -> None:
 def test_a_warm_up_longer_than_the_run_is_refused() -> None:
     with pytest.raises(UsageError, match="warm-up of 1500 steps does not fit into the run's 1500"):
         learning_rate(replace(SPEC, warmup=1500), 0, 1500)
+
+
+def test_a_student_that_cannot_learn_is_refused() -> None:
+    frozen = network().requires_grad_(False)
+    with pytest.raises(UsageError, match="the student has no weight that learns"):
+        optimizer_of(frozen, SPEC)
+    frozen[7].requires_grad_(True)
+    assert optimizer_of(frozen, SPEC)

@@ -48,6 +48,7 @@ def trained(dataset: Dataset, spec: TrainSpec = SPEC) -> tuple[Classifier, list[
     ("change", "message"),
     [
         ({"epochs": 0}, "epochs must be at least 1, not 0"),
+        ({"epochs": 1 << 25}, "epochs must be at most 16777216, not 33554432"),
         ({"batch_size": 0}, "batch size must be at least 1, not 0"),
         ({"lr": 0.0}, "lr must be above 0, not 0.0"),
         ({"lr": -1e-3}, "lr must be above 0, not -0.001"),
