@@ -15,6 +15,9 @@
 A message says what was expected, what was found, where, and what to do, in one line.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class KDCacheError(Exception):
     """Base of all errors that kdcache raises on purpose."""
@@ -58,3 +61,9 @@ class StorageError(KDCacheError, OSError):
 
 class MissingDependency(KDCacheError, ImportError):
     """An optional package is not installed."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the known one that is most like it, if any is."""
+    close = get_close_matches(word, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -24,7 +24,7 @@ from torch import nn
 from kdcache import networks, zoo
 from kdcache.checkpoint import save_tensors
 from kdcache.classifier import Classifier, Ensemble, Teacher, Triple, teacher_of
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, did_you_mean
 from kdcache.spec import Precision, ViewSpec
 from kdcache.zoo import Role
 
@@ -76,6 +76,8 @@ def load(
         build = lambda: _from_own(rest, role, num_classes)  # noqa: E731
     elif kind == "python" and rest:
         build = lambda: _from_factory(rest, num_classes)  # noqa: E731
+    elif "/" in name and ":" not in name:
+        raise UsageError(f"no such folder: {name}; a model is {FORMS}")
     else:
         raise UsageError(f"unknown model {name!r}: a model is {FORMS}")
     model = build().to(torch.device(device)).to(memory_format=torch.channels_last)
@@ -243,7 +245,8 @@ def _from_run(folder: Path, role: Role) -> Classifier:
 
 def _from_own(name: str, role: Role, num_classes: int | None) -> Classifier:
     if name not in networks.SIZES:
-        raise UsageError(f"unknown model 'kdcache:{name}': there are {', '.join(networks.SIZES)}")
+        known, close = ", ".join(networks.SIZES), did_you_mean(name, networks.SIZES)
+        raise UsageError(f"unknown model 'kdcache:{name}': there are {known}{close}")
     if role == "teacher":
         raise UsageError(
             f"kdcache:{name} has no trained weights: train it with `kdcache train --mode labels` "
@@ -306,15 +309,14 @@ def _check_output(
     except UsageError:
         raise
     except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:
-        raise UsageError(
-            f"{model.name} cannot take views of {size_px} px: {_line(error)}"
-        ) from error
+        line = f"{model.name} cannot take views of {size_px} px: {_line(error)}"
+        own_px = natural_size_px(model.name)
+        if own_px not in (None, size_px):
+            line += f"; give --size {own_px}"
+        raise UsageError(line) from error
     finally:
         model.train(training)
     if logits.ndim != 2:
         raise UsageError(f"{model.name} does not give one row of logits for each image")
     model.num_classes = logits.shape[1]
-    if num_classes is not None and model.num_classes != num_classes:
-        raise UsageError(
-            f"{model.name} has {model.num_classes} classes, the data has {num_classes}"
-        )
+    zoo.require_classes(model.name, model.num_classes, num_classes)

@@ -21,7 +21,7 @@ from typing import Literal, get_args
 import torch
 
 from kdcache import codec, models
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, did_you_mean
 from kdcache.loss import distillation_loss
 from kdcache.optimizers import GRADIENT_NORM, optimizer_of
 from kdcache.spec import TrainSpec, ValueType, ViewSpec
@@ -187,7 +187,8 @@ NAMES = tuple(RECIPES)
 def recipe_of(name: str) -> Recipe:
     """The recipe called `name`, one of NAMES. Raises UsageError for another."""
     if name not in RECIPES:
-        raise UsageError(f"unknown recipe {name!r}: there are {', '.join(NAMES)}")
+        close = did_you_mean(name, NAMES)
+        raise UsageError(f"unknown recipe {name!r}: there are {', '.join(NAMES)}{close}")
     return RECIPES[name]()
 
 

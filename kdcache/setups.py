@@ -12,7 +12,7 @@ import contextlib
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kdcache.errors import TapeMismatch, UsageError
+from kdcache.errors import TapeMismatch, UsageError, did_you_mean
 from kdcache.spec import MILD_AREA, Crop, Order, TapeSpec, ViewSpec, differences
 
 CUSTOM = "custom"  # the name of what is no set-up of ours
@@ -252,7 +252,8 @@ def setup_of(name: str) -> Setup:
         if name in (setup.name, setup.paper):
             return setup
     names = ", ".join(setup.name for setup in SETUPS)
-    raise UsageError(f"unknown set-up {name!r}: a set-up is one of {names}")
+    close = did_you_mean(name, [known for setup in SETUPS for known in (setup.name, setup.paper)])
+    raise UsageError(f"unknown set-up {name!r}: a set-up is one of {names}{close}")
 
 
 def plain_view(given: dict[str, Any], natural_size_px: int) -> ViewSpec:

@@ -19,7 +19,7 @@ import PIL.Image
 import torchvision.datasets as tvd
 from numpy.typing import NDArray
 
-from kdcache.errors import MissingDependency, StorageError, UsageError
+from kdcache.errors import MissingDependency, StorageError, UsageError, did_you_mean
 from kdcache.spec import Split
 
 Image = Path | NDArray[np.uint8] | PIL.Image.Image
@@ -61,7 +61,7 @@ def open_source(name: str, split: Split) -> Source:
     if not folder.exists():
         raise UsageError(
             f"no such folder: {name}; SOURCE is a folder of class folders, 'fashion-mnist', "
-            "'digits' or 'torchvision:NAME'"
+            "'digits' or 'torchvision:NAME'" + did_you_mean(name, ("fashion-mnist", "digits"))
         )
     return _class_folders(folder, split)
 
@@ -141,7 +141,8 @@ def _digits(split: Split) -> Source:
 def _torchvision(name: str, split: Split) -> Source:
     kind = getattr(tvd, name, None)
     if not (inspect.isclass(kind) and issubclass(kind, tvd.VisionDataset)):
-        raise UsageError(f"torchvision has no data set {name!r}: see torchvision.datasets")
+        close = did_you_mean(name, tvd.__all__)
+        raise UsageError(f"torchvision has no data set {name!r}: see torchvision.datasets{close}")
     known = inspect.signature(kind).parameters
     options: dict[str, Any] = {"root": str(_cache_folder())}
     if "train" in known:

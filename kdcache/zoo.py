@@ -13,7 +13,7 @@ import torch
 import torchvision
 
 from kdcache.classifier import Classifier
-from kdcache.errors import MissingDependency, UsageError
+from kdcache.errors import MissingDependency, UsageError, did_you_mean
 
 Role = Literal["teacher", "student"]
 Weights = dict[str, torch.Tensor]
@@ -27,7 +27,8 @@ _INCEPTION_NORM = (0.5, 0.5, 0.5)
 def from_torchvision(name: str, role: Role, num_classes: int | None) -> Classifier:
     """A fresh student of `num_classes`, or a teacher with torchvision's best weights.
 
-    Raises UsageError for an unknown name, a model for something else, weights that cannot be had.
+    Raises UsageError for an unknown name, a model for something else, weights that cannot be had,
+    and before these are fetched for a teacher of another class count.
     """
     try:
         weights = torchvision.models.get_model_weights(name).DEFAULT
@@ -39,12 +40,19 @@ def from_torchvision(name: str, role: Role, num_classes: int | None) -> Classifi
             options = {"aux_logits": False, "init_weights": role == "student"}
         if name.startswith("vit_"):
             options = {"image_size": _fixed_size(weights)}
-        count = len(weights.meta["categories"]) if role == "teacher" else num_classes
+        count = num_classes
+        if role == "teacher":
+            count = len(weights.meta["categories"])
+            require_classes(f"torchvision:{name}", count, num_classes)
         network = torchvision.models.get_model(name, weights=None, num_classes=count, **options)
         if role == "teacher":
             network.load_state_dict(_torchvision_weights(name, weights))
+    except UsageError:
+        raise
     except ValueError as error:
-        raise UsageError(f"unknown model 'torchvision:{name}': see torchvision.models") from error
+        close = did_you_mean(name, torchvision.models.list_models(module=torchvision.models))
+        line = f"unknown model 'torchvision:{name}': see torchvision.models{close}"
+        raise UsageError(line) from error
     except (TypeError, AttributeError, KeyError) as error:
         raise UsageError(f"torchvision:{name} does not classify images: {_line(error)}") from error
     except (OSError, RuntimeError) as error:
@@ -54,15 +62,24 @@ def from_torchvision(name: str, role: Role, num_classes: int | None) -> Classifi
 
 
 def from_timm(name: str, role: Role, num_classes: int | None) -> Classifier:
-    """A fresh student of `num_classes`, or a teacher with timm's weights for that name."""
+    """A fresh student of `num_classes`, or a teacher with timm's weights for that name.
+
+    Raises UsageError for an unknown name, weights that cannot be had, and before these are fetched
+    for a teacher of another class count.
+    """
     timm = _timm()
     try:
         if role == "teacher":
+            config = timm.models.get_pretrained_cfg(name)
+            if config:
+                require_classes(f"timm:{name}", config.num_classes, num_classes)
             network = timm.create_model(name, pretrained=True)
         else:
             network = timm.create_model(name, pretrained=False, num_classes=num_classes)
     except (RuntimeError, OSError) as error:
-        raise UsageError(f"timm:{name}: {_line(error)}") from error
+        known = [*timm.list_models(), *timm.list_pretrained()]
+        close = "" if name in known else did_you_mean(name, known)
+        raise UsageError(f"timm:{name}: {_line(error)}{close}") from error
     config = network.pretrained_cfg
     return Classifier(network, f"timm:{name}", config["mean"], config["std"])
 
@@ -89,12 +106,21 @@ def pretrained(name: str) -> tuple[Weights, int]:
     )
 
 
+def require_classes(name: str, found: int, expected: int | None) -> None:
+    """Raise UsageError unless a model has as many classes as the data, where these count."""
+    if expected not in (None, found):
+        raise UsageError(f"{name} has {found} classes, the data has {expected}")
+
+
 def natural_size_px(name: str) -> int | None:
     """The only side of views that "torchvision:NAME" or "timm:NAME" takes, as its configuration
     says; None where it takes many, and for any other name. Loads no weights."""
     kind, _, rest = name.partition(":")
     if kind == "timm":
-        config = _timm().models.get_pretrained_cfg(rest)
+        try:
+            config = _timm().models.get_pretrained_cfg(rest)
+        except RuntimeError:  # no such weights of that network
+            return None
         return int(config.input_size[-1]) if config and config.fixed_input_size else None
     if kind == "torchvision" and rest.startswith(("vit_", "maxvit_")):
         try:

@@ -320,19 +320,24 @@ def load_error(name: str, role: models.Role = "student", size_px: int = 32) -> s
 
 
 @pytest.mark.parametrize(
-    "name", ["", "resnet18", "torchvision:", "timm:", "kdcache:", "python:", "http://x", "no/path"]
+    "name", ["", "resnet18", "torchvision:", "timm:", "kdcache:", "python:", "http://x"]
 )
 def test_an_unknown_form_lists_the_known_ones(name: str) -> None:
     assert load_error(name) == f"unknown model {name!r}: a model is {models.FORMS}"
 
 
+def test_a_path_is_a_run_that_is_not_there() -> None:
+    assert load_error("runs/none") == f"no such folder: runs/none; a model is {models.FORMS}"
+
+
 def test_unknown_names_of_each_form() -> None:
+    assert load_error("kdcache:smal").endswith("small, medium, large; did you mean small?")
     assert load_error("kdcache:huge") == (
         "unknown model 'kdcache:huge': there are small, medium, large"
     )
     for role in ("student", "teacher"):
         assert load_error("torchvision:resnet19", role) == (
-            "unknown model 'torchvision:resnet19': see torchvision.models"
+            "unknown model 'torchvision:resnet19': see torchvision.models; did you mean resnet18?"
         )
     assert "unknown model 'python:no.such:f': No module named" in load_error("python:no.such:f")
     assert "has no attribute 'no'" in load_error("python:tests.conftest:no")
@@ -342,6 +347,12 @@ def test_unknown_names_of_each_form() -> None:
 def test_an_unknown_timm_model() -> None:
     pytest.importorskip("timm")
     assert load_error("timm:no_such_net").startswith("timm:no_such_net: ")
+    assert load_error("timm:resnet10") == (
+        "timm:resnet10: Unknown model (resnet10); did you mean resnet10t?"
+    )
+    message = load_error("timm:resnet18.a1_in1kk", "teacher")
+    assert message.endswith("Invalid pretrained tag (a1_in1kk) for resnet18.; "
+                            "did you mean resnet18.a1_in1k?")  # fmt: skip
 
 
 def test_without_timm_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

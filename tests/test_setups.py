@@ -263,9 +263,11 @@ def test_names_and_papers_names() -> None:
         if not setup.average:
             assert setup_name(view, setup.teacher_view(view)) == setup.name
             assert setup_name(view, setup.teacher_view(view, size_px=24)) == setup.name
-    words = r"unknown set-up 'fix/ic': a set-up is one of fixed-whole, .*, function-matching$"
+    words = r"unknown set-up '': a set-up is one of fixed-whole, .*, function-matching$"
     with pytest.raises(UsageError, match=words):
-        setup_of("fix/ic")
+        setup_of("")
+    with pytest.raises(UsageError, match=r", function-matching; did you mean consistent-mild\?$"):
+        setup_of("consistant-mild")
     assert setup_name(replace(MILD, mixup=1.0)) == setup_name(CENTER) == "custom"
     assert setup_name(MILD, replace(CENTER, min_area=0.5)) == "custom"
 

@@ -98,6 +98,10 @@ def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
 def test_a_missing_folder_is_refused_and_the_choices_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no such folder: .*nowhere; SOURCE is .*'digits'"):
         open_source(str(tmp_path / "nowhere"), "train")
+    with pytest.raises(UsageError, match=r"torchvision:NAME'; did you mean fashion-mnist\?$"):
+        open_source("fashon-mnist", "train")
+    with pytest.raises(UsageError, match=r"torchvision.datasets; did you mean CIFAR10\?$"):
+        open_source("torchvision:CIFAR", "train")
 
 
 def test_a_file_is_no_source(tmp_path: Path) -> None:

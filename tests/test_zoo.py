@@ -58,6 +58,21 @@ def test_torchvision_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch)
         models.load("torchvision:resnet18", "teacher", num_classes=None, size_px=32)
 
 
+@pytest.mark.parametrize("name", ["torchvision:resnet152", "timm:resnet10t"])
+def test_the_classes_of_a_teacher_are_checked_before_its_weights_are_fetched(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fetch(*args: Any, **options: Any) -> Any:
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", fetch)
+    if name.startswith("timm:"):
+        timm = pytest.importorskip("timm")
+        monkeypatch.setattr(timm, "create_model", fetch)
+    with pytest.raises(UsageError, match=f"{name} has 1000 classes, the data has 10$"):
+        models.load(name, "teacher", num_classes=10, size_px=32)
+
+
 @pytest.mark.parametrize(("name", "size_px"), [("googlenet", 32), ("inception_v3", 80)])
 def test_networks_with_auxiliary_heads_train_without_them(
     monkeypatch: pytest.MonkeyPatch, name: str, size_px: int
@@ -149,6 +164,7 @@ def test_a_timm_student_starts_from_timms_weights(monkeypatch: pytest.MonkeyPatc
         ("timm:test_vit", 160),
         ("timm:resnet10t", None),
         ("timm:no_such_net", None),
+        ("timm:resnet18.no_such_weights", None),
         ("torchvision:vit_b_16", 224),
         ("torchvision:vit_h_14", 518),
         ("torchvision:maxvit_t", 224),
@@ -183,5 +199,5 @@ def test_a_model_takes_the_size_that_it_asks_for() -> None:
         size_px = natural_size_px(name)
         assert size_px == 224
         models.load(name, "student", num_classes=3, size_px=size_px)
-        with pytest.raises(UsageError, match="cannot take views of 32 px"):
+        with pytest.raises(UsageError, match=r"cannot take views of 32 px: .*; give --size 224$"):
             models.load(name, "student", num_classes=3, size_px=32)
