@@ -24,16 +24,19 @@ from kdcache.console import (
     size_of,
 )
 from kdcache.errors import MissingDependency
+from kdcache.setups import plain_view
 from kdcache.spec import TrainSpec, ViewSpec
 
 if TYPE_CHECKING:
     from kdcache.recipes import Cost, Recipe
 
 HEADINGS = (
-    "recipe", "images", "px", "batch", "epochs", "steps", "T", "lr", "decay", "tape", "hours",
+    "recipe", "images", "px", "batch", "epochs", "steps", "T", "lr", "decay", "tape", "time",
 )  # fmt: skip
-# Of these 0 means none, as where the option is not given.
+# Of these 0 means none.
 NONE_AT_ZERO = ("average", "ema", "label_weight")
+HOURS = {"min": 1 / 60, "h": 1, "days": 24, "years": 24 * 365.25}
+TOO_LARGE = "the batch is too large for {} images: give `train` a smaller --batch-size"
 
 
 def recipes(
@@ -68,8 +71,13 @@ def recipes(
         show(answers[0] if name else {"recipes": answers}, True)
     elif name:
         show(_page(chosen[0], costs[0], hours[0]), False)
+        command = shlex.join(command_of(chosen[0])).replace(" --", " \\\n  --")
+        out_console.print(f"\nthe same as\n\n{command}", markup=False, soft_wrap=True)
     else:
-        for line in table(chosen, costs, hours):
+        lines = table(chosen, costs, hours)
+        if not all(cost.steps for cost in costs):
+            lines.append(f"-: {TOO_LARGE.format(costs[0].samples)}")
+        for line in lines:
             out_console.print(line, markup=False, soft_wrap=True)
 
 
@@ -81,22 +89,24 @@ def _paces(chosen: list[Recipe], costs: list[Cost], device: str) -> list[float |
     with progress_bar("measure", len(chosen), "recipes") as update:
         for done, (recipe, cost) in enumerate(zip(chosen, costs, strict=True), 1):
             key = recipe.student, recipe.spec.view.size_px
-            if key not in pace:
+            if cost.steps and key not in pace:
                 try:
                     pace[key] = seconds_per_image(recipe, cost.classes, device)
                 except MissingDependency as error:
                     err_console.print(f"no hours of {key[0]}: {error}", markup=False)
                     pace[key] = None
             update(done)
-    return [pace[recipe.student, recipe.spec.view.size_px] for recipe in chosen]
+    return [pace.get((recipe.student, recipe.spec.view.size_px)) for recipe in chosen]
 
 
 def _hours(recipe: Recipe, cost: Cost, pace: float | None) -> float | None:
-    return None if pace is None else cost.steps * recipe.spec.batch_size * pace / 3600
+    if pace is None or not cost.steps:
+        return None
+    return cost.steps * recipe.spec.batch_size * pace / 3600
 
 
 def table(chosen: list[Recipe], costs: list[Cost], hours: list[float | None]) -> list[str]:
-    """At most 100 columns, whatever the terminal; without hours where none is known."""
+    """At most 100 columns, whatever the terminal; without times where none is known."""
     rows = [list(HEADINGS), *map(_row, chosen, costs, hours)]
     if not any(hours):
         rows = [row[:-1] for row in rows]
@@ -110,9 +120,9 @@ def _row(recipe: Recipe, cost: Cost, hours: float | None) -> list[str]:
     spec = recipe.spec
     return [
         recipe.name, _short(cost.samples), str(spec.view.size_px), str(spec.batch_size),
-        str(spec.epochs), str(cost.steps), f"{spec.temperature:g}", f"{spec.lr:g}",
-        f"{spec.weight_decay:.2g}", size_of(cost.tape_bytes),
-        "-" if hours is None else _short(hours),
+        str(spec.epochs), str(cost.steps or "-"), f"{spec.temperature:g}", f"{spec.lr:g}",
+        f"{spec.weight_decay:.2g}", size_of(cost.tape_bytes) if cost.steps else "-",
+        "-" if hours is None else duration(hours),
     ]  # fmt: skip
 
 
@@ -122,6 +132,14 @@ def _short(value: float) -> str:
             return f"{value:.3g}{unit}"
         value /= 1000
     return f"{value:.3g}M"
+
+
+def duration(hours: float) -> str:
+    """In the largest unit of which it is one, or two of days and years."""
+    unit = "min"
+    for one, least in (("h", 1), ("days", 48), ("years", 2 * HOURS["years"])):
+        unit = one if hours >= least else unit
+    return f"{_short(hours / HOURS[unit])} {unit}"
 
 
 def _answer(recipe: Recipe, cost: Cost, hours: float | None) -> dict[str, Any]:
@@ -134,25 +152,39 @@ def _answer(recipe: Recipe, cost: Cost, hours: float | None) -> dict[str, Any]:
 
 def _page(recipe: Recipe, cost: Cost, hours: float | None) -> dict[str, Any]:
     spec = recipe.spec
-    view = ("view", "teacher_view")
     kept = "all" if cost.top_k == cost.classes else f"the top {cost.top_k}"
     one = {
         "recipe": recipe.name, "for": f"{recipe.data.part}: {recipe.data.samples} images, "
         f"{recipe.data.classes} classes", "student": recipe.student,
         "teacher": recipe.teacher or "yours, trained for the data", "view": describe(spec.view),
-        **{f.name: getattr(spec, f.name) for f in fields(TrainSpec) if f.name not in view},
-        "evaluation": recipe.evaluation,
+        **_settings(spec), "evaluation": recipe.evaluation,
+    }  # fmt: skip
+    if not cost.steps:
+        return {**one, "steps": f"none: {TOO_LARGE.format(cost.samples)}"}
+    one |= {
         "steps": f"{cost.steps}, of {cost.samples} images",
         "tape": f"{size_of(cost.tape_bytes)} before compression: {cost.views} views, "
         f"{kept} of {cost.classes} classes in {cost.record_bytes} bytes",
-    }  # fmt: skip
+    }
     if hours is not None:
-        one["hours"] = f"{hours:.3g} here, of the student's steps alone"
-    return {**one, "the same as": shlex.join(command_of(recipe))}
+        one["time"] = f"{duration(hours)} here, of the student's steps alone"
+    return one
+
+
+def _settings(spec: TrainSpec) -> dict[str, Any]:
+    """The fields that say something: without the views, and what is none or off."""
+    idle = {"view", "teacher_view"} | ({"momentum"} if spec.optimizer != "sgd" else set())
+    found = {f.name: getattr(spec, f.name) for f in fields(TrainSpec) if f.name not in idle}
+    return {
+        name: value
+        for name, value in found.items()
+        if value is not None and value is not False and (value or name not in NONE_AT_ZERO)
+    }
 
 
 def command_of(recipe: Recipe) -> list[str]:
-    """The command that `kdcache train --recipe NAME` stands for, with words for what is yours."""
+    """The command that `kdcache train --recipe NAME` stands for, with words for what is yours and
+    without what is so by default."""
     spec = recipe.spec
     line = [
         "kdcache", "train", "--data", "TRAIN.beton", "--out", "RUN", "--student", recipe.student,
@@ -160,18 +192,22 @@ def command_of(recipe: Recipe) -> list[str]:
     ]  # fmt: skip
     for field in fields(TrainSpec):
         value = getattr(spec, field.name)
-        none = value is None or value is False or (value == 0 and field.name in NONE_AT_ZERO)
-        if not none and field.name != "view":
+        if field.name != "view" and value != field.default:
             line += [f"--{field.name.replace('_', '-')}", _text(value)]
     return line + _view_options(spec.view)
 
 
 def _view_options(view: ViewSpec) -> list[str]:
-    return [
-        "--size", _text(view.size_px), "--crop", view.crop, "--min-area", _text(view.min_area),
-        "--mixup", _text(view.mixup), "--flip" if view.flip else "--no-flip",
-        "--view-seed", _text(view.seed),
-    ]  # fmt: skip
+    default = plain_view({"crop": view.crop}, view.size_px)
+    line = ["--size", _text(view.size_px)]  # by default that of the data
+    if view.crop != plain_view({}, view.size_px).crop:
+        line += ["--crop", view.crop]
+    for option, field in (("min-area", "min_area"), ("mixup", "mixup"), ("view-seed", "seed")):
+        if getattr(view, field) != getattr(default, field):
+            line += [f"--{option}", _text(getattr(view, field))]
+    if view.flip != default.flip:
+        line.append("--flip" if view.flip else "--no-flip")
+    return line
 
 
 def _text(value: float | str) -> str:

@@ -20,13 +20,14 @@ import typer
 
 from kdcache import codec, recipes
 from kdcache.cli import app
-from kdcache.console import top_k_of
+from kdcache.console import given_view, top_k_of
 from kdcache.dataset import Dataset
 from kdcache.errors import UsageError
 from kdcache.networks import SIZES
 from kdcache.optimizers import learning_rate, warmup_steps
-from kdcache.recipe_commands import command_of, table
+from kdcache.recipe_commands import command_of, duration, table
 from kdcache.recipes import NAMES, Recipe, cost_of, decay_of, recipe_of
+from kdcache.setups import plain_view
 from kdcache.spec import TapeSpec, TrainSpec, ViewSpec
 from kdcache.train import steps_of
 from tests.conftest import Result
@@ -125,8 +126,10 @@ def test_longer_is_longer() -> None:
 
 
 def test_an_unknown_recipe_is_refused_with_the_list() -> None:
-    with pytest.raises(UsageError, match=r"unknown recipe 'pets': there are fashion-mnist, .*sun"):
-        recipe_of("pets")
+    with pytest.raises(UsageError, match=r"unknown recipe 'x': there are fashion-mnist, .*-long$"):
+        recipe_of("x")
+    with pytest.raises(UsageError, match=r"; did you mean fashion-mnist\?$"):
+        recipe_of("fashion-mist")
 
 
 # --- costs -----------------------------------------------------------------------------------
@@ -175,6 +178,7 @@ def test_the_list_fits_and_hours_scale(monkeypatch: pytest.MonkeyPatch, kdcache:
     assert [line.split()[0] for line in lines] == ["recipe", *NAMES]
     assert max(map(len, lines)) <= 100
     assert len(asked) == len(set(asked)) == 3
+    assert lines[NAMES.index("pet-fast") + 1].endswith("  3.5 years")
     found = json.loads(kdcache("recipes", "--json", "--device", "cpu").out)["recipes"]
     for one in found:
         assert one["hours"] == pytest.approx(one["steps"] * one["spec"]["batch_size"] / 100)
@@ -182,8 +186,13 @@ def test_the_list_fits_and_hours_scale(monkeypatch: pytest.MonkeyPatch, kdcache:
 
 def test_one_recipe_in_full(kdcache: Run) -> None:
     out = kdcache("recipes", "sun-long", "--no-measure").out
-    for field in fields(TrainSpec):
-        assert field.name in out or field.name == "teacher_view"
+    idle = {"teacher_view", "views", "deterministic", "momentum", "average", "ema", "label_weight"}
+    rows, _, command = out.partition("\nthe same as\n")
+    assert {f.name for f in fields(TrainSpec) if f"\n{f.name} " not in rows} == idle
+    assert "None" not in out
+    assert "False" not in out
+    assert "--momentum" not in command
+    assert "--seed" not in command
     found = json.loads(kdcache("recipes", "sun-long", "--no-measure", "--json").out)
     assert found["spec"] == recipe_of("sun-long").spec.to_json()
     assert found["hours"] is None
@@ -193,18 +202,39 @@ def test_one_recipe_in_full(kdcache: Run) -> None:
     assert "unknown recipe 'sun'" in refused.err
 
 
+def pasted(command: str) -> list[str]:
+    """The arguments that a shell gives to the command."""
+    script = f'kdcache() {{ printf "%s\\n" "$@"; }}\n{command}'
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    return result.stdout.splitlines()
+
+
+def spec_of(arguments: list[str]) -> TrainSpec:
+    """The run that a command asks for; what it leaves out is as by default."""
+    train = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    given: dict[str, Any] = train.make_context("train", arguments[1:]).params
+    options = ("view_seed", "size", "crop", "min_area", "flip", "mixup")
+    view = plain_view(given_view(*(given[name] for name in options)), 999)
+    named = {f.name: given[f.name] for f in fields(TrainSpec) if f.name in given}
+    return TrainSpec(view=view, **{name: value for name, value in named.items() if value})
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_the_command_of_a_recipe_says_all_of_it(name: str) -> None:
-    spec, train = recipe_of(name).spec, typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
-    given: dict[str, Any] = train.make_context("train", command_of(recipe_of(name))[2:]).params
-    renamed = {"size_px": "size", "seed": "view_seed"}
-    for field in fields(ViewSpec):
-        if field.name != "version":
-            assert given[renamed.get(field.name, field.name)] == getattr(spec.view, field.name)
-    for field in fields(TrainSpec):
-        if field.name not in ("view", "teacher_view"):
-            found = given[field.name]
-            assert (found or 0) == (getattr(spec, field.name) or 0), field.name
+def test_the_printed_command_can_be_pasted_and_says_all_of_it(name: str, kdcache: Run) -> None:
+    out = kdcache("recipes", name, "--no-measure").out
+    arguments = pasted(out.partition("\nthe same as\n")[2])
+    assert ["kdcache", *arguments] == command_of(recipe_of(name))
+    assert spec_of(arguments) == recipe_of(name).spec
+
+
+def test_what_differs_from_the_defaults_is_said() -> None:
+    recipe = recipe_of("pet-fast")
+    view = ViewSpec(16, "random", min_area=0.3, flip=False, mixup=0.5, seed=4)
+    spec = replace(
+        recipe.spec, view=view, seed=3, optimizer="sgd", momentum=0.8, views=7, ema=0.9,
+        label_weight=0.25, precision="bfloat16", setup="custom",
+    )  # fmt: skip
+    assert spec_of(command_of(replace(recipe, spec=spec))[1:]) == spec
 
 
 def test_costs_on_other_data(digits: Dataset, kdcache: Run) -> None:
@@ -214,11 +244,35 @@ def test_costs_on_other_data(digits: Dataset, kdcache: Run) -> None:
     assert found["steps"] == steps_of(recipe_of("pet-fast").spec, digits)[1]
 
 
+def test_a_batch_above_the_images_makes_no_steps(kdcache: Run, digits_test: Dataset) -> None:
+    options = ("--data", digits_test.path, "--device", "cpu")
+    words = f"the batch is too large for {len(digits_test)} images: give `train` a smaller --batch"
+    listed = kdcache("recipes", *options, "--no-measure").out.splitlines()
+    assert re.fullmatch(r"pet-fast .* 1000 +-  .* -", listed[NAMES.index("pet-fast") + 1])
+    assert listed[-1].startswith(f"-: {words}")
+    out = kdcache("recipes", "pet-fast", *options).out
+    assert words in " ".join(out.split())
+    assert "tape " not in out
+    found = json.loads(kdcache("recipes", "pet-fast", *options, "--json").out)
+    assert (found["steps"], found["hours"]) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"),
+    [
+        (0.0422, "2.53 min"), (0.999, "59.9 min"), (1, "1 h"), (47, "47 h"), (48, "2 days"),
+        (17_000, "708 days"), (2.51e6, "286 years"), (1e8, "11.4k years"),
+    ],
+)  # fmt: skip
+def test_durations_can_be_read(hours: float, text: str) -> None:
+    assert duration(hours) == text
+
+
 def test_without_timm_the_list_has_no_hours(monkeypatch: pytest.MonkeyPatch, kdcache: Run) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     result = kdcache("recipes", "pet-fast")
     assert "no hours of timm:resnetv2_50x1_bit: timm is not installed" in result.err
-    assert "hours" not in result.out
+    assert "time" not in result.out
 
 
 @pytest.mark.slow  # of the import of torch
