@@ -113,7 +113,8 @@ def identify(tape: Tape, dataset: Dataset, teacher: Teacher) -> list[Measure]:
     data = _same("data", "data", dataset.fingerprint, spec.dataset,
                  "other images or labels than the tape was made from")  # fmt: skip
     weights = _same("teacher", "teacher", teacher.fingerprint(), spec.teacher,
-                    "other weights, another type of them, or another normalisation")  # fmt: skip
+                    "other weights, another type of them, another normalisation, or another "
+                    "number or order of teachers")  # fmt: skip
     if tape.pixels is None:
         return [data, weights]
     why = "the decoder or the view code differs from where the tape was made"

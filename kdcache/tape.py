@@ -44,6 +44,8 @@ from kdcache.spec import TapeSpec, ViewSpec, differences, require_tape_version
 from kdcache.store import Store, open_store
 
 KEY = "kdcache"
+ANOTHER_PATH = "choose another path"
+WHAT_IS_A_TAPE = "a tape is the folder that `kdcache precompute --out` or `kdcache import` made"
 NO_DIGEST = "0" * 64
 
 
@@ -86,9 +88,9 @@ class Tape:
             # What a killed creation left, or another process is creating, is no obstacle.
             foreign = store.sizes().keys() - objects.keys() or Path(store.url).is_file()
             if foreign and store.read(GROUP) is None:
-                raise UsageError(f"{store.url} exists and is not a tape; choose another path")
+                raise UsageError(f"{store.url} exists and is not a tape; {ANOTHER_PATH}")
             store.create(objects, last=GROUP)
-        tape = Tape.open(url)
+        tape = _open(store, ANOTHER_PATH)
         tape.require(spec)
         tape.require_pixels(pixels)
         return tape
@@ -96,31 +98,19 @@ class Tape:
     @staticmethod
     def open(url: str | Path) -> Tape:
         """The tape at a path or URL. Raises UsageError for none, TapeCorrupt for damage."""
-        store = open_store(url)
-        text = store.read(GROUP)
-        if text is None:
-            if store.sizes() or Path(store.url).is_file():
-                raise UsageError(f"{store.url} exists and is not a tape; choose another path")
-            raise UsageError(f"no tape at {store.url}: make one with `kdcache precompute`")
-        try:
-            return _read_manifest(store, text)
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            if isinstance(error, UsageError):
-                raise
-            if KEY.encode() not in text:
-                line = f"{store.url} exists and is not a tape; choose another path"
-                raise UsageError(line) from None
-            line = f"the manifest of {store.url} is damaged ({error}): make the tape anew"
-            raise TapeCorrupt(line) from error
+        return _open(open_store(url), WHAT_IS_A_TAPE)
 
     def require(self, spec: TapeSpec) -> None:
         """Raise TapeMismatch, naming each difference, unless this tape has exactly this spec."""
         different = differences(spec, self.spec)
         if different:
-            raise TapeMismatch(
-                f"{self.url} holds another tape ({'; '.join(different)}): choose another path, "
+            line = (
+                f"{self.url} holds another tape ({'; '.join(different)}): {ANOTHER_PATH}, "
                 "or the same options"
             )
+            if spec.views != self.spec.views:
+                line += "; a tape cannot grow: another number of views needs another path"
+            raise TapeMismatch(line)
 
     def require_pixels(self, pixels: str | None) -> None:
         """Raise TapeMismatch if views are rendered otherwise here than where the tape was made."""
@@ -347,6 +337,25 @@ def _manifest(
     text = objects[GROUP]
     own = hashlib.sha256(text).hexdigest()
     return {**objects, GROUP: text.replace(NO_DIGEST.encode(), own.encode())}
+
+
+def _open(store: Store, remedy: str) -> Tape:
+    """`Tape.open`; the remedy is for something else at the place."""
+    foreign = f"{store.url} exists and is not a tape; {remedy}"
+    text = store.read(GROUP)
+    if text is None:
+        if store.sizes() or Path(store.url).is_file():
+            raise UsageError(foreign)
+        raise UsageError(f"no tape at {store.url}: make one with `kdcache precompute`")
+    try:
+        return _read_manifest(store, text)
+    except UsageError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if KEY.encode() not in text:
+            raise UsageError(foreign) from None
+        line = f"the manifest of {store.url} is damaged ({error}): make the tape anew"
+        raise TapeCorrupt(line) from error
 
 
 def _read_manifest(store: Store, text: bytes) -> Tape:

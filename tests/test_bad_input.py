@@ -588,8 +588,9 @@ def test_a_cache_that_is_not_there_or_something_else(bench: Bench) -> None:
     for command in ("inspect", "verify"):
         bench.refused(command, no, words="no tape at")
         bench.refused(command, file, words="exists and is not a tape")
-    for line in (bench.cached(cache=file), ["inspect", file], bench.precompute(out="file")):
-        bench.refused(*line, words="exists and is not a tape; choose another path")
+    for line in (bench.cached(cache=file), ["inspect", file], ["inspect", bench.data]):
+        bench.refused(*line, words="is not a tape; a tape is the folder that `kdcache precompute")
+    bench.refused(*bench.precompute(out="file"), words="is not a tape; choose another path")
     bench.refused(*bench.precompute("--out", bench.folder), words="exists and is not a tape")
     bench.refused("inspect", bench.folder, words="exists and is not a tape")
     assert file.read_text() == "x"

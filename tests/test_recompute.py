@@ -409,7 +409,8 @@ def test_verify_of_another_teacher_exits_with_1(
     result = verified(kdcache, tapes("uint8, all"), digits_test, *line)
     assert (result.code, result.err) == (1, "")
     assert result.out.count("FAIL") == 4
-    assert "teacher: other weights, another type of them, or another normalisation" in result.out
+    assert "teacher: other weights, another type of them, another normalisation, or " in result.out
+    assert "another number or order of teachers" in result.out
     assert "worst in view" in result.out
 
 
