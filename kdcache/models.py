@@ -293,8 +293,8 @@ def _triple(value: Any) -> Triple:
 
 
 def _line(error: Exception) -> str:
-    """The first line of a message of somebody else's."""
-    return (str(error).splitlines() or [""])[0]
+    """The first line of a message of somebody else's, without its full stop."""
+    return (str(error).splitlines() or [""])[0].removesuffix(".")
 
 
 def _check_output(

@@ -155,5 +155,5 @@ def _timm() -> Any:
 
 
 def _line(error: Exception) -> str:
-    """The first line of a message of somebody else's."""
-    return (str(error).splitlines() or [""])[0]
+    """The first line of a message of somebody else's, without its full stop."""
+    return (str(error).splitlines() or [""])[0].removesuffix(".")

@@ -351,7 +351,7 @@ def test_an_unknown_timm_model() -> None:
         "timm:resnet10: Unknown model (resnet10); did you mean resnet10t?"
     )
     message = load_error("timm:resnet18.a1_in1kk", "teacher")
-    assert message.endswith("Invalid pretrained tag (a1_in1kk) for resnet18.; "
+    assert message.endswith("Invalid pretrained tag (a1_in1kk) for resnet18; "
                             "did you mean resnet18.a1_in1k?")  # fmt: skip
 
 
