@@ -43,7 +43,7 @@ from kdcache.models import Classifier, Teacher
 from kdcache.precompute import answers, record
 from kdcache.records import Batch, Target, TargetSource, TemperedTarget
 from kdcache.shards import Layout
-from kdcache.spec import TapeSpec, TrainSpec
+from kdcache.spec import MAX_VIEWS, TapeSpec, TrainSpec
 from kdcache.targets import OnlineTargets
 
 # A busy machine is busy in bursts: a rate is the median of some blocks, and what is compared takes
@@ -171,7 +171,7 @@ def train_some(
     """Train the student for some seconds each way. Raises what `train` does."""
     assert spec.view is not None
     endless = TrainSpec(
-        "cached", spec.view, epochs=1 << 30, batch_size=batch_size, temperature=spec.temperature
+        "cached", spec.view, epochs=MAX_VIEWS, batch_size=batch_size, temperature=spec.temperature
     )
     turns = _Turns(OnlineTargets(teacher), _Replay(spec, recording.records))
     with contextlib.suppress(_EnoughError):

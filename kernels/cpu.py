@@ -137,8 +137,8 @@ def _sparse(
         p = np.empty(kept, np.float32)
         gap = np.empty(kept, np.float32)
         ek = np.empty(kept, np.float32)
-        spare = np.empty(0 if want_gradient else width, np.float32)
-        once = np.empty(width if label_weight > 0 else 0, np.float32)
+        spare = np.empty(width, np.float32)
+        once = np.empty(width, np.float32)
         for r in range(rows * lane // lanes, rows * (lane + 1) // lanes):
             x = z[r * stride : r * stride + width]
             e = gradient[r] if want_gradient else spare
@@ -253,8 +253,8 @@ def _dense(
     bad = 0
     for lane in prange(lanes):
         p = np.empty(width, np.float32)
-        spare = np.empty(0 if want_gradient else width, np.float32)
-        once = np.empty(width if label_weight > 0 else 0, np.float32)
+        spare = np.empty(width, np.float32)
+        once = np.empty(width, np.float32)
         for r in range(rows * lane // lanes, rows * (lane + 1) // lanes):
             x = z[r * stride : r * stride + width]
             y = t[r * t_stride : r * t_stride + width]

@@ -228,3 +228,10 @@ def test_the_bounds_catch_mistakes(kind: str) -> None:
     assert_close(p, *(x.float() for x in truth(p)))
     with pytest.raises(AssertionError):
         assert_close(p, *_spoilt(p, kind))
+
+
+def test_a_deterministic_run_takes_the_definition() -> None:
+    student = torch.randn(2, 10, requires_grad=True)
+    assert ops.backend(student, None) == "numba"
+    torch.use_deterministic_algorithms(True)
+    assert ops.backend(student, None) == "reference"

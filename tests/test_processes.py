@@ -433,7 +433,7 @@ def test_weights_that_no_step_uses(digits_test: Dataset, tmp_path: Path) -> None
     line[line.index(STUDENT)] = "python:tests.test_processes:with_unused"
     found = ranks.command(2, tmp_path / "io", *line)()
     assert found[0].code == 2, found
-    [said] = lines_of(found)
+    [said] = set(lines_of(found))  # on a slow machine both say it
     assert said.startswith("kdcache: the student has weights that a step does not use")
 
 
