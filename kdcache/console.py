@@ -135,10 +135,6 @@ def given_view(
     return {name: value for name, value in options.items() if value is not None}
 
 
-def view_of(given: dict[str, Any], dataset: Dataset) -> ViewSpec:
-    return plain_view(given, dataset.natural_size_px)
-
-
 def top_k_of(text: str | None, classes: int) -> int | None:
     """k as a number, or None for all."""
     if text is None:
