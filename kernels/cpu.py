@@ -18,14 +18,16 @@ from numba import carray, njit, prange
 
 from kdcache.kernels.vector import (
     F32,
-    FLAGS,
     LOG2E,
+    cross_of,
     exp,
     exp2,
     exponentials,
     floats_at,
     integers_at,
     largest,
+    maximum,
+    multiply_add,
     total_below,
     total_of,
 )
@@ -54,7 +56,7 @@ def _tensors(rows, width, z_at, stride, labels_at, weights_at, loss_at, gradient
     )
 
 
-@njit(fastmath=FLAGS)
+@njit
 def _tail_log_mass(tail, left, inverse_t):
     """`reference.tail_log_mass` of one row."""
     mean, half, start = np.float64(tail[1]), tail[2] / 2.0, math.log(left)
@@ -67,7 +69,7 @@ def _tail_log_mass(tail, left, inverse_t):
     return chord if value > chord else value
 
 
-@njit(fastmath=FLAGS)
+@njit
 def _teacher(values, tail, left, inverse_t, mode, tempered, log_p, p):
     """log p and p at T of the named classes of one row; returns log r, -inf without a tail, and
     whether the teacher is numbers: NaN where it is not would pass for a class of no mass."""
@@ -100,23 +102,20 @@ def _teacher(values, tail, left, inverse_t, mode, tempered, log_p, p):
     return log_r, fine
 
 
-@njit(fastmath=FLAGS)
+@njit
 def _rest(x, e, top, scale):
     """Sum of the classes not named (named ones hold e = -1), relative to their own maximum."""
     high = F32(-np.inf)
     for j in range(x.size):
-        if e[j] >= 0 and x[j] > high:
-            high = x[j]
+        high = maximum(high, x[j]) if e[j] >= 0 else high
     if high == -np.inf:
         high = top
-    total = F32(0.0)
     for j in range(x.size):
         e[j] = exp2((x[j] - high) * scale) if e[j] >= 0 else F32(0.0)
-        total += e[j]
-    return high, total
+    return high, total_of(e)
 
 
-@njit(fastmath=FLAGS, parallel=True, error_model="numpy", boundscheck=False, cache=True)
+@njit(parallel=True, error_model="numpy", boundscheck=False, cache=True)
 def _sparse(
     rows, width, z_at, stride, labels_at, weights_at, temperature, label_weight, coefficient,
     want_gradient, lanes, loss_at, gradient_at, kept, values_at, classes_at, tail_at, tail_size,
@@ -137,8 +136,8 @@ def _sparse(
         p = np.empty(kept, np.float32)
         gap = np.empty(kept, np.float32)
         ek = np.empty(kept, np.float32)
-        spare = np.empty(width, np.float32)
-        once = np.empty(width, np.float32)
+        spare = np.empty(0 if want_gradient else width, np.float32)
+        once = np.empty(width if label_weight > 0 else 0, np.float32)
         for r in range(rows * lane // lanes, rows * (lane + 1) // lanes):
             x = z[r * stride : r * stride + width]
             e = gradient[r] if want_gradient else spare
@@ -225,11 +224,11 @@ def _sparse(
                 s_once = F32(hard / total_once)
                 if again:
                     for j in range(width):
-                        e[j] = e[j] * s - flat + once[j] * s_once
+                        e[j] = multiply_add(once[j], s_once, multiply_add(e[j], s, -flat))
                 else:
                     s += s_once
                     for j in range(width):
-                        e[j] = e[j] * s - flat
+                        e[j] = multiply_add(e[j], s, -flat)
                 for k in range(kept):
                     if log_p[k] > -np.inf:
                         g = soft * (ek[k] / np.float64(total) * mass - p[k])
@@ -239,7 +238,7 @@ def _sparse(
     return bad
 
 
-@njit(fastmath=FLAGS, parallel=True, error_model="numpy", boundscheck=False, cache=True)
+@njit(parallel=True, error_model="numpy", boundscheck=False, cache=True)
 def _dense(
     rows, width, z_at, stride, labels_at, weights_at, temperature, label_weight, coefficient,
     want_gradient, lanes, loss_at, gradient_at, t_at, t_stride,
@@ -253,8 +252,8 @@ def _dense(
     bad = 0
     for lane in prange(lanes):
         p = np.empty(width, np.float32)
-        spare = np.empty(width, np.float32)
-        once = np.empty(width, np.float32)
+        spare = np.empty(0 if want_gradient else width, np.float32)
+        once = np.empty(width if label_weight > 0 else 0, np.float32)
         for r in range(rows * lane // lanes, rows * (lane + 1) // lanes):
             x = z[r * stride : r * stride + width]
             y = t[r * t_stride : r * t_stride + width]
@@ -266,11 +265,7 @@ def _dense(
             top, y_top = largest(x), largest(y)
             total = exponentials(x, top, scale, e)
             y_total = exponentials(y, y_top, scale, p)
-            cross = F32(0.0)
-            for j in range(width):
-                gap = (y[j] - y_top) - (x[j] - top)
-                cross += p[j] * gap if p[j] > 0 else F32(0.0)
-            kl = np.float64(cross) / y_total * inverse_t
+            kl = np.float64(cross_of(p, y, y_top, x, top)) / y_total * inverse_t
             kl += math.log(np.float64(total)) - math.log(np.float64(y_total))
 
             hard = label_weight if label >= 0 else 0.0
@@ -287,11 +282,12 @@ def _dense(
                 s, y_s, s_once = F32(soft / total), F32(soft / y_total), F32(hard / total_once)
                 if again:
                     for j in range(width):
-                        e[j] = e[j] * s - p[j] * y_s + once[j] * s_once
+                        soft_gradient = multiply_add(e[j], s, -p[j] * y_s)
+                        e[j] = multiply_add(once[j], s_once, soft_gradient)
                 else:
                     s += s_once
                     for j in range(width):
-                        e[j] = e[j] * s - p[j] * y_s
+                        e[j] = multiply_add(e[j], s, -p[j] * y_s)
                 if hard > 0:
                     e[label] -= F32(hard)
     return bad

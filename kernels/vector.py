@@ -3,6 +3,13 @@
 numba's own exp stays scalar without Intel's SVML, so 2^x is a polynomial here, its integer part set
 by the exponent's bits. A NaN reaches the maximum of its row, and through it every result.
 
+No result may depend on where its arrays lie in memory. Where a loop stores, LLVM asks at run time
+how far apart its arrays are, and goes one element at a time if they are near. Therefore
+
+    a loop that stores   has no fastmath flag: one element or eight, each rounds as IEEE says;
+                         `multiply_add` names what may be fused
+    a loop that sums     may `reassociate`, and stores nothing
+
 numba's cache of `cpu.py` does not notice a change here: touch `cpu.py` after one.
 """
 
@@ -15,8 +22,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-# No nnan and no ninf: -inf is a legitimate logit.
-FLAGS = {"reassoc", "contract", "nsz"}
+REASSOCIATE = {"reassoc"}
 LOG2E = math.log2(math.e)
 F32 = np.float32
 I32 = np.int32
@@ -59,7 +65,7 @@ def _truncate(context, x):
 
 
 @intrinsic
-def _maximum(context, a, b):
+def maximum(context, a, b):
     # numba's own max makes a loop that LLVM vectorises only if told that there are no NaNs.
     def code(context, builder, signature, args):
         kind = ir.FloatType()
@@ -71,20 +77,33 @@ def _maximum(context, a, b):
     return types.float32(types.float32, types.float32), code
 
 
-@njit(fastmath=FLAGS, inline="always")
+@intrinsic
+def multiply_add(context, a, b, c):
+    # Fused on every machine that can, whether LLVM makes the loop of vectors or of numbers.
+    def code(context, builder, signature, args):
+        kind = ir.FloatType()
+        function = builder.module.declare_intrinsic(
+            "llvm.fmuladd", [kind], ir.FunctionType(kind, [kind, kind, kind])
+        )
+        return builder.call(function, args)
+
+    return types.float32(types.float32, types.float32, types.float32), code
+
+
+@njit(inline="always")
 def _exp2_of(t, n):
     """2^(t + n) for |t| <= 1/2 to 2.2e-7; 0 for n = -127."""
     r = F32(1.5403530393381609954e-4)
-    r = r * t + F32(1.3333558146428443423e-3)
-    r = r * t + F32(9.6181291076284771619e-3)
-    r = r * t + F32(5.5504108664821579953e-2)
-    r = r * t + F32(2.4022650695910071233e-1)
-    r = r * t + F32(6.9314718055994530942e-1)
-    r = r * t + F32(1.0)
+    r = multiply_add(r, t, F32(1.3333558146428443423e-3))
+    r = multiply_add(r, t, F32(9.6181291076284771619e-3))
+    r = multiply_add(r, t, F32(5.5504108664821579953e-2))
+    r = multiply_add(r, t, F32(2.4022650695910071233e-1))
+    r = multiply_add(r, t, F32(6.9314718055994530942e-1))
+    r = multiply_add(r, t, F32(1.0))
     return r * _bits_as_float((n + I32(127)) << I32(23))
 
 
-@njit(fastmath=FLAGS, inline="always")
+@njit(inline="always")
 def exp2(x):
     """2^x for x <= 0; 0 below -126.5, for -inf and for NaN."""
     y = x if x > F32(LEAST) else F32(LEAST)
@@ -92,7 +111,7 @@ def exp2(x):
     return _exp2_of(y - F32(n), n)
 
 
-@njit(fastmath=FLAGS, inline="always")
+@njit(inline="always")
 def exp(x):
     """e^x of a float64 x <= 0, as a float32, without rounding x itself to float32."""
     y = x * LOG2E
@@ -101,26 +120,23 @@ def exp(x):
     return _exp2_of(F32(y - n), _truncate(F32(n)))
 
 
-@njit(fastmath=FLAGS, inline="always")
+@njit
 def largest(x):
     top = F32(-np.inf)
     for j in range(x.size):
-        top = _maximum(top, x[j])
+        top = maximum(top, x[j])
     return top
 
 
-@njit(fastmath=FLAGS, inline="always")
+@njit
 def exponentials(x, top, scale, out):
     """out = 2^((x - top) scale), and its sum."""
-    total = F32(0.0)
     for j in range(x.size):
-        e = exp2((x[j] - top) * scale)
-        out[j] = e
-        total += e
-    return total
+        out[j] = exp2((x[j] - top) * scale)
+    return total_of(out)
 
 
-@njit(fastmath=FLAGS, inline="always")
+@njit(fastmath=REASSOCIATE)
 def total_of(x):
     total = F32(0.0)
     for j in range(x.size):
@@ -128,7 +144,17 @@ def total_of(x):
     return total
 
 
-@njit(fastmath=FLAGS, inline="always")
+@njit(fastmath=REASSOCIATE)
+def cross_of(p, y, y_top, x, top):
+    """The sum of p ((y - y_top) - (x - top)); a class without mass adds nothing."""
+    cross = F32(0.0)
+    for j in range(x.size):
+        gap = (y[j] - y_top) - (x[j] - top)
+        cross += p[j] * gap if p[j] > 0 else F32(0.0)
+    return cross
+
+
+@njit(fastmath=REASSOCIATE)
 def _total_below_of(x, top):
     total = F32(0.0)
     for j in range(x.size):
@@ -136,7 +162,7 @@ def _total_below_of(x, top):
     return total
 
 
-@njit(fastmath=FLAGS)
+@njit
 def total_below(x, top):
     """The sum of x - top."""
     # In pieces: one float32 sum of 20,000 large terms loses more than the bounds allow.

@@ -129,6 +129,27 @@ def test_twice_is_the_same_to_the_bit_on_any_number_of_threads(K: int | None) ->
     assert all(torch.equal(a, b) for a, b in zip(first, run(p), strict=True))
 
 
+@pytest.mark.parametrize("K", [8, None])
+@pytest.mark.parametrize("C", [10, 16, 37])
+def test_near_memory_is_the_same_to_the_bit(
+    C: int, K: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLVM's loops take one element at a time where their arrays lie near each other."""
+    empty = torch.empty
+    for seed in range(30):
+        p = problem(1, C, K, labels=True, seed=seed)
+        far = cpu.rows(*p.arguments, 1.0, True)
+        for gap in (0, 1, 6, 16, 32):
+            pool = empty(2 * C + gap)
+            student, gradient = pool[:C].view(1, C), pool[C + gap :].view(1, C)
+            student.copy_(p.student_BC)
+            beside = {p.student_BC.shape: gradient}
+            monkeypatch.setattr(cpu.torch, "empty", lambda x, b=beside: b.get(x, empty(x)))
+            near = cpu.rows(student, *p.arguments[1:], 1.0, True)
+            assert near[1].data_ptr() == gradient.data_ptr()
+            assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True)), gap
+
+
 def test_a_gradient_that_is_not_one_and_a_second_backward() -> None:
     p = problem()
     z = p.student_BC.detach().requires_grad_()
@@ -228,10 +249,3 @@ def test_the_bounds_catch_mistakes(kind: str) -> None:
     assert_close(p, *(x.float() for x in truth(p)))
     with pytest.raises(AssertionError):
         assert_close(p, *_spoilt(p, kind))
-
-
-def test_a_deterministic_run_takes_the_definition() -> None:
-    student = torch.randn(2, 10, requires_grad=True)
-    assert ops.backend(student, None) == "numba"
-    torch.use_deterministic_algorithms(True)
-    assert ops.backend(student, None) == "reference"
