@@ -25,8 +25,9 @@ class Schedule:
     """When to do what; None: never.
 
     checkpoint_every, checkpoint_minutes   a checkpoint: after so many steps, and so much time
-    eval_every                             after so many steps a checkpoint and an evaluation,
-                                           which also keeps the best weights
+    eval_every                             after so many steps, and the last, a checkpoint and an
+                                           evaluation, which also keeps the best weights; None:
+                                           an evaluation after the last step only
     """
 
     checkpoint_every: int | None = None
@@ -56,7 +57,9 @@ class Keeper:
     evaluate  measures the student as it is now, in all processes together
     record    what run.json says of the student with such an evaluation
     signal    the number of the signal that came, or 0
-    best      the highest top-1 so far; begun: the time.perf_counter() of the run's first step
+    best      the highest top-1 so far
+    seconds   how long the run took so far, evaluations left out; read it at any time
+    found     the last evaluation
 
     Raises Stopped when a signal came to any process, NonFinite before a bad checkpoint is kept,
     StorageError when one cannot be.
@@ -73,12 +76,17 @@ class Keeper:
         record: Callable[[Evaluation], dict[str, Any]] = asdict,
         signal: Callable[[], int] = lambda: 0,
         best: float = -1.0,
-        begun: float | None = None,
+        seconds: float = 0.0,
     ) -> None:
         self.run, self.world, self.schedule, self.steps = run, world, schedule, steps
         self.evaluate, self.record, self.signal, self.best = evaluate, record, signal, best
-        self._begun = time.perf_counter() if begun is None else begun
+        self.found: Evaluation | None = None
+        self._begun = time.perf_counter() - seconds
         self._saved_at = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._begun
 
     def __call__(self, state: State) -> None:
         wish = self.world.largest_soon(max(self.signal(), SAVE * self._time_is_up()))
@@ -99,7 +107,8 @@ class Keeper:
             self._measure(state)
 
     def _measures(self, state: State) -> bool:
-        return self.evaluate is not None and _due(state.step, self.schedule.eval_every)
+        last = state.step == self.steps
+        return self.evaluate is not None and (last or _due(state.step, self.schedule.eval_every))
 
     def _time_is_up(self) -> bool:
         minutes = self.schedule.checkpoint_minutes
@@ -109,20 +118,21 @@ class Keeper:
         state.require_finite(self.world)
         kept = state.state_dict(self.world)
         if self.run:
-            seconds = time.perf_counter() - self._begun
-            self.run.save({**kept, "best": self.best, "seconds": seconds})
+            self.run.save({**kept, "best": self.best, "seconds": self.seconds})
         self._saved_at = time.monotonic()
 
     def _measure(self, state: State) -> None:
         assert self.evaluate is not None
         state.require_finite(self.world)
+        begun = time.perf_counter()
         with state.average.applied():
-            found = self.evaluate()
+            self.found = found = self.evaluate()
             better = found.top1 > self.best
             self.best = max(self.best, found.top1)
+            self._begun += time.perf_counter() - begun
             if self.run:
                 self.run.log({"step": state.step, "evaluation": asdict(found)})
-                if better:
+                if better and self.schedule.eval_every:
                     self.run.keep_best(self.record(found), state.student)
         state.student.train()
 

@@ -8,7 +8,6 @@ never stopped; one process writes.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -91,12 +90,11 @@ def run(
             return models.run_record(out)
         state, kept = _state(job, folder, out, world)
         steps = steps_of(job.spec, job.dataset)[1]
-        begun = time.perf_counter() - kept.get("seconds", 0.0)
         keeper = Keeper(
             folder, world, schedule, steps,
             evaluate=(lambda: _evaluated(job, world, workers)) if job.val else None,
-            record=lambda found: _record(job, found, time.perf_counter() - begun),
-            signal=signal, best=kept.get("best", -1.0), begun=begun,
+            record=lambda found: _record(job, found, keeper.seconds), signal=signal,
+            best=kept.get("best", -1.0), seconds=kept.get("seconds", 0.0),
         )  # fmt: skip
 
         def logged(step: Step) -> None:
@@ -116,9 +114,8 @@ def run(
             world=world, workers=workers, log_every=log_every, on_step=logged,
             after_step=after_step,
         )  # fmt: skip
-        seconds = time.perf_counter() - begun
         with state.average.applied():
-            record = _record(job, _evaluated(job, world, workers) if job.val else None, seconds)
+            record = _record(job, keeper.found, keeper.seconds)
             if folder:
                 folder.finish(record, job.student)
     return record

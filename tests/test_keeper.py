@@ -181,3 +181,44 @@ def test_a_run_that_goes_on_makes_up_for_the_evaluation_of_its_checkpoint(
         keeper.go_on(state)
     assert asked == [4]
     assert runs.checkpoints(run.folder) == []
+
+
+def test_the_last_step_is_evaluated_once_and_counts_for_the_best(run: Run, state: State) -> None:
+    for every in (2, 3):  # the last step is due, and is not
+        top1 = iter([0.5, 0.7])
+        keeper = Keeper(
+            run, ALONE, Schedule(eval_every=every), 4,
+            evaluate=lambda found=top1: replace(FOUND, top1=next(found)),
+            record=lambda found: {**RECORD, "top1": found.top1},
+        )  # fmt: skip
+        steps(keeper, state, 1, 4)
+        assert keeper.found is not None
+        assert keeper.found.top1 == 0.7
+        assert next(top1, None) is None
+        assert models.run_record(run.folder / "best")["top1"] == 0.7
+
+
+def test_without_eval_every_only_the_end_is_evaluated(run: Run, state: State) -> None:
+    keeper = Keeper(run, ALONE, Schedule(), 4, evaluate=lambda: FOUND)
+    steps(keeper, state, 1, 3)
+    assert keeper.found is None
+    steps(keeper, state, 4, 4)
+    assert keeper.found == FOUND
+    assert not (run.folder / "best").exists()
+
+
+def test_seconds_leave_evaluations_out(
+    run: Run, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def evaluate() -> Evaluation:
+        nonlocal now
+        now += 50
+        return FOUND
+
+    monkeypatch.setattr("kdcache.keeper.time.perf_counter", lambda: now)
+    keeper = Keeper(run, ALONE, Schedule(), 1, evaluate=evaluate, seconds=7)
+    now += 3
+    steps(keeper, state, 1, 1)
+    assert keeper.seconds == 10
