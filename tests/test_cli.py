@@ -264,7 +264,8 @@ def test_train_in_three_modes_then_eval(
         record = json.loads((tmp_path / name / "run.json").read_text())
         assert record["weights"] == found["weights"]
         steps = [json.loads(x) for x in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        assert [s["step"] for s in steps] == [6]
+        assert [s["step"] for s in steps] == [6, 6]
+        assert steps[1]["evaluation"] == record["evaluation"]
     result = answer(kdcache("eval", tmp_path / "c", "--data", digits_test.path, "--json"))
     own = {"samples", "top1", "top5", "cross_entropy", "calibration_error"}
     assert {k: v for k, v in result.items() if v is not None} == {
@@ -320,7 +321,7 @@ def test_a_run_in_two_parts(kdcache: Run, digits_test: Dataset, tmp_path: Path) 
     record = json.loads((tmp_path / "r" / "best" / "run.json").read_text())
     assert record["evaluation"]["top1"] == best["top1"]
     lines = [json.loads(x) for x in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
-    assert [x["step"] for x in lines] == [2, 4, 4, 6]
+    assert [x["step"] for x in lines] == [2, 4, 4, 6, 6]
     assert lines[2]["evaluation"]["top1"] == best["top1"]
 
 

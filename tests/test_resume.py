@@ -196,7 +196,7 @@ def test_the_log_is_of_every_logged_step_and_evaluation_in_order(whole: Any) -> 
     steps = [(x["step"], "evaluation" in x) for x in lines]
     assert steps == [
         (2, False), (4, False), (5, True), (6, False), (8, False), (10, False), (10, True),
-        (12, False),
+        (12, False), (12, True),
     ]  # fmt: skip
     assert set(lines[0]) == {"step", "steps", "epoch", "loss", "agreement", "lr", "rate"}
 
