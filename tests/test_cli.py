@@ -322,7 +322,8 @@ def test_a_run_in_two_parts(kdcache: Run, digits_test: Dataset, tmp_path: Path) 
     assert record["evaluation"]["top1"] == best["top1"]
     lines = [json.loads(x) for x in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines] == [2, 4, 4, 6, 6]
-    assert lines[2]["evaluation"]["top1"] == best["top1"]
+    measured = [x["evaluation"]["top1"] for x in lines if "evaluation" in x]
+    assert max(measured) == best["top1"]
 
 
 def test_a_run_starts_from_given_weights(

@@ -67,8 +67,8 @@ def test_the_average_is_what_the_run_gives(digits_test: Dataset, tmp_path: Path)
         records[ema]["live"] = this.student.fingerprint()
     assert records[0.0]["live"] == records[0.9]["live"]
     logs = [
-        [json.loads(x).get("loss") for x in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("0.0", "0.9")
+        [json.loads(x).get("loss") for x in (tmp_path / str(ema) / "log.jsonl").open()]
+        for ema in records
     ]
     assert logs[0] == logs[1]
 
