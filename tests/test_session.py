@@ -67,10 +67,10 @@ def test_the_average_is_what_the_run_gives(digits_test: Dataset, tmp_path: Path)
         records[ema]["live"] = this.student.fingerprint()
     assert records[0.0]["live"] == records[0.9]["live"]
     logs = [
-        [json.loads(x).get("loss") for x in (tmp_path / str(ema) / "log.jsonl").open()]
-        for ema in records
+        (tmp_path / str(ema) / "log.jsonl").read_text().splitlines() for ema in records
     ]
-    assert logs[0] == logs[1]
+    losses = [[json.loads(line).get("loss") for line in log] for log in logs]
+    assert losses[0] == losses[1]
 
 
 def test_seconds_are_of_all_its_lives(digits_test: Dataset, tmp_path: Path) -> None:
