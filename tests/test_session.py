@@ -66,9 +66,7 @@ def test_the_average_is_what_the_run_gives(digits_test: Dataset, tmp_path: Path)
         assert (this.student.fingerprint() == given.fingerprint()) == (ema == 0)
         records[ema]["live"] = this.student.fingerprint()
     assert records[0.0]["live"] == records[0.9]["live"]
-    logs = [
-        (tmp_path / str(ema) / "log.jsonl").read_text().splitlines() for ema in records
-    ]
+    logs = [(tmp_path / str(ema) / "log.jsonl").read_text().splitlines() for ema in records]
     losses = [[json.loads(line).get("loss") for line in log] for log in logs]
     assert losses[0] == losses[1]
 
