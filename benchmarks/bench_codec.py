@@ -72,9 +72,14 @@ def stored(name: str, array: NDArray[Any], classes: int, dense: bool, rows: int)
     width = array.shape[1]
     how = pipeline(name, array.dtype, classes=classes, dense=dense, chunk_rows=rows)
     made = zarr.create_array(
-        store, name=name, shape=(1, *array.shape), dtype=array.dtype, chunks=(1, rows, width),
-        shards=(1, -(-len(array) // rows) * rows, width), **how,
-    )  # fmt: skip
+        store,
+        name=name,
+        shape=(1, *array.shape),
+        dtype=array.dtype,
+        chunks=(1, rows, width),
+        shards=(1, -(-len(array) // rows) * rows, width),
+        **how,
+    )
     made[0] = array
     return store
 
@@ -102,8 +107,14 @@ def record_bytes(records: Records, classes: int, dense: bool) -> float:
 
 
 def _line(teacher: Teacher, layout: str, k: int | str, size: float, zstd: float) -> Line:
-    return {"set": teacher.name, "classes": teacher.classes, "layout": layout, "k": k,
-            "bytes": size, "zstd_bytes": zstd}  # fmt: skip
+    return {
+        "set": teacher.name,
+        "classes": teacher.classes,
+        "layout": layout,
+        "k": k,
+        "bytes": size,
+        "zstd_bytes": zstd,
+    }
 
 
 def ours(teacher: Teacher, layout: str, k: int) -> Line:

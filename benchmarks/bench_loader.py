@@ -83,10 +83,15 @@ def ours(path: Path, size: int, batch: int, mixup: float) -> Callable[[], int]:
 def stock(path: Path, size: int, batch: int) -> Callable[[], int]:
     decoder = RandomResizedCropRGBImageDecoder((size, size), scale=AREA)
     loader = StockLoader(
-        str(path), batch, num_workers=WORKERS, order=OrderOption.RANDOM, os_cache=True,
-        drop_last=False, batches_ahead=BATCHES_AHEAD,
+        str(path),
+        batch,
+        num_workers=WORKERS,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        drop_last=False,
+        batches_ahead=BATCHES_AHEAD,
         pipelines={"image": [decoder, RandomHorizontalFlip()]},
-    )  # fmt: skip
+    )
     return lambda: sum(len(images) for images, _ in loader)
 
 
@@ -164,11 +169,14 @@ def scratch_lines(path: Path, size: int) -> list[dict[str, Any]]:
     lines = []
     for batch in (64, 256, 1024):
         trailer = (row_bytes(ViewSpec(size)) - size * size * 3) * slots * batch
-        lines.append({
-            "group": "scratch", "case": f"batch {batch}",
-            "kdcache_MB": (2 * WORKERS * largest + trailer) / 1e6,
-            "stock_MB": slots * batch * largest / 1e6,
-        })  # fmt: skip
+        lines.append(
+            {
+                "group": "scratch",
+                "case": f"batch {batch}",
+                "kdcache_MB": (2 * WORKERS * largest + trailer) / 1e6,
+                "stock_MB": slots * batch * largest / 1e6,
+            }
+        )
     return lines
 
 

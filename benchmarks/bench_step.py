@@ -56,9 +56,15 @@ Line = dict[str, Any]
 def training(case: Case, mode: Mode, source: TargetSource) -> Callable[[], int]:
     """One run of a fresh student."""
     spec = TrainSpec(
-        mode, case.view, case.epochs, case.batch_size, lr=rivals.LR,
-        weight_decay=rivals.WEIGHT_DECAY, temperature=rivals.TEMPERATURE, views=case.epochs,
-    )  # fmt: skip
+        mode,
+        case.view,
+        case.epochs,
+        case.batch_size,
+        lr=rivals.LR,
+        weight_decay=rivals.WEIGHT_DECAY,
+        temperature=rivals.TEMPERATURE,
+        views=case.epochs,
+    )
 
     def run() -> int:
         train(spec, case.data, case.student(), source)

@@ -140,10 +140,22 @@ def bench_stream(folder: Path, rounds: int) -> list[dict[str, Any]]:
     ]
     for dtype, tape in tapes.items():
         p50 = samples[f"stream: kdcache, {dtype}"].quantiles()["p50"]
-        lines.append({"case": f"views/s, {dtype}", "ratio": p50 / 1e6, "unit": "million",
-                      "bar": 3, "met": bool(p50 >= TAPE_BARS["stream"])})  # fmt: skip
-        lines.append({"case": f"bytes a view on disk, {dtype}",
-                      "ratio": tape.stored_bytes() / rows, "unit": "bytes"})  # fmt: skip
+        lines.append(
+            {
+                "case": f"views/s, {dtype}",
+                "ratio": p50 / 1e6,
+                "unit": "million",
+                "bar": 3,
+                "met": bool(p50 >= TAPE_BARS["stream"]),
+            }
+        )
+        lines.append(
+            {
+                "case": f"bytes a view on disk, {dtype}",
+                "ratio": tape.stored_bytes() / rows,
+                "unit": "bytes",
+            }
+        )
     for other in ("plain Zarr, uint8", "TinyViT's layout"):
         value = harness.ratio(samples, "stream: kdcache, uint8", f"stream: {other}")
         lines.append({"case": f"kdcache, uint8 / {other}", "ratio": value, "unit": "times"})
@@ -174,14 +186,22 @@ def bench_memory(folder: Path, rounds: int) -> list[dict[str, Any]]:
         peaks = {}
         for how in ("nothing", "all"):
             done = subprocess.run(
-                [sys.executable, "-c", READ, tape.url, how], capture_output=True, text=True,
-                check=True, cwd=Path(__file__).parents[1],
-            )  # fmt: skip
+                [sys.executable, "-c", READ, tape.url, how],
+                capture_output=True,
+                text=True,
+                check=True,
+                cwd=Path(__file__).parents[1],
+            )
             peaks[how] = int(done.stdout)
-        lines.append({"views": rows, "tape_mb": tape.stored_bytes() / 1e6,
-                      "opened_mb": peaks["nothing"] / 1e6,
-                      "streamed_mb": peaks["all"] / 1e6,
-                      "above_mb": (peaks["all"] - peaks["nothing"]) / 1e6})  # fmt: skip
+        lines.append(
+            {
+                "views": rows,
+                "tape_mb": tape.stored_bytes() / 1e6,
+                "opened_mb": peaks["nothing"] / 1e6,
+                "streamed_mb": peaks["all"] / 1e6,
+                "above_mb": (peaks["all"] - peaks["nothing"]) / 1e6,
+            }
+        )
     return lines
 
 
@@ -226,11 +246,19 @@ def bench_wait(folder: Path, rounds: int) -> list[dict[str, Any]]:
         shares.append((clocked.inner.waited_s / seconds, clocked.seconds / seconds))
     wait, whole = np.median(np.array(shares), 0)
     return [
-        {"case": "share of training that waits for a shard", "ratio": float(wait), "unit": "of 1",
-         "bar": TAPE_BARS["wait"], "met": bool(wait < TAPE_BARS["wait"])},
-        {"case": "share of training that targets take in all", "ratio": float(whole),
-         "unit": "of 1"},
-    ]  # fmt: skip
+        {
+            "case": "share of training that waits for a shard",
+            "ratio": float(wait),
+            "unit": "of 1",
+            "bar": TAPE_BARS["wait"],
+            "met": bool(wait < TAPE_BARS["wait"]),
+        },
+        {
+            "case": "share of training that targets take in all",
+            "ratio": float(whole),
+            "unit": "of 1",
+        },
+    ]
 
 
 def bench_write(folder: Path, rounds: int) -> list[dict[str, Any]]:
@@ -273,20 +301,26 @@ def bench_write(folder: Path, rounds: int) -> list[dict[str, Any]]:
         },
         rounds,
     )
-    writing = 1 - harness.ratio(
-        samples, "precompute: stored", "precompute: encoded, not stored"
-    )
+    writing = 1 - harness.ratio(samples, "precompute: stored", "precompute: encoded, not stored")
     encoding = 1 - harness.ratio(
         samples, "precompute: encoded, not stored", "precompute: asked alone"
     )
     lines: list[dict[str, Any]] = [{"case": n, **s.quantiles()} for n, s in samples.items()]
     return [
         *lines,
-        {"case": "share of precompute's time that storing takes", "ratio": writing,
-         "unit": "of 1", "bar": TAPE_BARS["write"], "met": bool(writing < TAPE_BARS["write"])},
-        {"case": "share of precompute's time that encoding takes", "ratio": encoding,
-         "unit": "of 1"},
-    ]  # fmt: skip
+        {
+            "case": "share of precompute's time that storing takes",
+            "ratio": writing,
+            "unit": "of 1",
+            "bar": TAPE_BARS["write"],
+            "met": bool(writing < TAPE_BARS["write"]),
+        },
+        {
+            "case": "share of precompute's time that encoding takes",
+            "ratio": encoding,
+            "unit": "of 1",
+        },
+    ]
 
 
 def main() -> None:
@@ -300,9 +334,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parts: dict[str, Callable[[Path, int], list[dict[str, Any]]]] = {
-            "stream": bench_stream, "memory": bench_memory, "wait": bench_wait,
+            "stream": bench_stream,
+            "memory": bench_memory,
+            "wait": bench_wait,
             "write": bench_write,
-        }  # fmt: skip
+        }
         for title in args.only or parts:
             harness.report("tape", title, parts[title](folder, args.rounds), args.save)
 

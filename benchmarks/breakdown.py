@@ -102,9 +102,11 @@ def _breakdown(ranges: list[Event], total_us: dict[str, float], wait_us: float) 
     steps = sum(e["name"] == "optimizer" for e in ranges)
     whole_us = ranges[-1]["ts"] + ranges[-1]["dur"] - ranges[0]["ts"]
     return Breakdown(
-        steps, whole_us / steps / 1e3, {n: us / steps / 1e3 for n, us in total_us.items()},
+        steps,
+        whole_us / steps / 1e3,
+        {n: us / steps / 1e3 for n, us in total_us.items()},
         wait_us / steps / 1e3,
-    )  # fmt: skip
+    )
 
 
 def _named(events: list[Event], *names: str) -> list[Event]:

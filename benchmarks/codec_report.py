@@ -11,10 +11,15 @@ from benchmarks.harness import RESULTS, cell
 PAGE = Path(__file__).parent.parent / "docs" / "tape-codec.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 STYLES = {
-    "kdcache, 8 bit": ("C0", "o-"), "kdcache, 16 bit": ("C9", "o-"), "TinyViT": ("C3", "s-"),
-    "FKD, float32": ("C1", "^-"), "FKD, float16": ("C1", "v:"), "DistillKit": ("C2", "D-"),
-    "DistillKit, budget": ("C2", "d:"), "projection": ("0.45", "x--"),
-}  # fmt: skip
+    "kdcache, 8 bit": ("C0", "o-"),
+    "kdcache, 16 bit": ("C9", "o-"),
+    "TinyViT": ("C3", "s-"),
+    "FKD, float32": ("C1", "^-"),
+    "FKD, float16": ("C1", "v:"),
+    "DistillKit": ("C2", "D-"),
+    "DistillKit, budget": ("C2", "d:"),
+    "projection": ("0.45", "x--"),
+}
 KINDS = {
     "full": "KL over all classes, the tail spread evenly",
     "bucket": "KL over the named classes and the rest as one outcome",
@@ -82,9 +87,11 @@ def _bar(line: Line, kind: str) -> str:
 def _speeds(lines: list[Line]) -> str:
     first = lines[0]
     rows = [
-        f"Million records a second, one thread of torch, {first['set']}, k = {first['k']}.", "",
-        "| step | p50 | p20 to p80 |", "| --- | ---: | ---: |",
-    ]  # fmt: skip
+        f"Million records a second, one thread of torch, {first['set']}, k = {first['k']}.",
+        "",
+        "| step | p50 | p20 to p80 |",
+        "| --- | ---: | ---: |",
+    ]
     for x in lines:
         p20, p50, p80 = (f"{x[p] / 1e6:.2g}" for p in ("p20", "p50", "p80"))
         rows.append(f"| {x['step']} | {p50} | {p20} to {p80} |")
@@ -94,10 +101,11 @@ def _speeds(lines: list[Line]) -> str:
 def _points(lines: list[Line]) -> str:
     heads = [f"{kind} {t}" for kind in KINDS for t in TEMPERATURES]
     rows = [
-        f"**{lines[0]['set']}**, {lines[0]['classes']} classes; KL in nats at each T", "",
+        f"**{lines[0]['set']}**, {lines[0]['classes']} classes; KL in nats at each T",
+        "",
         "| layout | k | bytes | zstd | " + " | ".join(heads) + " |",
         "| --- |" + " ---: |" * (3 + len(heads)),
-    ]  # fmt: skip
+    ]
     for x in lines:
         values = (x[f"{kind}_{t}"] for kind in KINDS for t in TEMPERATURES)
         sizes = f"{x['bytes']:.1f} | {x['zstd_bytes']:.1f}"
@@ -136,9 +144,14 @@ def plot(points: list[Line], kind: str, title: str, path: Path) -> None:
                 here = [x for x in points if (x["set"], x["layout"]) == (name, layout)]
                 few = [x for x in here if x["k"] != "all"]
                 axes.plot(
-                    [x["bytes"] for x in few], [x[f"{kind}_{t}"] for x in few], style, color=colour,
-                    markersize=4, linewidth=1.2, label=layout,
-                )  # fmt: skip
+                    [x["bytes"] for x in few],
+                    [x[f"{kind}_{t}"] for x in few],
+                    style,
+                    color=colour,
+                    markersize=4,
+                    linewidth=1.2,
+                    label=layout,
+                )
                 if every := [x for x in here if x["k"] == "all"]:
                     axes.plot(every[0]["bytes"], every[0][f"{kind}_{t}"], "*", color=colour, ms=9)
             axes.set(xscale="log", yscale="log", title=f"{name}, C = {classes}, T = {t}")

@@ -168,11 +168,16 @@ def make(glyphs: GlyphSet, folder: Path) -> None:
     np.save(folder / f"{glyphs.name}.npy", logits_BC.numpy())
     largest_B = torch.softmax(logits_BC, 1).amax(1)
     about = {
-        "set": glyphs.name, "classes": len(data.classes), "typefaces": len(paths),
-        "images": len(data), "epochs": glyphs.epochs, "accuracy": accuracy,
-        "mean_top1_probability": float(largest_B.mean()), "view": asdict(VIEW),
+        "set": glyphs.name,
+        "classes": len(data.classes),
+        "typefaces": len(paths),
+        "images": len(data),
+        "epochs": glyphs.epochs,
+        "accuracy": accuracy,
+        "mean_top1_probability": float(largest_B.mean()),
+        "view": asdict(VIEW),
         "seconds": time.perf_counter() - start,
-    }  # fmt: skip
+    }
     (folder / f"{glyphs.name}.json").write_text(json.dumps(about, indent=2) + "\n")
     print(json.dumps(about), flush=True)
 

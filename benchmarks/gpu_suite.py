@@ -48,9 +48,7 @@ def tests(seconds: float, processes: int) -> list[tuple[str, str, float]]:
         return [("tests", "FAILED (none)", 0.0)]
     hands = [ids[n::processes] for n in range(min(processes, len(ids)))]
     with ThreadPoolExecutor(len(hands)) as pool:
-        jobs = [
-            pool.submit(run, f"{len(hand)} tests", [*PYTEST, *hand], seconds) for hand in hands
-        ]
+        jobs = [pool.submit(run, f"{len(hand)} tests", [*PYTEST, *hand], seconds) for hand in hands]
     return [job.result() for job in jobs]
 
 
@@ -67,8 +65,10 @@ def main() -> None:
         here = [x for x in lines if (x["shape"], x["cache"]) == key]
         for x in here:
             if x["contestant"].startswith("kdcache sparse") and "p50" in x:
-                print(f"{key[0]:>12} {key[1]}  {x['contestant']:<28} {x['p50']:9.1f} us  "
-                      f"{x['of_copy']:.0%} of a copy")  # fmt: skip
+                print(
+                    f"{key[0]:>12} {key[1]}  {x['contestant']:<28} {x['p50']:9.1f} us  "
+                    f"{x['of_copy']:.0%} of a copy"
+                )
         print(f"{'':>12} {', '.join(bars(here)[:1])}")
     for name, verdict, seconds in done:
         print(f"{name:<16} {verdict:<14} {seconds:5.0f} s")

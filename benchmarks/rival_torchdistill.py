@@ -19,8 +19,12 @@ from benchmarks.step_cases import Case
 
 def configuration(case: Case, workers: int) -> dict[str, Any]:
     """As its YAML files give it. Its KDLoss leaves T^2 to the weight where alpha is 0."""
-    logits = {"student_module_path": ".", "student_module_io": "output",
-              "teacher_module_path": ".", "teacher_module_io": "output"}  # fmt: skip
+    logits = {
+        "student_module_path": ".",
+        "student_module_io": "output",
+        "teacher_module_path": ".",
+        "teacher_module_io": "output",
+    }
     kd = {**logits, "temperature": rivals.TEMPERATURE, "alpha": 0, "reduction": "batchmean"}
     term = {"criterion": {"key": "KDLoss", "kwargs": kd}, "weight": rivals.TEMPERATURE**2}
     optimizer = {"lr": rivals.LR, "weight_decay": rivals.WEIGHT_DECAY, "fused": True}
@@ -45,9 +49,15 @@ def configuration(case: Case, workers: int) -> dict[str, Any]:
 
 def box_of(case: Case, workers: int) -> DistillationBox:
     return get_distillation_box(
-        case.teacher().network, case.student().network, {"train": case.items},
-        configuration(case, workers), case.device, None, False, 1,
-    )  # fmt: skip
+        case.teacher().network,
+        case.student().network,
+        {"train": case.items},
+        configuration(case, workers),
+        case.device,
+        None,
+        False,
+        1,
+    )
 
 
 def torchdistill(case: Case, workers: int) -> Callable[[], int]:

@@ -26,9 +26,12 @@ LOG_EVERY_STEPS = 50
 def loader_settings(case: Case, workers: int) -> dict[str, object]:
     """Of the DataLoader, for either rival."""
     return {
-        "batch_size": case.batch_size, "num_workers": workers, "drop_last": True,
-        "persistent_workers": workers > 0, "pin_memory": case.device.type == "cuda",
-    }  # fmt: skip
+        "batch_size": case.batch_size,
+        "num_workers": workers,
+        "drop_last": True,
+        "persistent_workers": workers > 0,
+        "pin_memory": case.device.type == "cuda",
+    }
 
 
 def prepare(images_BCHW: torch.Tensor, device: torch.device) -> torch.Tensor:

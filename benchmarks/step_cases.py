@@ -67,9 +67,12 @@ class Case:
         """A fresh one, with the same first weights every time."""
         torch.manual_seed(0)
         return models.load(
-            "kdcache:small", "student", num_classes=CLASSES, size_px=self.view.size_px,
+            "kdcache:small",
+            "student",
+            num_classes=CLASSES,
+            size_px=self.view.size_px,
             device=self.device,
-        )  # fmt: skip
+        )
 
     def teacher(self) -> Classifier:
         """With fresh weights: its speed is the same."""
@@ -132,9 +135,8 @@ def fashion(samples: int, device: torch.device) -> Iterator[Case]:
     with tempfile.TemporaryDirectory() as name:
         data, _ = datasets.convert(source, Path(name) / "data.beton")
         yield Case(
-            "Fashion-MNIST to 28 px", view, min(256, samples), 1, device, data,
-            Arrays(source, view),
-        )  # fmt: skip
+            "Fashion-MNIST to 28 px", view, min(256, samples), 1, device, data, Arrays(source, view)
+        )
 
 
 @contextmanager
@@ -147,6 +149,11 @@ def photos(samples: int, size_px: int, epochs: int, device: torch.device) -> Ite
         source = Source(classes, paths, [i % CLASSES for i in range(samples)])
         data, _ = datasets.convert(source, Path(name) / "data.beton")
         yield Case(
-            f"photos to {size_px} px", view, min(32, samples), epochs, device, data,
+            f"photos to {size_px} px",
+            view,
+            min(32, samples),
+            epochs,
+            device,
+            data,
             Photos(source, view),
-        )  # fmt: skip
+        )

@@ -94,16 +94,19 @@ def convert(
     found = sources.open_source(source, split)
     with progress_bar("convert", len(found.images), "images") as update:
         data, skipped = dataset.convert(
-            found, out, max_side_px=max_side, quality=quality,
-            on_error=on_error, progress=update,
-        )  # fmt: skip
+            found, out, max_side_px=max_side, quality=quality, on_error=on_error, progress=update
+        )
     for line in skipped:
         err_console.print(f"skipped {line}", markup=False, soft_wrap=True)
     answer = {
-        "path": str(out), "samples": len(data), "classes": len(data.classes),
-        "skipped": len(skipped), "bytes": out.stat().st_size, "fingerprint": data.fingerprint,
+        "path": str(out),
+        "samples": len(data),
+        "classes": len(data.classes),
+        "skipped": len(skipped),
+        "bytes": out.stat().st_size,
+        "fingerprint": data.fingerprint,
         "seconds": round(time.perf_counter() - start, 2),
-    }  # fmt: skip
+    }
     show(answer, as_json)
 
 

@@ -73,8 +73,7 @@ ViewSeedOption = Annotated[
 TeacherOption = Annotated[
     list[str],
     typer.Option(
-        "--teacher",
-        help="The model that answers. Given again: the mean of their probabilities.",
+        "--teacher", help="The model that answers. Given again: the mean of their probabilities."
     ),
 ]
 SetupOption = Annotated[
@@ -124,14 +123,22 @@ PrecisionOption = Annotated[
 
 
 def given_view(
-    view_seed: int | None, size: int | None, crop: Crop | None, min_area: float | None,
-    flip: bool | None, mixup: float | None,
-) -> dict[str, Any]:  # fmt: skip
+    view_seed: int | None,
+    size: int | None,
+    crop: Crop | None,
+    min_area: float | None,
+    flip: bool | None,
+    mixup: float | None,
+) -> dict[str, Any]:
     """The view options that were given, by their field in ViewSpec."""
     options = {
-        "seed": view_seed, "size_px": size, "crop": crop,
-        "min_area": min_area, "flip": flip, "mixup": mixup,
-    }  # fmt: skip
+        "seed": view_seed,
+        "size_px": size,
+        "crop": crop,
+        "min_area": min_area,
+        "flip": flip,
+        "mixup": mixup,
+    }
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -164,9 +171,14 @@ def require_classes(model: str | None, dataset: Dataset) -> None:
 
 
 def load_teacher(
-    names: list[str], dataset: Dataset, size_px: int, device: str, precision: Precision, *,
+    names: list[str],
+    dataset: Dataset,
+    size_px: int,
+    device: str,
+    precision: Precision,
+    *,
     other_domain: bool = False,
-) -> Teacher:  # fmt: skip
+) -> Teacher:
     """The teacher of these names, checked to have the data's classes unless they are others."""
     from kdcache import models
 
@@ -190,11 +202,22 @@ def load_teacher(
 
 
 def teacher_and_spec(
-    dataset: Dataset, teachers: list[str], given: dict[str, Any], device: str,
-    precision: Precision, *, views: int, top_k: str | None, dtype: ValueType, order: Order | None,
-    average: int, sampled: int, temperature: float, setup: str | None = None,
+    dataset: Dataset,
+    teachers: list[str],
+    given: dict[str, Any],
+    device: str,
+    precision: Precision,
+    *,
+    views: int,
+    top_k: str | None,
+    dtype: ValueType,
+    order: Order | None,
+    average: int,
+    sampled: int,
+    temperature: float,
+    setup: str | None = None,
     other_domain: bool = False,
-) -> tuple[Teacher, TapeSpec]:  # fmt: skip
+) -> tuple[Teacher, TapeSpec]:
     """What precompute records, from its options; `given` are those of the view."""
     from kdcache import models, precompute
 
@@ -212,10 +235,17 @@ def teacher_and_spec(
         teachers, dataset, view.size_px, device, precision, other_domain=other_domain
     )
     return model, precompute.tape_spec(
-        dataset, model, view, views=views, top_k=top_k_of(top_k, model.num_classes),
+        dataset,
+        model,
+        view,
+        views=views,
+        top_k=top_k_of(top_k, model.num_classes),
         dtype="uint8" if sampled else dtype,
-        order=order, average=average, draws=sampled, temperature=temperature,
-    )  # fmt: skip
+        order=order,
+        average=average,
+        draws=sampled,
+        temperature=temperature,
+    )
 
 
 def class_names_of(teachers: list[str]) -> tuple[str, ...]:
@@ -353,12 +383,17 @@ def percentages(evaluation: dict[str, Any] | None) -> dict[str, str]:
     if evaluation is None:
         return {}
     shares = {
-        "top-1": "top1", "top-5": "top5", "teacher's top-1": "teacher_top1",
-        "agreement": "agreement", "agreement at 5": "agreement5",
+        "top-1": "top1",
+        "top-5": "top5",
+        "teacher's top-1": "teacher_top1",
+        "agreement": "agreement",
+        "agreement at 5": "agreement5",
         "calibration error": "calibration_error",
-    }  # fmt: skip
+    }
     numbers = {
-        "KL(teacher||model)": "kl", "distance of logits": "euclidean", "CKA of features": "cka"
+        "KL(teacher||model)": "kl",
+        "distance of logits": "euclidean",
+        "CKA of features": "cka",
     }
     known = {name: value for name, value in evaluation.items() if value is not None}
     return {
@@ -371,9 +406,13 @@ def percentages(evaluation: dict[str, Any] | None) -> dict[str, str]:
 def progress_bar(name: str, total: int, unit: str, done: int = 0) -> Iterator[Any]:
     """A bar on stderr with rate and time left; the value is called with (done, note)."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-        _Rate(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        _Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     silent = not err_console.is_terminal or rank()[0] > 0
     with Progress(*columns, console=err_console, transient=True, disable=silent) as progress:
         task = progress.add_task(name, total=total, completed=done, unit=unit, note="")

@@ -253,9 +253,18 @@ def _ffcv_decodes(jpeg: bytes, width: int, height: int) -> bool:
     pixels, u32 = np.empty((height, width, 3), np.uint8), ctypes.c_uint32
     sides = (u32(height), u32(width))
     status = _libffcv.imdecode(
-        jpeg, ctypes.c_uint64(len(jpeg)), *sides, ctypes.c_void_p(pixels.ctypes.data),
-        *sides, u32(0), u32(0), u32(1), u32(1), ctypes.c_bool(False), ctypes.c_bool(False),
-    )  # fmt: skip
+        jpeg,
+        ctypes.c_uint64(len(jpeg)),
+        *sides,
+        ctypes.c_void_p(pixels.ctypes.data),
+        *sides,
+        u32(0),
+        u32(0),
+        u32(1),
+        u32(1),
+        ctypes.c_bool(False),
+        ctypes.c_bool(False),
+    )
     return bool(status == 0)
 
 

@@ -54,14 +54,32 @@ def run(
     step("10,000 for testing", "convert", "fashion-mnist", at["test.beton"], "--split", "test")
     step(
         "A teacher, from labels",
-        "train", "--mode", "labels", "--student", "kdcache:medium", "--out", at["teacher"], *train,
-        "--min-area", "0.5", "--mixup", "0",
-    )  # fmt: skip
+        "train",
+        "--mode",
+        "labels",
+        "--student",
+        "kdcache:medium",
+        "--out",
+        at["teacher"],
+        *train,
+        "--min-area",
+        "0.5",
+        "--mixup",
+        "0",
+    )
     step(
         "Its answers to every view, on tape",
-        "precompute", "--data", at["train.beton"], "--teacher", at["teacher"],
-        "--out", at["tape.zarr"], "--views", str(epochs), *VIEW,
-    )  # fmt: skip
+        "precompute",
+        "--data",
+        at["train.beton"],
+        "--teacher",
+        at["teacher"],
+        "--out",
+        at["tape.zarr"],
+        "--views",
+        str(epochs),
+        *VIEW,
+    )
     step("What is on the tape", "inspect", at["tape.zarr"])
     sources = {
         "labels": VIEW,
@@ -71,9 +89,16 @@ def run(
     for mode in STUDENTS:
         step(
             f"The same student on the same views, {mode}",
-            "train", "--mode", mode, "--student", "kdcache:small", "--out", str(folder / mode),
-            *train, *sources[mode],
-        )  # fmt: skip
+            "train",
+            "--mode",
+            mode,
+            "--student",
+            "kdcache:small",
+            "--out",
+            str(folder / mode),
+            *train,
+            *sources[mode],
+        )
     rows = [_measure(folder, name, at["test.beton"], at["teacher"]) for name in STUDENTS]
     rows.append(_measure(folder, "teacher", at["test.beton"], at["teacher"]))
     (folder / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
@@ -83,9 +108,8 @@ def run(
     data = dataset.open_dataset(Path(at["train.beton"]))
     first = [int(np.argmax(data.labels == c)) for c in range(PICTURE_SAMPLES)]
     picture.draw_views(
-        Tape.open(at["tape.zarr"]), data, drawing, samples=first,
-        views=list(range(min(3, epochs))),
-    )  # fmt: skip
+        Tape.open(at["tape.zarr"]), data, drawing, samples=first, views=list(range(min(3, epochs)))
+    )
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
     console.print(f"picture {drawing}, in all {minutes} min {seconds} s", soft_wrap=True)
 
@@ -116,8 +140,12 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
-            row["name"], row["model"].removeprefix("kdcache:"), f"{row['top1']:.2%}",
-            f"{row['agreement']:.2%}", f"{row['kl']:.4f}", f"{row['images_per_s']:,.0f}",
+            row["name"],
+            row["model"].removeprefix("kdcache:"),
+            f"{row['top1']:.2%}",
+            f"{row['agreement']:.2%}",
+            f"{row['kl']:.4f}",
+            f"{row['images_per_s']:,.0f}",
             f"{row['seconds']:.0f}",
-        )  # fmt: skip
+        )
     return table

@@ -89,10 +89,14 @@ def evaluate(
         with (
             torch.inference_mode(),
             Loader(
-                dataset, view, batch_size, teacher_view=teacher_view, workers=workers,
+                dataset,
+                view,
+                batch_size,
+                teacher_view=teacher_view,
+                workers=workers,
                 device=model.device,
             ) as loader,
-        ):  # fmt: skip
+        ):
             sums = _sums_of_part(model, teacher, loader, part, progress)
     finally:
         model.train(training)

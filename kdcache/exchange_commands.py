@@ -85,8 +85,7 @@ def plan(
         typer.Option(min=1, help="How many to train.  [default: a table of 1, 2, 5, 10, 50]"),
     ] = None,
     epochs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of each student.  [default: one for each view]"),
+        int | None, typer.Option(min=1, help="Of each student.  [default: one for each view]")
     ] = None,
     view_seed: ViewSeedOption = None,
     size: SizeOption = None,
@@ -111,10 +110,21 @@ def plan(
     dataset = datasets.open_dataset(data)
     where = device_of(device)
     model, spec = teacher_and_spec(
-        dataset, teacher, given_view(view_seed, size, crop, min_area, flip, mixup), where,
-        precision, views=views, top_k=top_k, dtype=dtype, order=order, average=average,
-        sampled=sampled, temperature=temperature, setup=setup, other_domain=other_domain,
-    )  # fmt: skip
+        dataset,
+        teacher,
+        given_view(view_seed, size, crop, min_area, flip, mixup),
+        where,
+        precision,
+        views=views,
+        top_k=top_k,
+        dtype=dtype,
+        order=order,
+        average=average,
+        sampled=sampled,
+        temperature=temperature,
+        setup=setup,
+        other_domain=other_domain,
+    )
     assert spec.view is not None
     machine: Any = {"batch_size": batch_size, "workers": workers}
     network = None
@@ -127,9 +137,12 @@ def plan(
     free = planning.free_bytes(out) if out else None
     rate, length = 1 / measured.seconds, epochs or spec.average or views
     answer: dict[str, Any] = {
-        "spec": spec.to_json(), **asdict(found), "records_per_s": rate, "free_bytes": free,
+        "spec": spec.to_json(),
+        **asdict(found),
+        "records_per_s": rate,
+        "free_bytes": free,
         "records_measured": len(measured.records),
-    }  # fmt: skip
+    }
     kept = f"{spec.average} views averaged" if spec.average else f"{views} view{'s' * (views > 1)}"
     lines = {
         "tape": f"{size_of(found.bytes)}: {kept} of {spec.samples} samples, "
@@ -147,9 +160,11 @@ def plan(
         counts = [students] if students else STUDENTS
         rows = [planning.compare(spec, found, steps, students=n, epochs=length) for n in counts]
         answer |= {
-            **asdict(steps), "epochs": length, "hours_of_students": [asdict(row) for row in rows],
+            **asdict(steps),
+            "epochs": length,
+            "hours_of_students": [asdict(row) for row in rows],
             "break_even_epochs": even if math.isfinite(even) else None,
-        }  # fmt: skip
+        }
         lines |= {
             "student": f"{steps.cached_s * 1e3:.3g} ms an image from the tape, "
             f"{steps.online_s * 1e3:.3g} ms online",
@@ -165,8 +180,10 @@ def plan(
         err_console.print(
             f"kdcache: {out} has room for {size_of(free)}, the tape takes {size_of(found.bytes)}: "
             "use fewer --views, a smaller --top-k, --dtype uint8, or another disk",
-            markup=False, soft_wrap=True, style="yellow",
-        )  # fmt: skip
+            markup=False,
+            soft_wrap=True,
+            style="yellow",
+        )
     show(answer if as_json else lines, as_json)
     if rows and not as_json:
         out_console.print(_table(rows, length))
@@ -219,9 +236,13 @@ def export(
     with progress_bar("export", spec.views * spec.samples, "records") as update:
         written = tinyvit.export(tape, out, k, update)
     answer = {
-        "path": str(out), "epochs": spec.views, "samples": spec.samples, "top_k": k,
-        "bytes": written, "seconds": round(time.perf_counter() - start, 2),
-    }  # fmt: skip
+        "path": str(out),
+        "epochs": spec.views,
+        "samples": spec.samples,
+        "top_k": k,
+        "bytes": written,
+        "seconds": round(time.perf_counter() - start, 2),
+    }
     show(answer, as_json)
 
 
@@ -268,17 +289,25 @@ def import_tape(
     accuracy = _accuracy(tape, dataset)
     stored = tape.stored_bytes()
     answer = {
-        "path": out, "views": spec.views, "samples": spec.samples,
-        "top_k": "all" if spec.dense else spec.top_k, "dtype": spec.dtype, "bytes": stored,
-        "bytes_per_record": round(stored / total, 2), "accuracy": round(accuracy, 4),
+        "path": out,
+        "views": spec.views,
+        "samples": spec.samples,
+        "top_k": "all" if spec.dense else spec.top_k,
+        "dtype": spec.dtype,
+        "bytes": stored,
+        "bytes_per_record": round(stored / total, 2),
+        "accuracy": round(accuracy, 4),
         "seconds": round(time.perf_counter() - start, 2),
-    }  # fmt: skip
+    }
     if accuracy * len(dataset.classes) < 2:
         err_console.print(
             f"kdcache: the first class of an answer is the label for {accuracy:.1%} of the "
             f"samples, hardly more than by chance: the keys may count the images of {data} in "
-            "another order, or the classes", markup=False, soft_wrap=True, style="yellow",
-        )  # fmt: skip
+            "another order, or the classes",
+            markup=False,
+            soft_wrap=True,
+            style="yellow",
+        )
     show(answer, as_json)
 
 

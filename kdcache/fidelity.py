@@ -60,9 +60,12 @@ def feature_sums(x_BD: torch.Tensor, y_BE: torch.Tensor) -> Sums:
     """What `linear_cka` needs: x and y summed, and their products. D^2 + D E + E^2 numbers."""
     x_BD, y_BE = x_BD.double(), y_BE.double()
     return {
-        "x": x_BD.sum(0), "y": y_BE.sum(0),
-        "xx": x_BD.T @ x_BD, "xy": x_BD.T @ y_BE, "yy": y_BE.T @ y_BE,
-    }  # fmt: skip
+        "x": x_BD.sum(0),
+        "y": y_BE.sum(0),
+        "xx": x_BD.T @ x_BD,
+        "xy": x_BD.T @ y_BE,
+        "yy": y_BE.T @ y_BE,
+    }
 
 
 def linear_cka(sums: Sums, samples: int) -> float | None:

@@ -214,14 +214,17 @@ def verify(
         absent = summaries.gaps((f.view, f.shard) for f in faults if f.kind == "missing")
         show(
             {
-                "path": cache, "ok": ok, "shards": len(tape.places()),
+                "path": cache,
+                "ok": ok,
+                "shards": len(tape.places()),
                 "missing": [asdict(gap) for gap in absent],
                 "faults": [asdict(f) for f in faults if f.kind != "missing"],
-                "discarded": len(discarded), "records": sum(len(p.rows_B) for p in picked),
+                "discarded": len(discarded),
+                "records": sum(len(p.rows_B) for p in picked),
                 "measures": [asdict(measure) for measure in measures],
             },
             True,
-        )  # fmt: skip
+        )
     else:
         _show_verdict(tape, faults, measures, discarded=bool(discarded))
     if not ok:
@@ -229,9 +232,14 @@ def verify(
 
 
 def _recomputation(
-    tape: Tape, data: Path, teachers: list[str], precision: Precision, batch_size: int,
-    workers: int | None, device: str | None,
-) -> Callable[[list[Picked]], list[Measure]]:  # fmt: skip
+    tape: Tape,
+    data: Path,
+    teachers: list[str],
+    precision: Precision,
+    batch_size: int,
+    workers: int | None,
+    device: str | None,
+) -> Callable[[list[Picked]], list[Measure]]:
     """What recomputes records, its arguments checked before the tape is read."""
     from kdcache import dataset as datasets
     from kdcache import models, recompute
@@ -241,9 +249,12 @@ def _recomputation(
     assert spec.view is not None
     dataset = datasets.open_dataset(data)
     model = models.load_teachers(
-        teachers, num_classes=spec.classes, size_px=spec.view.size_px, device=device_of(device),
+        teachers,
+        num_classes=spec.classes,
+        size_px=spec.view.size_px,
+        device=device_of(device),
         precision=precision,
-    )  # fmt: skip
+    )
     measures = recompute.identify(tape, dataset, model)
 
     def check(picked: list[Picked]) -> list[Measure]:
@@ -252,9 +263,14 @@ def _recomputation(
         count = sum(len(some.rows_B) for some in picked)
         with progress_bar("recompute", count, "records") as update:
             return measures + recompute.recompute(
-                tape, dataset, model, picked,
-                batch_size=batch_size, workers=workers, progress=update,
-            )  # fmt: skip
+                tape,
+                dataset,
+                model,
+                picked,
+                batch_size=batch_size,
+                workers=workers,
+                progress=update,
+            )
 
     return check
 
@@ -276,8 +292,10 @@ def _show_verdict(
         line = f"view {fault.view} shard {fault.shard} is {fault.kind}{gone}: {fault.reason}"
         out_console.print(line, markup=False, soft_wrap=True)
     if measures:
-        rows = [[m.what, _bound(m, m.found), _bound(m, m.tolerance), "ok" if m.ok else "FAIL"]
-                for m in measures]  # fmt: skip
+        rows = [
+            [m.what, _bound(m, m.found), _bound(m, m.tolerance), "ok" if m.ok else "FAIL"]
+            for m in measures
+        ]
         show_table([["measure", "found", "allowed", "verdict"], *rows])
         for measure in measures:
             if measure.note:

@@ -73,9 +73,8 @@ def job_of(asked: Asked) -> Job:
     warmup_steps(spec, steps_of(spec, dataset)[1])  # refuses one that is longer than the run
     set_determinism(spec)
     student = models.load(
-        student_name, "student", num_classes=classes, size_px=spec.view.size_px,
-        device=asked.device,
-    )  # fmt: skip
+        student_name, "student", num_classes=classes, size_px=spec.view.size_px, device=asked.device
+    )
     if asked.init:
         for key in models.start_from(student, asked.init):
             notice(f"{key} of {student_name} starts fresh")
@@ -86,15 +85,20 @@ def job_of(asked: Asked) -> Job:
     live = teacher if asked.mode == "online" else None
     source = _targets(asked, spec, tape, live, dataset, classes)
     return Job(
-        spec, dataset, student, source,
+        spec,
+        dataset,
+        student,
+        source,
         labels=targets.LabelTargets(classes) if spec.label_weight else None,
-        val=val, judge=teacher, judge_size_px=_seen_px(spec, tape),
+        val=val,
+        judge=teacher,
+        judge_size_px=_seen_px(spec, tape),
         tape=tape.spec.digest if tape else None,
         teacher=live.fingerprint() if live else None,
         class_names=names,
         notes=_notes(tape, spec, recipe) if tape else (),
         about={"cache": asked.cache, "teacher": teacher.name if teacher else None},
-    )  # fmt: skip
+    )
 
 
 def _require_mode(asked: Asked) -> None:
@@ -171,9 +175,14 @@ def _spec(asked: Asked, recipe: Recipe | None, tape: Tape | None, natural_px: in
     if asked.mode == "labels":
         base = replace(base, temperature=1.0)
     spec = replace(
-        base, mode=asked.mode, view=view, setup=name, teacher_view=seen,
-        deterministic=asked.deterministic, **training,
-    )  # fmt: skip
+        base,
+        mode=asked.mode,
+        view=view,
+        setup=name,
+        teacher_view=seen,
+        deterministic=asked.deterministic,
+        **training,
+    )
     return spec
 
 
@@ -228,15 +237,17 @@ def _seen_px(spec: TrainSpec, tape: Tape | None) -> int:
     return view.size_px
 
 
-def _teacher(
-    asked: Asked, spec: TrainSpec, tape: Tape | None, dataset: Dataset
-) -> Teacher | None:
+def _teacher(asked: Asked, spec: TrainSpec, tape: Tape | None, dataset: Dataset) -> Teacher | None:
     if not asked.teachers:
         return None
     teacher = load_teacher(
-        list(asked.teachers), dataset, _seen_px(spec, tape), asked.device, spec.precision,
+        list(asked.teachers),
+        dataset,
+        _seen_px(spec, tape),
+        asked.device,
+        spec.precision,
         other_domain=asked.other_domain,
-    )  # fmt: skip
+    )
     if tape and teacher.num_classes != tape.spec.classes:
         raise UsageError(
             f"{teacher.name} has {teacher.num_classes} classes, {tape.url} has {tape.spec.classes}"
@@ -245,15 +256,18 @@ def _teacher(
 
 
 def _targets(
-    asked: Asked, spec: TrainSpec, tape: Tape | None, live: Teacher | None, dataset: Dataset,
+    asked: Asked,
+    spec: TrainSpec,
+    tape: Tape | None,
+    live: Teacher | None,
+    dataset: Dataset,
     classes: int,
-) -> TargetSource:  # fmt: skip
+) -> TargetSource:
     if live and spec.average:
         assert spec.teacher_view is not None
         return targets.AverageTargets(
-            live, dataset, spec.teacher_view, spec.average, spec.batch_size,
-            workers=asked.workers,
-        )  # fmt: skip
+            live, dataset, spec.teacher_view, spec.average, spec.batch_size, workers=asked.workers
+        )
     if live:
         return targets.OnlineTargets(live)
     if tape is None:

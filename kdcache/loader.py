@@ -27,14 +27,7 @@ from numpy.typing import NDArray
 from kdcache import pixels, views
 from kdcache.dataset import Dataset
 from kdcache.errors import DatasetCorrupt, KDCacheError, UsageError
-from kdcache.ffcv_import import (
-    Compiler,
-    EpochIterator,
-    Graph,
-    Operation,
-    PipelineSpec,
-    Reader,
-)
+from kdcache.ffcv_import import Compiler, EpochIterator, Graph, Operation, PipelineSpec, Reader
 from kdcache.records import Batch
 from kdcache.spec import ViewSpec
 from kdcache.staging import ahead, to_device
@@ -204,16 +197,18 @@ class Loader:
             part = slice(start, min(start + self.batch_size, rows))
             seen = batch.teacher_images_BCHW
             yield Batch(
-                batch.view, batch.positions_B[part], batch.samples_B[part],
-                batch.images_BCHW[part], batch.labels_B[part], batch.partners_B[part],
-                batch.weights_B[part], None if seen is None else seen[part],
-            )  # fmt: skip
+                batch.view,
+                batch.positions_B[part],
+                batch.samples_B[part],
+                batch.images_BCHW[part],
+                batch.labels_B[part],
+                batch.partners_B[part],
+                batch.weights_B[part],
+                None if seen is None else seen[part],
+            )
 
     def _check(
-        self,
-        samples: NDArray[np.int64],
-        checksums: NDArray[np.uint32],
-        status: NDArray[np.uint32],
+        self, samples: NDArray[np.int64], checksums: NDArray[np.uint32], status: NDArray[np.uint32]
     ) -> None:
         bad = (status != pixels.OK) | (checksums != self.dataset.checksums[samples])
         if bad.any():

@@ -29,9 +29,19 @@ from kdcache.spec import Precision, ViewSpec
 from kdcache.zoo import Role
 
 __all__ = [
-    "Classifier", "Ensemble", "Role", "Teacher", "Triple", "load", "load_teachers",
-    "natural_size_px", "run_record", "save_weights", "start_from", "teacher_of",
-]  # fmt: skip
+    "Classifier",
+    "Ensemble",
+    "Role",
+    "Teacher",
+    "Triple",
+    "load",
+    "load_teachers",
+    "natural_size_px",
+    "run_record",
+    "save_weights",
+    "start_from",
+    "teacher_of",
+]
 
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)

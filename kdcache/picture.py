@@ -43,9 +43,16 @@ def draw_views(
     names = dataset.classes
     figure = Figure(figsize=(1.9 + 4.1 * len(views), 1.75 * len(samples) + 0.5), dpi=130)
     grid = figure.add_gridspec(
-        len(samples), 1 + 2 * len(views), width_ratios=[1.1] + [1.1, 1.25] * len(views),
-        hspace=0.55, wspace=0.12, left=0.02, right=0.97, top=0.9, bottom=0.04,
-    )  # fmt: skip
+        len(samples),
+        1 + 2 * len(views),
+        width_ratios=[1.1] + [1.1, 1.25] * len(views),
+        hspace=0.55,
+        wspace=0.12,
+        left=0.02,
+        right=0.97,
+        top=0.9,
+        bottom=0.04,
+    )
     plain_spec = evaluation_views(spec.view.size_px)
     with Loader(dataset, plain_spec, 1) as plain, Loader(dataset, spec.view, 2) as loader:
         for row, sample in enumerate(samples):
@@ -86,10 +93,16 @@ def draw_setups(dataset: Dataset, out: Path, *, sample: int, size_px: int, seed:
         raise MissingDependency("pictures need matplotlib: pip install 'kdcache[plot]'") from error
     figure = Figure(figsize=(11, 1.26 * len(SETUPS) + 0.75), dpi=100)
     grid = figure.add_gridspec(
-        len(SETUPS), 1 + 3 * EPOCHS, width_ratios=[2.5] + [1, 1, 0.12] * EPOCHS,
-        hspace=0.08, wspace=0.1, left=0.012, right=1, top=1 - 0.72 / figure.get_figheight(),
+        len(SETUPS),
+        1 + 3 * EPOCHS,
+        width_ratios=[2.5] + [1, 1, 0.12] * EPOCHS,
+        hspace=0.08,
+        wspace=0.1,
+        left=0.012,
+        right=1,
+        top=1 - 0.72 / figure.get_figheight(),
         bottom=0.01,
-    )  # fmt: skip
+    )
     for row, setup in enumerate(SETUPS):
         axis = figure.add_subplot(grid[row, 0])
         axis.axis("off")
@@ -106,14 +119,22 @@ def draw_setups(dataset: Dataset, out: Path, *, sample: int, size_px: int, seed:
                 for axis, who in zip(axes, ("teacher", "student"), strict=True):
                     axis.set_title(who, fontsize=10, pad=4)
                 axes[0].text(
-                    1.05, 1.27, f"epoch {epoch}", transform=axes[0].transAxes, fontsize=12,
-                    weight="bold", ha="center", va="bottom",
-                )  # fmt: skip
+                    1.05,
+                    1.27,
+                    f"epoch {epoch}",
+                    transform=axes[0].transAxes,
+                    fontsize=12,
+                    weight="bold",
+                    ha="center",
+                    va="bottom",
+                )
     top = 1 - 0.2 / figure.get_figheight()
     legend = (
-        (0.012, "#333333", "Frames:"), (0.072, BOTH, "both see it"), (0.155, TEACHER, "teacher"),
+        (0.012, "#333333", "Frames:"),
+        (0.072, BOTH, "both see it"),
+        (0.155, TEACHER, "teacher"),
         (0.219, STUDENT, "student"),
-    )  # fmt: skip
+    )
     for x, colour, text in legend:
         figure.text(x, top, text, color=colour, fontsize=9.5, weight="bold", va="center")
     figure.savefig(out)

@@ -102,9 +102,7 @@ def record_some(
     assert spec.view is not None
     asked = replace(spec, average=min(spec.average, AVERAGED))
     parts, rates, rows, start = [], [], 0, 0.0
-    with Loader(
-        dataset, spec.view, batch_size, workers=workers, device=teacher.device
-    ) as loader:
+    with Loader(dataset, spec.view, batch_size, workers=workers, device=teacher.device) as loader:
         for batch, (view, rows_B, logits_BC) in enumerate(_passes(loader, teacher, asked), 1):
             parts.append(record(logits_BC, asked, view, rows_B))
             rows += len(rows_B)
@@ -153,9 +151,13 @@ def plan_of(spec: TapeSpec, recording: Recording) -> Plan:
     size = round(records * recording.packed_bytes) + seals + sum(map(len, zarr_json.values()))
     packing = records * recording.packed_s / 3600
     return Plan(
-        size, size / records, places * (arrays + 1) + len(zarr_json), places,
-        max(records * recording.seconds / 3600, packing), packing,
-    )  # fmt: skip
+        size,
+        size / records,
+        places * (arrays + 1) + len(zarr_json),
+        places,
+        max(records * recording.seconds / 3600, packing),
+        packing,
+    )
 
 
 def train_some(

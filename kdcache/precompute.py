@@ -55,9 +55,19 @@ def tape_spec(
     classes = teacher.num_classes or len(dataset.classes)
     k = min(draws, classes) if draws else classes if top_k is None else top_k
     spec = TapeSpec(
-        views, len(dataset), classes, k, dtype, dataset.fingerprint, teacher.fingerprint(), view,
-        order, average, draws, temperature,
-    )  # fmt: skip
+        views,
+        len(dataset),
+        classes,
+        k,
+        dtype,
+        dataset.fingerprint,
+        teacher.fingerprint(),
+        view,
+        order,
+        average,
+        draws,
+        temperature,
+    )
     return spec if draws else replace(spec, top_k=codec.effective_top_k(classes, k, dtype))
 
 
@@ -197,12 +207,7 @@ def answers(
 
 
 def mean_answer(
-    loader: Loader,
-    teacher: Teacher,
-    average: int,
-    samples: NDArray[np.int64],
-    *,
-    wait: bool = True,
+    loader: Loader, teacher: Teacher, average: int, samples: NDArray[np.int64], *, wait: bool = True
 ) -> torch.Tensor:
     """Logarithm, float64 [B, C], of the mean probabilities over views 0 ... average - 1.
 
@@ -216,12 +221,7 @@ def mean_answer(
 
 
 def _ask_samples(
-    loader: Loader,
-    teacher: Teacher,
-    view: int,
-    samples: NDArray[np.int64],
-    *,
-    wait: bool = True,
+    loader: Loader, teacher: Teacher, view: int, samples: NDArray[np.int64], *, wait: bool = True
 ) -> torch.Tensor:
     """The teacher's logits [B, C] for a view of these samples, in their order."""
     places = views.position(loader.spec, view, len(loader.dataset))[samples]

@@ -31,8 +31,18 @@ if TYPE_CHECKING:
     from kdcache.recipes import Cost, Recipe
 
 HEADINGS = (
-    "recipe", "images", "px", "batch", "epochs", "steps", "T", "lr", "decay", "tape", "time",
-)  # fmt: skip
+    "recipe",
+    "images",
+    "px",
+    "batch",
+    "epochs",
+    "steps",
+    "T",
+    "lr",
+    "decay",
+    "tape",
+    "time",
+)
 # Of these 0 means none.
 NONE_AT_ZERO = ("average", "ema", "label_weight")
 HOURS = {"min": 1 / 60, "h": 1, "days": 24, "years": 24 * 365.25}
@@ -119,11 +129,18 @@ def table(chosen: list[Recipe], costs: list[Cost], hours: list[float | None]) ->
 def _row(recipe: Recipe, cost: Cost, hours: float | None) -> list[str]:
     spec = recipe.spec
     return [
-        recipe.name, _short(cost.samples), str(spec.view.size_px), str(spec.batch_size),
-        str(spec.epochs), str(cost.steps or "-"), f"{spec.temperature:g}", f"{spec.lr:g}",
-        f"{spec.weight_decay:.2g}", size_of(cost.tape_bytes) if cost.steps else "-",
+        recipe.name,
+        _short(cost.samples),
+        str(spec.view.size_px),
+        str(spec.batch_size),
+        str(spec.epochs),
+        str(cost.steps or "-"),
+        f"{spec.temperature:g}",
+        f"{spec.lr:g}",
+        f"{spec.weight_decay:.2g}",
+        size_of(cost.tape_bytes) if cost.steps else "-",
         "-" if hours is None else duration(hours),
-    ]  # fmt: skip
+    ]
 
 
 def _short(value: float) -> str:
@@ -144,21 +161,30 @@ def duration(hours: float) -> str:
 
 def _answer(recipe: Recipe, cost: Cost, hours: float | None) -> dict[str, Any]:
     return {
-        "name": recipe.name, "student": recipe.student, "teacher": recipe.teacher,
-        "part": recipe.data.part, "evaluation": recipe.evaluation, "spec": recipe.spec.to_json(),
-        **asdict(cost), "hours": hours, "command": command_of(recipe),
-    }  # fmt: skip
+        "name": recipe.name,
+        "student": recipe.student,
+        "teacher": recipe.teacher,
+        "part": recipe.data.part,
+        "evaluation": recipe.evaluation,
+        "spec": recipe.spec.to_json(),
+        **asdict(cost),
+        "hours": hours,
+        "command": command_of(recipe),
+    }
 
 
 def _page(recipe: Recipe, cost: Cost, hours: float | None) -> dict[str, Any]:
     spec = recipe.spec
     kept = "all" if cost.top_k == cost.classes else f"the top {cost.top_k}"
     one = {
-        "recipe": recipe.name, "for": f"{recipe.data.part}: {recipe.data.samples} images, "
-        f"{recipe.data.classes} classes", "student": recipe.student,
-        "teacher": recipe.teacher or "yours, trained for the data", "view": describe(spec.view),
-        **_settings(spec), "evaluation": recipe.evaluation,
-    }  # fmt: skip
+        "recipe": recipe.name,
+        "for": f"{recipe.data.part}: {recipe.data.samples} images, {recipe.data.classes} classes",
+        "student": recipe.student,
+        "teacher": recipe.teacher or "yours, trained for the data",
+        "view": describe(spec.view),
+        **_settings(spec),
+        "evaluation": recipe.evaluation,
+    }
     if not cost.steps:
         return {**one, "steps": f"none: {TOO_LARGE.format(cost.samples)}"}
     one |= {
@@ -187,9 +213,17 @@ def command_of(recipe: Recipe) -> list[str]:
     without what is so by default."""
     spec = recipe.spec
     line = [
-        "kdcache", "train", "--data", "TRAIN.beton", "--out", "RUN", "--student", recipe.student,
-        "--teacher", recipe.teacher or "TEACHER",
-    ]  # fmt: skip
+        "kdcache",
+        "train",
+        "--data",
+        "TRAIN.beton",
+        "--out",
+        "RUN",
+        "--student",
+        recipe.student,
+        "--teacher",
+        recipe.teacher or "TEACHER",
+    ]
     for field in fields(TrainSpec):
         value = getattr(spec, field.name)
         if field.name != "view" and value != field.default:

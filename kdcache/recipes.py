@@ -86,10 +86,18 @@ def imagenet_r50(length: Length) -> Recipe:
     """ImageNet-1k: bit_i1k.py, with 300 epochs, its 1200, or 9600 as in the paper's longest run."""
     epochs = {"fast": 300, "medium": 1200, "long": 9600}[length]
     return _paper(
-        f"imagenet-r50-{length}", Data("train[:98%]", round(0.98 * 1_281_167), 1000), 224, 4096,
-        epochs, temperature=1, lr=0.03, wd=3e-4, warmup=5000, teacher=BIT_R152,
+        f"imagenet-r50-{length}",
+        Data("train[:98%]", round(0.98 * 1_281_167), 1000),
+        224,
+        4096,
+        epochs,
+        temperature=1,
+        lr=0.03,
+        wd=3e-4,
+        warmup=5000,
+        teacher=BIT_R152,
         evaluation="val, centre 224 of 256 px; the paper's best is 82.8 %, from two teachers",
-    )  # fmt: skip
+    )
 
 
 def flowers(length: Length) -> Recipe:
@@ -140,9 +148,13 @@ def fashion_mnist() -> Recipe:
         "online", ViewSpec(28, min_area=0.5), epochs=8, batch_size=128, lr=1e-2, temperature=2
     )
     return Recipe(
-        "fashion-mnist", spec, "kdcache:small", None, Data("train", 60_000, 10),
+        "fashion-mnist",
+        spec,
+        "kdcache:small",
+        None,
+        Data("train", 60_000, 10),
         "the 10,000 test images, whole",
-    )  # fmt: skip
+    )
 
 
 def _small(
@@ -150,15 +162,34 @@ def _small(
 ) -> Recipe:
     """One of bigsweep_flowers_pet.py and bigsweep_food_sun.py, which share what is not given."""
     return _paper(
-        name, data, 128, batch, epochs, temperature=temperature, lr=lr, wd=wd, warmup=1500,
-        teacher=None, evaluation="test, centre 128 of 160 px",
-    )  # fmt: skip
+        name,
+        data,
+        128,
+        batch,
+        epochs,
+        temperature=temperature,
+        lr=lr,
+        wd=wd,
+        warmup=1500,
+        teacher=None,
+        evaluation="test, centre 128 of 160 px",
+    )
 
 
 def _paper(
-    name: str, data: Data, size_px: int, batch: int, epochs: int, *, temperature: float,
-    lr: float, wd: float, warmup: int, teacher: str | None, evaluation: str,
-) -> Recipe:  # fmt: skip
+    name: str,
+    data: Data,
+    size_px: int,
+    batch: int,
+    epochs: int,
+    *,
+    temperature: float,
+    lr: float,
+    wd: float,
+    warmup: int,
+    teacher: str | None,
+    evaluation: str,
+) -> Recipe:
     spec = TrainSpec(
         mode="online",
         view=ViewSpec(size_px, crop="inception", min_area=0.05, flip=True, mixup=1.0),
@@ -173,8 +204,12 @@ def _paper(
 
 
 _FAMILIES: dict[str, Callable[[Length], Recipe]] = {
-    "imagenet-r50": imagenet_r50, "flowers": flowers, "pet": pet, "food": food, "sun": sun,
-}  # fmt: skip
+    "imagenet-r50": imagenet_r50,
+    "flowers": flowers,
+    "pet": pet,
+    "food": food,
+    "sun": sun,
+}
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "fashion-mnist": fashion_mnist,
     **{

@@ -110,16 +110,31 @@ def identify(tape: Tape, dataset: Dataset, teacher: Teacher) -> list[Measure]:
     """Whether data, teacher and rendered pixels are those that the tape was made from."""
     spec = tape.spec
     assert spec.view is not None
-    data = _same("data", "data", dataset.fingerprint, spec.dataset,
-                 "other images or labels than the tape was made from")  # fmt: skip
-    weights = _same("teacher", "teacher", teacher.fingerprint(), spec.teacher,
-                    "other weights, another type of them, another normalisation, or another "
-                    "number or order of teachers")  # fmt: skip
+    data = _same(
+        "data",
+        "data",
+        dataset.fingerprint,
+        spec.dataset,
+        "other images or labels than the tape was made from",
+    )
+    weights = _same(
+        "teacher",
+        "teacher",
+        teacher.fingerprint(),
+        spec.teacher,
+        "other weights, another type of them, another normalisation, or another "
+        "number or order of teachers",
+    )
     if tape.pixels is None:
         return [data, weights]
     why = "the decoder or the view code differs from where the tape was made"
-    pixels = _same("pixels", "pixels of rendered views", pixel_digest(dataset, spec.view),
-                   tape.pixels, why if data.ok else "other data look otherwise")  # fmt: skip
+    pixels = _same(
+        "pixels",
+        "pixels of rendered views",
+        pixel_digest(dataset, spec.view),
+        tape.pixels,
+        why if data.ok else "other data look otherwise",
+    )
     return [data, weights, pixels]
 
 
@@ -275,9 +290,13 @@ def _judge_draws(tape: Tape, picked: Picked, live_BC: torch.Tensor, may: _Allowa
     spec = tape.spec
     assert spec.view is not None
     distance_Bn = sampling.distances(
-        picked.records, live_BC, spec.temperature,
-        seed=spec.view.seed, view=picked.view, rows_B=picked.rows_B,
-    )  # fmt: skip
+        picked.records,
+        live_BC,
+        spec.temperature,
+        seed=spec.view.seed,
+        view=picked.view,
+        rows_B=picked.rows_B,
+    )
     largest_B = may.largest_B / spec.temperature / 2 + LEAST_DISTANCE
     typical_B = may.typical_B / spec.temperature / 2 + LEAST_DISTANCE
     return _Rows(

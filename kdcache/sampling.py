@@ -90,9 +90,7 @@ def distances(
     return torch.maximum(lower_Bn - u_Bn, u_Bn - upper_Bn).clamp(min=0)
 
 
-def _uniform(
-    seed: int, view: int, rows_B: NDArray[np.int64], draws: int
-) -> NDArray[np.float64]:
+def _uniform(seed: int, view: int, rows_B: NDArray[np.int64], draws: int) -> NDArray[np.float64]:
     """[B, n] in [0, 1), of 53 random bits each: a Philox block gives two."""
     out = np.empty((len(rows_B), draws))
     for i in range(0, draws, 2):

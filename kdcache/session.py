@@ -79,9 +79,7 @@ def run(
 
     Raises keeper.Stopped after a signal, and what `Run`, `train` and `evaluate` raise.
     """
-    identity = runs.identity(
-        job.spec, job.dataset, job.student, tape=job.tape, teacher=job.teacher
-    )
+    identity = runs.identity(job.spec, job.dataset, job.student, tape=job.tape, teacher=job.teacher)
     folder = None
     if world.first:
         folder = Run(out, identity, resume=resume, keep=keep, tensorboard=tensorboard)
@@ -91,11 +89,16 @@ def run(
         state, kept = _state(job, folder, out, world)
         steps = steps_of(job.spec, job.dataset)[1]
         keeper = Keeper(
-            folder, world, schedule, steps,
+            folder,
+            world,
+            schedule,
+            steps,
             evaluate=(lambda: _evaluated(job, world, workers)) if job.val else None,
-            record=lambda found: _record(job, found, keeper.seconds), signal=signal,
-            best=kept.get("best", -1.0), seconds=kept.get("seconds", 0.0),
-        )  # fmt: skip
+            record=lambda found: _record(job, found, keeper.seconds),
+            signal=signal,
+            best=kept.get("best", -1.0),
+            seconds=kept.get("seconds", 0.0),
+        )
 
         def logged(step: Step) -> None:
             if folder:
@@ -110,10 +113,18 @@ def run(
         if kept:
             keeper.go_on(state)
         train(
-            job.spec, job.dataset, job.student, job.targets, labels=job.labels, state=state,
-            world=world, workers=workers, log_every=log_every, on_step=logged,
+            job.spec,
+            job.dataset,
+            job.student,
+            job.targets,
+            labels=job.labels,
+            state=state,
+            world=world,
+            workers=workers,
+            log_every=log_every,
+            on_step=logged,
             after_step=after_step,
-        )  # fmt: skip
+        )
         with state.average.applied():
             record = _record(job, keeper.found, keeper.seconds)
             if folder:
@@ -121,9 +132,7 @@ def run(
     return record
 
 
-def _state(
-    job: Job, folder: Run | None, out: Path, world: World
-) -> tuple[State, dict[str, Any]]:
+def _state(job: Job, folder: Run | None, out: Path, world: World) -> tuple[State, dict[str, Any]]:
     """The state that the run goes on from, and all that its checkpoint holds; {} for a new run."""
     state = State(job.spec, job.student)
     kept = folder.resumed if folder else None
@@ -145,14 +154,24 @@ def _state(
 def _evaluated(job: Job, world: World, workers: int | None) -> Evaluation:
     assert job.val is not None
     return evaluate.evaluate(
-        job.student, job.val, size_px=job.spec.view.size_px, teacher=job.judge,
-        teacher_size_px=job.judge_size_px, workers=workers, part=(world.rank, world.count),
+        job.student,
+        job.val,
+        size_px=job.spec.view.size_px,
+        teacher=job.judge,
+        teacher_size_px=job.judge_size_px,
+        workers=workers,
+        part=(world.rank, world.count),
         reduce=world.totals,
-    )  # fmt: skip
+    )
 
 
 def _record(job: Job, evaluation: Evaluation | None, seconds: float) -> dict[str, Any]:
     return runs.run_record(
-        job.spec, job.dataset, job.student, evaluation, class_names=job.class_names,
-        **job.about, seconds=seconds,
-    )  # fmt: skip
+        job.spec,
+        job.dataset,
+        job.student,
+        evaluation,
+        class_names=job.class_names,
+        **job.about,
+        seconds=seconds,
+    )

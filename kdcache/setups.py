@@ -104,8 +104,9 @@ class Setup:
         if order not in (None, self.order):
             raise UsageError(f"{self.name} needs a tape in {self.order} order: leave --order out")
         if average and not self.average:
-            raise UsageError(f"{self.name} asks of one view at a time: --average goes with "
-                             "--setup fixed-average")  # fmt: skip
+            raise UsageError(
+                f"{self.name} asks of one view at a time: --average goes with --setup fixed-average"
+            )
         if self.fixed and views != 1:
             raise UsageError(f"{self.name} has one answer for each sample: --views 1, not {views}")
         return view, self.order, average or self.average
@@ -202,47 +203,68 @@ class Setup:
 
 SETUPS = (
     Setup(
-        "fixed-whole", "fix/rs",
+        "fixed-whole",
+        "fix/rs",
         "both see all of the image, squashed into the square: one picture for ever",
-        "whole", order="sample",
+        "whole",
+        order="sample",
     ),
     Setup(
-        "fixed-center", "fix/cc",
+        "fixed-center",
+        "fix/cc",
         "the teacher sees the centre crop, the student a mild random crop, another each epoch",
-        "random", teacher_crop="center", order="sample",
+        "random",
+        teacher_crop="center",
+        order="sample",
     ),
     Setup(
-        "fixed-average", "fix/ic_ens",
+        "fixed-average",
+        "fix/ic_ens",
         "the teacher's answer is its mean over many inception crops, the student sees another "
         "inception crop each epoch",
-        "inception", teacher_crop="inception", order="sample", average=PAPER_AVERAGE,
+        "inception",
+        teacher_crop="inception",
+        order="sample",
+        average=PAPER_AVERAGE,
     ),
     Setup(
-        "independent-mild", "ind/rc",
+        "independent-mild",
+        "ind/rc",
         "each sees a mild random crop of its own, another each epoch",
-        "random", teacher_crop="random", independent=True, order="sample",
+        "random",
+        teacher_crop="random",
+        independent=True,
+        order="sample",
     ),
     Setup(
-        "independent-inception", "ind/ic",
+        "independent-inception",
+        "ind/ic",
         "each sees an inception crop of its own, another each epoch",
-        "inception", teacher_crop="inception", independent=True, order="sample",
+        "inception",
+        teacher_crop="inception",
+        independent=True,
+        order="sample",
     ),
     Setup(
-        "consistent-mild", "same/rc",
+        "consistent-mild",
+        "same/rc",
         "both see the same mild random crop, another each epoch",
         "random",
     ),
     Setup(
-        "consistent-inception", "same/ic",
+        "consistent-inception",
+        "same/ic",
         "both see the same inception crop, another each epoch",
         "inception",
     ),
     Setup(
-        "function-matching", "function matching",
+        "function-matching",
+        "function matching",
         "both see the same mixture of two inception crops, another each epoch",
-        "inception", mixing=True,
+        "inception",
+        mixing=True,
     ),
-)  # fmt: skip
+)
 DEFAULT = SETUPS[-1]
 
 

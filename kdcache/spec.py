@@ -243,8 +243,10 @@ class TrainSpec:
         _need(self.weight_decay <= 1000, "weight decay", "at most 1000", self.weight_decay)
         _need(
             0 <= self.warmup < 1 or (self.warmup < math.inf and self.warmup == int(self.warmup)),
-            "warmup", "a share in [0, 1) or a number of steps", self.warmup,
-        )  # fmt: skip
+            "warmup",
+            "a share in [0, 1) or a number of steps",
+            self.warmup,
+        )
         _need(0 < self.temperature < math.inf, "temperature", "above 0", self.temperature)
         _need(0 <= self.seed < 1 << 63, "seed", "in [0, 2^63)", self.seed)
         _need(self.views is None or self.views >= 1, "views", "at least 1", self.views)
@@ -257,8 +259,10 @@ class TrainSpec:
         precisions = get_args(Precision)
         _need(
             self.precision in precisions,
-            "precision", f"one of {', '.join(precisions)}", self.precision,
-        )  # fmt: skip
+            "precision",
+            f"one of {', '.join(precisions)}",
+            self.precision,
+        )
 
     @property
     def digest(self) -> str:
@@ -269,9 +273,15 @@ class TrainSpec:
         numbers = {
             name: float(getattr(self, name))
             for name in (
-                "lr", "weight_decay", "warmup", "temperature", "momentum", "label_weight", "ema"
+                "lr",
+                "weight_decay",
+                "warmup",
+                "temperature",
+                "momentum",
+                "label_weight",
+                "ema",
             )
-        }  # fmt: skip
+        }
         return {**asdict(self), **numbers, "view": self.view.to_json(), "teacher_view": seen}
 
 

@@ -166,10 +166,18 @@ def entry(tape: Tape, sample: int, view: int, names: Sequence[str] | None = None
         names = tape.info.get("class_names") or [str(c) for c in range(spec.classes)]
     entropy, _, tail = named.figures(spec)[:, 0]
     return Entry(
-        view, position, sample, partner, weight, spec.temperature,
-        [c for _, c in found], [names[c] for _, c in found], [p for p, _ in found],
-        float(tail), float(entropy),
-    )  # fmt: skip
+        view,
+        position,
+        sample,
+        partner,
+        weight,
+        spec.temperature,
+        [c for _, c in found],
+        [names[c] for _, c in found],
+        [p for p, _ in found],
+        float(tail),
+        float(entropy),
+    )
 
 
 def gaps(missing: Iterable[tuple[int, int]]) -> tuple[Gap, ...]:
@@ -272,9 +280,12 @@ def _rows(tape: Tape, missing: list[tuple[int, int]]) -> list[tuple[int, NDArray
 
 
 def _hits(
-    spec: TapeSpec, view: int, rows_B: NDArray[np.int64], first_B: NDArray[np.int64],
+    spec: TapeSpec,
+    view: int,
+    rows_B: NDArray[np.int64],
+    first_B: NDArray[np.int64],
     labels: NDArray[np.int64],
-) -> NDArray[np.bool_]:  # fmt: skip
+) -> NDArray[np.bool_]:
     """Whether the first class is the sample's own, and whether it is its partner's only [2, B]."""
     if spec.order == "sample":
         own_B = first_B == labels[rows_B]

@@ -120,9 +120,7 @@ class Tape:
                 f"here ({pixels}): another JPEG decoder or kdcache; precompute the tape here"
             )
 
-    def require_plays(
-        self, dataset: str, view: ViewSpec | None, *, resized: bool = False
-    ) -> None:
+    def require_plays(self, dataset: str, view: ViewSpec | None, *, resized: bool = False) -> None:
         """Raise TapeMismatch unless the tape is of this data and, if it plays views, of these.
 
         With `resized`, the views may have another size: the student's boxes, pairs and order are

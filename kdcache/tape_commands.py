@@ -91,11 +91,21 @@ def precompute(
 
         dataset = datasets.open_dataset(data)
         model, spec = teacher_and_spec(
-            dataset, teacher, given_view(view_seed, size, crop, min_area, flip, mixup),
-            device_of(device), precision, views=views, top_k=top_k, dtype=dtype, order=order,
-            average=average, sampled=sampled, temperature=temperature, setup=setup,
+            dataset,
+            teacher,
+            given_view(view_seed, size, crop, min_area, flip, mixup),
+            device_of(device),
+            precision,
+            views=views,
+            top_k=top_k,
+            dtype=dtype,
+            order=order,
+            average=average,
+            sampled=sampled,
+            temperature=temperature,
+            setup=setup,
             other_domain=other_domain,
-        )  # fmt: skip
+        )
         rows = spec.views * spec.samples
         with progress_bar("precompute", rows // mine[1], "records") as update:
 
@@ -104,9 +114,16 @@ def precompute(
                 update(done)
 
             tape = recording.precompute(
-                dataset, model, spec, out, batch_size=batch_size, workers=workers, part=mine,
-                class_names=class_names_of(teacher) if other_domain else None, progress=progress,
-            )  # fmt: skip
+                dataset,
+                model,
+                spec,
+                out,
+                batch_size=batch_size,
+                workers=workers,
+                part=mine,
+                class_names=class_names_of(teacher) if other_domain else None,
+                progress=progress,
+            )
             if number > 0:
                 return
             recording.wait_for_others(tape, *job, progress)
@@ -115,11 +132,16 @@ def precompute(
     if spec.draws:
         kept = {"draws": spec.draws, "temperature": spec.temperature}
     answer = {
-        "path": out, "setup": tape_setup(spec), "views": spec.views, "samples": spec.samples,
+        "path": out,
+        "setup": tape_setup(spec),
+        "views": spec.views,
+        "samples": spec.samples,
         **kept,
-        "bytes": stored, "bytes_per_record": None if missing else round(stored / rows, 2),
-        "shards_missing": len(missing), "seconds": round(time.perf_counter() - start, 2),
-    }  # fmt: skip
+        "bytes": stored,
+        "bytes_per_record": None if missing else round(stored / rows, 2),
+        "shards_missing": len(missing),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
     show(answer, as_json)
 
 

@@ -61,9 +61,7 @@ class AverageTargets:
 
     def __call__(self, batch: Batch) -> Target:
         return codec.dense_target(
-            mean_answer(
-                self._loader, self.teacher, self.average, batch.samples_B, wait=self._wait
-            )
+            mean_answer(self._loader, self.teacher, self.average, batch.samples_B, wait=self._wait)
         )
 
 

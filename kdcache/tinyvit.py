@@ -125,9 +125,17 @@ def tape_spec(
     k = codec.effective_top_k(saved.classes, saved.top_k, dtype)
     epochs = len(saved.epochs)
     return TapeSpec(
-        1 if average else epochs, saved.samples, saved.classes, k, dtype, dataset.fingerprint,
-        saved.digest, None, "sample", epochs if average else 0,
-    )  # fmt: skip
+        1 if average else epochs,
+        saved.samples,
+        saved.classes,
+        k,
+        dtype,
+        dataset.fingerprint,
+        saved.digest,
+        None,
+        "sample",
+        epochs if average else 0,
+    )
 
 
 def import_tape(
@@ -187,9 +195,12 @@ def _records(rows: Rows, spec: TapeSpec) -> Records:
     at_one_B = log_rest_B - log_p_BK[:, 0]
     tail_B3 = np.stack([at_one_B, at_one_B - math.log(left), np.zeros_like(at_one_B)], 1)
     return codec.from_parts(
-        torch.from_numpy(log_p_BK - log_p_BK[:, :1]).float(), torch.from_numpy(classes_BK),
-        torch.from_numpy(tail_B3).float(), spec.classes, spec.dtype,
-    )  # fmt: skip
+        torch.from_numpy(log_p_BK - log_p_BK[:, :1]).float(),
+        torch.from_numpy(classes_BK),
+        torch.from_numpy(tail_B3).float(),
+        spec.classes,
+        spec.dtype,
+    )
 
 
 def _averaged(epochs: Iterator[Rows], spec: TapeSpec) -> Records:

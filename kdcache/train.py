@@ -122,9 +122,12 @@ class Meter:
         self.steps = self.images = 0
 
     def add(
-        self, step: int, loss: torch.Tensor, logits_BC: torch.Tensor,
+        self,
+        step: int,
+        loss: torch.Tensor,
+        logits_BC: torch.Tensor,
         target: Target | TemperedTarget,
-    ) -> None:  # fmt: skip
+    ) -> None:
         loss = loss.detach()
         agreed = logits_BC.detach().argmax(1) == _first_class(target)
         self._sums += torch.stack([loss.double(), agreed.double().mean()])
@@ -210,10 +213,13 @@ def train(
     student.train()
     since = time.perf_counter()
     with Loader(
-        dataset, spec.view, spec.batch_size // world.count,
-        teacher_view=None if spec.average else spec.teacher_view, workers=workers,
+        dataset,
+        spec.view,
+        spec.batch_size // world.count,
+        teacher_view=None if spec.average else spec.teacher_view,
+        workers=workers,
         device=student.device,
-    ) as loader:  # fmt: skip
+    ) as loader:
         for epoch in range(state.step // batches, spec.epochs):
             view = epoch % spec.views if spec.views else epoch
             left = range(state.step % batches, batches)
@@ -250,10 +256,15 @@ def train(
                     loss_mean, agreement = meter.means(world)
                     on_step(
                         Step(
-                            state.step, steps, epoch, loss_mean, agreement, rate,
+                            state.step,
+                            steps,
+                            epoch,
+                            loss_mean,
+                            agreement,
+                            rate,
                             images / (now - since),
                         )
-                    )  # fmt: skip
+                    )
                     since = now
                 after_step(state)
     state.require_finite(world)

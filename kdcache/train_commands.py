@@ -92,8 +92,9 @@ def train(
     momentum: Annotated[float | None, typer.Option(help="Of SGD.  [default: 0.9]")] = None,
     warmup: Annotated[
         float | None,
-        typer.Option(help="Share of the steps, or from 1 up steps, that the rate rises over.  "
-                     "[default: 0.1]"),
+        typer.Option(
+            help="Share of the steps, or from 1 up steps, that the rate rises over.  [default: 0.1]"
+        ),
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="T of the distillation loss.  [default: 1]")
@@ -106,8 +107,7 @@ def train(
         Precision | None, typer.Option(help="Of the arithmetic, by autocast.  [default: float32]")
     ] = None,
     init: Annotated[
-        str | None,
-        typer.Option(help="First weights: a .safetensors file, a run, or 'pretrained'."),
+        str | None, typer.Option(help="First weights: a .safetensors file, a run, or 'pretrained'.")
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of the student's first weights.  [default: 0]")
@@ -125,8 +125,7 @@ def train(
         ),
     ] = None,
     average: Annotated[
-        int | None,
-        typer.Option(min=1, help="Views that a live teacher averages in fixed-average."),
+        int | None, typer.Option(min=1, help="Views that a live teacher averages in fixed-average.")
     ] = None,
     teacher_size: Annotated[
         int | None,
@@ -173,17 +172,40 @@ def train(
     if eval_every and val is None:
         raise UsageError("--eval-every needs --val DATA.beton")
     options = {
-        "epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr,
-        "weight_decay": weight_decay, "momentum": momentum, "warmup": warmup,
-        "temperature": temperature, "label_weight": label_weight, "ema": ema,
-        "precision": precision, "seed": seed, "views": views, "average": average,
-    }  # fmt: skip
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "optimizer": optimizer,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "momentum": momentum,
+        "warmup": warmup,
+        "temperature": temperature,
+        "label_weight": label_weight,
+        "ema": ema,
+        "precision": precision,
+        "seed": seed,
+        "views": views,
+        "average": average,
+    }
     asked = Asked(
-        mode, data, student, cache, tuple(teacher or ()), val, recipe, setup, other_domain,
-        teacher_size, init, deterministic, compile_student, device_of(device),
+        mode,
+        data,
+        student,
+        cache,
+        tuple(teacher or ()),
+        val,
+        recipe,
+        setup,
+        other_domain,
+        teacher_size,
+        init,
+        deterministic,
+        compile_student,
+        device_of(device),
         {name: value for name, value in options.items() if value is not None},
-        given_view(view_seed, size, crop, min_area, flip, mixup), _threads(workers),
-    )  # fmt: skip
+        given_view(view_seed, size, crop, min_area, flip, mixup),
+        _threads(workers),
+    )
     schedule = keeper.Schedule(checkpoint_every, checkpoint_minutes, eval_every)
     with processes.World(*rank(), asked.device) as world, _stop_signal() as stop:
         job = job_of(asked)
@@ -191,10 +213,20 @@ def train(
             finished = runs.is_finished(out)
             try:
                 record = session.run(
-                    job, out, world=world, schedule=schedule, resume=resume, keep=keep,
-                    tensorboard=tensorboard, workers=asked.workers, log_every=log_every,
-                    on_start=report.start, on_step=report, on_tick=report.tick, signal=stop,
-                )  # fmt: skip
+                    job,
+                    out,
+                    world=world,
+                    schedule=schedule,
+                    resume=resume,
+                    keep=keep,
+                    tensorboard=tensorboard,
+                    workers=asked.workers,
+                    log_every=log_every,
+                    on_start=report.start,
+                    on_step=report,
+                    on_tick=report.tick,
+                    signal=stop,
+                )
             except keeper.Stopped as end:
                 notice(
                     f"stopped after step {end.step:,}, which is kept; the same command with "
@@ -285,9 +317,7 @@ class _Report:
             left = timedelta(seconds=round((self._steps - step) * step_s))
             known = f"{self._known}, " if self._known else ""
             rate = self.batch_size / step_s
-            notice(
-                f"step {step:,} of {self._steps:,}: {known}{rate:,.0f} images/s, {left} left"
-            )
+            notice(f"step {step:,} of {self._steps:,}: {known}{rate:,.0f} images/s, {left} left")
 
 
 def _show(record: dict[str, Any], out: Path, as_json: bool) -> None:
@@ -297,11 +327,14 @@ def _show(record: dict[str, Any], out: Path, as_json: bool) -> None:
     images = steps * record["batch_size"]
     last = runs.last_step(out)
     answer = {
-        "run": str(out), "student": record["student"], "training loss": f"{last['loss']:.4g}",
+        "run": str(out),
+        "student": record["student"],
+        "training loss": f"{last['loss']:.4g}",
         "training agreement": f"{last['agreement']:.2%}",
         "images_per_s": round(images / record["seconds"]),
-        "seconds": round(record["seconds"], 2), **percentages(record["evaluation"]),
-    }  # fmt: skip
+        "seconds": round(record["seconds"], 2),
+        **percentages(record["evaluation"]),
+    }
     show({**record, **answer} if as_json else answer, as_json)
 
 
@@ -342,9 +375,15 @@ def evaluate(
         judge = models.load_teachers(teacher, size_px=teacher_size or size, **options)
     with progress_bar("eval", len(dataset), "images") as update:
         result = evaluation.evaluate(
-            network, dataset, size_px=size, teacher=judge, teacher_size_px=teacher_size,
-            batch_size=batch_size, workers=workers, progress=update,
-        )  # fmt: skip
+            network,
+            dataset,
+            size_px=size,
+            teacher=judge,
+            teacher_size_px=teacher_size,
+            batch_size=batch_size,
+            workers=workers,
+            progress=update,
+        )
     found = asdict(result)
     answer = {"model": model, "samples": result.samples, **percentages(found)}
     show(found if as_json else answer, as_json)

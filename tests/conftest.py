@@ -73,17 +73,24 @@ def linear_teacher(num_classes: int) -> nn.Module:
 
 def convolutional_student(num_classes: int) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
-        nn.Dropout(0.1), nn.Linear(8 * 8 * 8, num_classes),
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+        nn.Linear(8 * 8 * 8, num_classes),
+    )
 
 
 def any_size(num_classes: int) -> nn.Module:
     """A student for views of any size."""
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
         nn.Linear(4, num_classes),
-    )  # fmt: skip
+    )
 
 
 def synthetic_tape(

@@ -16,24 +16,63 @@ LIMIT_LINES = 400
 
 # A file imports only files of a lower rank. kernels/ stands below all that use it.
 RANKS = {
-    "__init__": 0, "errors": 0, "fidelity": 0, "networks": 0, "records": 0, "rng": 0, "kernels": 0,
-    "spec": 1, "ffcv_import": 1, "loss": 1, "staging": 1, "store": 1,
-    "averages": 2, "checkpoint": 2, "classifier": 2, "codec": 2, "compression": 2,
-    "normalization": 2, "optimizers": 2, "sources": 2, "views": 2,
+    "__init__": 0,
+    "errors": 0,
+    "fidelity": 0,
+    "networks": 0,
+    "records": 0,
+    "rng": 0,
+    "kernels": 0,
+    "spec": 1,
+    "ffcv_import": 1,
+    "loss": 1,
+    "staging": 1,
+    "store": 1,
+    "averages": 2,
+    "checkpoint": 2,
+    "classifier": 2,
+    "codec": 2,
+    "compression": 2,
+    "normalization": 2,
+    "optimizers": 2,
+    "sources": 2,
+    "views": 2,
     "setups": 2,
-    "dataset": 3, "pixels": 3, "sampling": 3, "shards": 3, "zoo": 3,
-    "loader": 4, "models": 4, "tape": 4, "saved_logits": 4,
-    "precompute": 5, "evaluate": 5, "processes": 5, "recipes": 5, "summary": 5, "picture": 5,
+    "dataset": 3,
+    "pixels": 3,
+    "sampling": 3,
+    "shards": 3,
+    "zoo": 3,
+    "loader": 4,
+    "models": 4,
+    "tape": 4,
+    "saved_logits": 4,
+    "precompute": 5,
+    "evaluate": 5,
+    "processes": 5,
+    "recipes": 5,
+    "summary": 5,
+    "picture": 5,
     "tinyvit": 5,
-    "verify": 5, "runs": 6, "targets": 6, "train": 6, "demo": 6, "recompute": 6,
-    "console": 7, "keeper": 7, "plan": 7,
+    "verify": 5,
+    "runs": 6,
+    "targets": 6,
+    "train": 6,
+    "demo": 6,
+    "recompute": 6,
+    "console": 7,
+    "keeper": 7,
+    "plan": 7,
     "session": 8,
     "jobs": 9,
-    "exchange_commands": 10, "inspect_commands": 10, "recipe_commands": 10, "tape_commands": 10,
+    "exchange_commands": 10,
+    "inspect_commands": 10,
+    "recipe_commands": 10,
+    "tape_commands": 10,
     "train_commands": 10,
     "cli": 11,
     "__main__": 12,
-}  # fmt: skip
+}
 
 # The files that may import a library, wherever in them.
 OWNERS = {
@@ -46,8 +85,12 @@ OWNERS = {
     "pytorch_optimizer": {"kdcache/optimizers.py"},
     "safetensors": {"kdcache/checkpoint.py", "kdcache/models.py"},
     "typer": {
-        "kdcache/cli.py", "kdcache/console.py", "kdcache/exchange_commands.py",
-        "kdcache/inspect_commands.py", "kdcache/recipe_commands.py", "kdcache/tape_commands.py",
+        "kdcache/cli.py",
+        "kdcache/console.py",
+        "kdcache/exchange_commands.py",
+        "kdcache/inspect_commands.py",
+        "kdcache/recipe_commands.py",
+        "kdcache/tape_commands.py",
         "kdcache/train_commands.py",
     },
     "matplotlib": {"kdcache/picture.py"},
@@ -55,10 +98,14 @@ OWNERS = {
 }
 KERNEL_USERS = {"kdcache/loss.py"}
 LOCAL_IMPORTS_ALLOWED = {
-    "kdcache/cli.py", "kdcache/console.py", "kdcache/exchange_commands.py",
-    "kdcache/inspect_commands.py", "kdcache/recipe_commands.py", "kdcache/tape_commands.py",
+    "kdcache/cli.py",
+    "kdcache/console.py",
+    "kdcache/exchange_commands.py",
+    "kdcache/inspect_commands.py",
+    "kdcache/recipe_commands.py",
+    "kdcache/tape_commands.py",
     "kdcache/train_commands.py",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -160,7 +207,11 @@ def test_these_tests_can_fail(tmp_path: Path) -> None:
         "def f():\n    import ffcv\n    async def g():\n        from kdcache.loader import Loader\n"
     )
     assert set(imports_of(file)) == {
-        Import("typing", False), Import("zarr.codecs", False), Import("kdcache.tape", False),
-        Import("kdcache.__init__", False), Import("kdcache.cli", False), Import("ffcv", True),
+        Import("typing", False),
+        Import("zarr.codecs", False),
+        Import("kdcache.tape", False),
+        Import("kdcache.__init__", False),
+        Import("kdcache.cli", False),
+        Import("ffcv", True),
         Import("kdcache.loader", True),
-    }  # fmt: skip
+    }

@@ -450,7 +450,7 @@ def test_a_run_folder_without_resume(bench: Bench, begun: list[object]) -> None:
         (["--student", "python:tests.test_bad_input:wide_student"], "student: python:tests.test_b"),
         (["--data", "OTHER"], "data: "),
     ],
-)  # fmt: skip
+)
 def test_a_run_is_not_gone_on_with_by_another_command(
     bench: Bench, begun: list[object], digits: Dataset, options: list[object], words: str
 ) -> None:
@@ -476,9 +476,7 @@ def test_nor_with_another_mode_teacher_tape_or_recipe(bench: Bench, begun: list[
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "empty", "a directory"])
-def test_a_checkpoint_that_cannot_be_read(
-    bench: Bench, begun: list[object], damage: str
-) -> None:
+def test_a_checkpoint_that_cannot_be_read(bench: Bench, begun: list[object], damage: str) -> None:
     newest = bench.folder / "run" / "checkpoints" / "0000000006.safetensors"
     whole = newest.read_bytes()
     newest.unlink()
@@ -487,10 +485,12 @@ def test_a_checkpoint_that_cannot_be_read(
     else:
         newest.write_bytes(
             {
-                "truncated": whole[:-100], "flipped": whole[:-1] + bytes([whole[-1] ^ 1]),
-                "foreign": safetensors.torch.save({"x": torch.zeros(1)}), "empty": b"",
+                "truncated": whole[:-100],
+                "flipped": whole[:-1] + bytes([whole[-1] ^ 1]),
+                "foreign": safetensors.torch.save({"x": torch.zeros(1)}),
+                "empty": b"",
             }[damage]
-        )  # fmt: skip
+        )
     words = (str(newest), "remove it, and --resume goes on from the checkpoint before")
     bench.refused(*begun, "--resume", words=words)
     newest.rmdir() if damage == "a directory" else newest.unlink()

@@ -28,9 +28,12 @@ def test_the_measured_part_of_the_page_is_current() -> None:
 
 # Bytes a record as documented, for k = 10 and 64 of 300 classes (9 bits).
 WIDTHS = {
-    "TinyViT": (44, 260), "FKD, float32": (97, 529), "FKD, float16": (49, 265),
-    "DistillKit": (20 + 12, 32 + 24 + 72), "DistillKit, budget": (2 + 12 + 12, 2 + 12 + 72),
-}  # fmt: skip
+    "TinyViT": (44, 260),
+    "FKD, float32": (97, 529),
+    "FKD, float16": (49, 265),
+    "DistillKit": (20 + 12, 32 + 24 + 72),
+    "DistillKit, budget": (2 + 12 + 12, 2 + 12 + 72),
+}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -42,9 +42,7 @@ def logits_of(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_everyone_has_the_same_loss(case: Case) -> None:
     _, answers, logits = logits_of(case)
-    ours = distillation_loss(
-        logits, codec.dense_target(answers), temperature=rivals.TEMPERATURE
-    )  # fmt: skip
+    ours = distillation_loss(logits, codec.dense_target(answers), temperature=rivals.TEMPERATURE)
     assert ours > 0
     torch.testing.assert_close(rivals.kd_loss(logits, answers), ours)
 
@@ -155,9 +153,14 @@ def test_on_a_device_work_belongs_to_the_range_that_launched_it() -> None:
     def work(number: int, launched: float, begin: float, dur: float, cat: str = "kernel") -> None:
         launch = "gpu_" not in cat and number % 2
         events.append(
-            span("cuda_driver" if launch else "cuda_runtime", "launch", launched, 1,
-                 correlation=number)
-        )  # fmt: skip
+            span(
+                "cuda_driver" if launch else "cuda_runtime",
+                "launch",
+                launched,
+                1,
+                correlation=number,
+            )
+        )
         events.append(span(cat, "work", begin, dur, correlation=number))
 
     work(1, 50, 60, 500, "gpu_memcpy")  # load: idle as for kernels
@@ -171,10 +174,13 @@ def test_on_a_device_work_belongs_to_the_range_that_launched_it() -> None:
     work(9, 2000, 2000, 500)  # of no range
     found = breakdown.on_device(events)
     assert found.ranges_ms == {
-        "load": pytest.approx(0.25), "target": pytest.approx(0.025),
-        "forward": pytest.approx(0.065), "loss": 0,
-        "backward": pytest.approx(0.05), "optimizer": pytest.approx(0.01),
-    }  # fmt: skip
+        "load": pytest.approx(0.25),
+        "target": pytest.approx(0.025),
+        "forward": pytest.approx(0.065),
+        "loss": 0,
+        "backward": pytest.approx(0.05),
+        "optimizer": pytest.approx(0.01),
+    }
     assert found.wait_ms == pytest.approx((60 + 240) / 2 / 1e3)
 
 
@@ -192,9 +198,15 @@ def test_the_breakdown_of_a_real_run_adds_up(case: Case, tmp_path: Path) -> None
 
 
 def test_bars_are_asked_of_ratios_in_one_round() -> None:
-    rates = {"train, labels": 100.0, "train, cached": 96.0, "train, online": 40.0,
-             "plain loop": 30.0, "precompute": 90.0, "teacher, forward": 100.0,
-             "student, forward": 400.0}  # fmt: skip
+    rates = {
+        "train, labels": 100.0,
+        "train, cached": 96.0,
+        "train, online": 40.0,
+        "plain loop": 30.0,
+        "precompute": 90.0,
+        "teacher, forward": 100.0,
+        "student, forward": 400.0,
+    }
     lines = bench_step.ratios("g", {name: harness.Samples([r], [0]) for name, r in rates.items()})
     found = {x["case"]: (x["ratio"], x.get("met")) for x in lines}
     assert found["train, cached / train, labels"] == (0.96, False)

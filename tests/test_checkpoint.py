@@ -35,9 +35,11 @@ def same(a: Any, b: Any) -> bool:
     """Equal, types and bits included."""
     if isinstance(a, torch.Tensor):
         return (
-            isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape
+            isinstance(b, torch.Tensor)
+            and a.dtype == b.dtype
+            and a.shape == b.shape
             and bytes(a.reshape(-1).view(torch.uint8)) == bytes(b.reshape(-1).view(torch.uint8))
-        )  # fmt: skip
+        )
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):
@@ -56,15 +58,23 @@ def test_values_come_back_as_they_were(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["c"]
 
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8,
-          torch.bool]  # fmt: skip
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+]
 tensors = st.builds(
     lambda shape, dtype: (torch.randn(shape) * 3).to(dtype),
-    st.lists(st.integers(0, 3), max_size=3), st.sampled_from(DTYPES),
-)  # fmt: skip
+    st.lists(st.integers(0, 3), max_size=3),
+    st.sampled_from(DTYPES),
+)
 leaves = st.one_of(
-    tensors, st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(),
-)  # fmt: skip
+    tensors, st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text()
+)
 values = st.recursive(
     leaves,
     lambda inner: st.one_of(
@@ -125,9 +135,7 @@ class Trap:
         return os.mkdir, (os.environ["KDCACHE_TRAP"],)
 
 
-def test_a_pickle_in_its_place_is_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pickle_in_its_place_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trap = tmp_path / "sprung"
     monkeypatch.setenv("KDCACHE_TRAP", str(trap))
     torch.save({"x": Trap()}, tmp_path / "c")

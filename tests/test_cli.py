@@ -28,34 +28,93 @@ MACHINE = ["--batch-size", "--workers", "--device"]
 OPTIONS = {
     "convert": ["--split", "--max-side", "--quality", "--on-error", "--json"],
     "plan": [
-        "--data", "--teacher", "--setup", "--other-domain", "--views", "--top-k", "--dtype",
-        "--order", "--average", "--sampled", "--temperature", "--out", "--student", "--students",
-        "--epochs", "--precision", *VIEW, *MACHINE, "--json",
+        "--data",
+        "--teacher",
+        "--setup",
+        "--other-domain",
+        "--views",
+        "--top-k",
+        "--dtype",
+        "--order",
+        "--average",
+        "--sampled",
+        "--temperature",
+        "--out",
+        "--student",
+        "--students",
+        "--epochs",
+        "--precision",
+        *VIEW,
+        *MACHINE,
+        "--json",
     ],
     "precompute": [
-        "--data", "--teacher", "--out", "--setup", "--other-domain", "--views", "--top-k",
-        "--dtype", "--order", "--average", "--sampled", "--temperature", "--part", "--precision",
-        *VIEW, *MACHINE, "--json",
+        "--data",
+        "--teacher",
+        "--out",
+        "--setup",
+        "--other-domain",
+        "--views",
+        "--top-k",
+        "--dtype",
+        "--order",
+        "--average",
+        "--sampled",
+        "--temperature",
+        "--part",
+        "--precision",
+        *VIEW,
+        *MACHINE,
+        "--json",
     ],
     "train": [
-        "--mode", "--data", "--student", "--out", "--cache", "--teacher", "--val", "--recipe",
-        "--setup", "--other-domain", "--label-weight", "--epochs", "--optimizer", "--lr",
-        "--weight-decay", "--momentum", "--warmup", "--temperature", "--ema", "--precision",
-        "--init", "--seed", "--deterministic", "--compile", "--views", "--average",
-        "--teacher-size", "--resume", "--checkpoint-every", "--checkpoint-minutes", "--keep",
-        "--eval-every", "--log-every", "--tensorboard", *VIEW, *MACHINE, "--json",
+        "--mode",
+        "--data",
+        "--student",
+        "--out",
+        "--cache",
+        "--teacher",
+        "--val",
+        "--recipe",
+        "--setup",
+        "--other-domain",
+        "--label-weight",
+        "--epochs",
+        "--optimizer",
+        "--lr",
+        "--weight-decay",
+        "--momentum",
+        "--warmup",
+        "--temperature",
+        "--ema",
+        "--precision",
+        "--init",
+        "--seed",
+        "--deterministic",
+        "--compile",
+        "--views",
+        "--average",
+        "--teacher-size",
+        "--resume",
+        "--checkpoint-every",
+        "--checkpoint-minutes",
+        "--keep",
+        "--eval-every",
+        "--log-every",
+        "--tensorboard",
+        *VIEW,
+        *MACHINE,
+        "--json",
     ],
     "eval": ["--data", "--teacher", "--size", "--teacher-size", *MACHINE, "--json"],
     "inspect": ["--data", "--sample", "--view", "--draw", "--json"],
-    "verify": [
-        "--data", "--teacher", "--samples", "--discard", "--precision", *MACHINE, "--json",
-    ],
+    "verify": ["--data", "--teacher", "--samples", "--discard", "--precision", *MACHINE, "--json"],
     "export": ["--top-k", "--json"],
     "import": ["--data", "--average", "--names", "--dtype", "--json"],
     "recipes": ["--data", "--no-measure", "--device", "--json"],
     "demo": ["--out", "--epochs"],
     "bench": [],
-}  # fmt: skip
+}
 
 
 # --- the surface -----------------------------------------------------------------------------
@@ -119,8 +178,10 @@ def test_tapes_and_losses_need_no_ffcv(tmp_path: Path) -> None:
     synthetic_tape(tmp_path / "t", torch.zeros(1, 4, 3), top_k=3)
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_FFCV, tmp_path / "t"],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert "Usage: kdcache" in done.stdout
     assert "1 of 1 views" in done.stdout
     assert done.stdout.endswith("exit code 2\n")
@@ -222,9 +283,7 @@ def test_precompute_takes_its_view_options(
 ) -> None:
     out = tmp_path / "t.zarr"
     line = ("precompute", "--data", digits_test.path, "--out", out, "--views", 1)
-    view = (
-        "--crop", "center", "--no-flip", "--mixup", 0.4, "--view-seed", 9, "--size", 8,
-    )  # fmt: skip
+    view = ("--crop", "center", "--no-flip", "--mixup", 0.4, "--view-seed", 9, "--size", 8)
     assert kdcache(*line, "--teacher", TEACHER, *view).code == 0
     found = Tape.open(out).spec.view
     assert (found.crop, found.flip, found.mixup, found.seed) == ("center", False, 0.4, 9)
@@ -234,10 +293,23 @@ def test_precompute_takes_its_view_options(
 def trained(kdcache: Run, data: Dataset, out: Path, *options: object) -> dict[str, object]:
     return answer(
         kdcache(
-            "train", "--data", data.path, "--val", data.path, "--student", STUDENT, "--out", out,
-            "--epochs", 2, "--batch-size", 98, "--json", *options,
+            "train",
+            "--data",
+            data.path,
+            "--val",
+            data.path,
+            "--student",
+            STUDENT,
+            "--out",
+            out,
+            "--epochs",
+            2,
+            "--batch-size",
+            98,
+            "--json",
+            *options,
         )
-    )  # fmt: skip
+    )
 
 
 def test_train_in_three_modes_then_eval(
@@ -246,13 +318,28 @@ def test_train_in_three_modes_then_eval(
     view = ("--min-area", 0.5)
     labels = trained(kdcache, digits_test, tmp_path / "l", "--mode", "labels", *view)
     online = trained(
-        kdcache, digits_test, tmp_path / "o", "--mode", "online", "--teacher", TEACHER, *view,
-        "--views", 2,
-    )  # fmt: skip
+        kdcache,
+        digits_test,
+        tmp_path / "o",
+        "--mode",
+        "online",
+        "--teacher",
+        TEACHER,
+        *view,
+        "--views",
+        2,
+    )
     cached = trained(
-        kdcache, digits_test, tmp_path / "c", "--mode", "cached", "--cache", tape,
-        "--teacher", TEACHER,
-    )  # fmt: skip
+        kdcache,
+        digits_test,
+        tmp_path / "c",
+        "--mode",
+        "cached",
+        "--cache",
+        tape,
+        "--teacher",
+        TEACHER,
+    )
     assert [x["mode"] for x in (labels, online, cached)] == ["labels", "online", "cached"]
     assert labels["view"] == online["view"] == cached["view"]
     assert (labels["views"], online["views"], cached["views"]) == (None, 2, 2)
@@ -269,7 +356,9 @@ def test_train_in_three_modes_then_eval(
     result = answer(kdcache("eval", tmp_path / "c", "--data", digits_test.path, "--json"))
     own = {"samples", "top1", "top5", "cross_entropy", "calibration_error"}
     assert {k: v for k, v in result.items() if v is not None} == {
-        k: v for k, v in cached["evaluation"].items() if k in own  # type: ignore[attr-defined]
+        k: v
+        for k, v in cached["evaluation"].items()
+        if k in own  # type: ignore[attr-defined]
     }
     result = answer(
         kdcache("eval", tmp_path / "c", "--data", digits_test.path, "--teacher", TEACHER, "--json")
@@ -294,9 +383,22 @@ def test_deterministic_runs_are_equal(kdcache: Run, digits_test: Dataset, tmp_pa
 
 def test_train_says_what_came_of_it(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
     result = kdcache(
-        "train", "--mode", "labels", "--data", digits_test.path, "--val", digits_test.path,
-        "--student", STUDENT, "--out", tmp_path / "r", "--epochs", 1, "--batch-size", 98,
-    )  # fmt: skip
+        "train",
+        "--mode",
+        "labels",
+        "--data",
+        digits_test.path,
+        "--val",
+        digits_test.path,
+        "--student",
+        STUDENT,
+        "--out",
+        tmp_path / "r",
+        "--epochs",
+        1,
+        "--batch-size",
+        98,
+    )
     assert result.code == 0
     assert all(word in result.out for word in ("run", "top-1", "top-5", "images_per_s", "%"))
 
@@ -304,10 +406,27 @@ def test_train_says_what_came_of_it(kdcache: Run, digits_test: Dataset, tmp_path
 def test_a_run_in_two_parts(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
     """Its best weights are a run's folder, and its average is what it gives."""
     line = (
-        "--mode", "labels", "--ema", 0.5, "--optimizer", "sgd", "--lr", 0.1, "--checkpoint-every",
-        1, "--checkpoint-minutes", 60, "--eval-every", 4, "--log-every", 2, "--keep", 1,
-        "--resume", "--deterministic",
-    )  # fmt: skip
+        "--mode",
+        "labels",
+        "--ema",
+        0.5,
+        "--optimizer",
+        "sgd",
+        "--lr",
+        0.1,
+        "--checkpoint-every",
+        1,
+        "--checkpoint-minutes",
+        60,
+        "--eval-every",
+        4,
+        "--log-every",
+        2,
+        "--keep",
+        1,
+        "--resume",
+        "--deterministic",
+    )
     whole = trained(kdcache, digits_test, tmp_path / "whole", *line)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kdcache.runs.Run.finish", lambda self, *_: None)
@@ -341,9 +460,7 @@ def test_a_run_starts_from_given_weights(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_run_with_a_compiled_student(
-    kdcache: Run, digits_test: Dataset, tmp_path: Path
-) -> None:
+def test_a_run_with_a_compiled_student(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
     made = trained(kdcache, digits_test, tmp_path / "a", "--mode", "labels", "--compile")
     found = answer(kdcache("eval", tmp_path / "a", "--data", digits_test.path, "--json"))
     assert found["top1"] == pytest.approx(made["evaluation"]["top1"], abs=0.01)  # type: ignore[index]
@@ -359,9 +476,21 @@ def test_where_there_is_no_terminal_a_line_tells_now_and_then(
     kdcache: Run, digits_test: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = (
-        "train", "--mode", "labels", "--data", digits_test.path, "--student", STUDENT, "--epochs",
-        2, "--batch-size", 98, "--log-every", 4, "--out",
-    )  # fmt: skip
+        "train",
+        "--mode",
+        "labels",
+        "--data",
+        digits_test.path,
+        "--student",
+        STUDENT,
+        "--epochs",
+        2,
+        "--batch-size",
+        98,
+        "--log-every",
+        4,
+        "--out",
+    )
     assert kdcache(*line, tmp_path / "quiet").err == ""
     monkeypatch.setattr("kdcache.train_commands.LINE_S", 0.0)
     told = kdcache(*line, tmp_path / "r").err.splitlines()
@@ -390,8 +519,18 @@ def test_a_teacher_that_is_a_run_is_shown_the_size_that_it_knows(
 ) -> None:
     small = "python:tests.conftest:any_size"
     line = ("--data", digits_test.path, "--epochs", 1, "--batch-size", 98)
-    made = kdcache("train", "--mode", "labels", "--student", small, *line, "--size", 12,
-                   "--out", tmp_path / "t")  # fmt: skip
+    made = kdcache(
+        "train",
+        "--mode",
+        "labels",
+        "--student",
+        small,
+        *line,
+        "--size",
+        12,
+        "--out",
+        tmp_path / "t",
+    )
     assert made.code == 0, made.err
     tape = ("precompute", "--data", digits_test.path, "--teacher", tmp_path / "t", "--out")
     assert kdcache(*tape, tmp_path / "own").err == ""
@@ -402,8 +541,18 @@ def test_a_teacher_that_is_a_run_is_shown_the_size_that_it_knows(
     assert shown.err == (
         f"kdcache: {tmp_path / 't'} was made for views of 12 px and is shown 8 px\n"
     )
-    kdcache("train", "--mode", "online", "--teacher", tmp_path / "t", "--student", small, *line,
-            "--out", tmp_path / "s")  # fmt: skip
+    kdcache(
+        "train",
+        "--mode",
+        "online",
+        "--teacher",
+        tmp_path / "t",
+        "--student",
+        small,
+        *line,
+        "--out",
+        tmp_path / "s",
+    )
     assert json.loads((tmp_path / "s" / "run.json").read_text())["view"]["size_px"] == 12
 
 

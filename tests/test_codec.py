@@ -20,9 +20,21 @@ from kdcache.spec import ValueType
 
 DTYPES: tuple[ValueType, ...] = get_args(ValueType)
 SHAPES = [
-    (2, 1), (2, 2), (3, 1), (5, 4), (10, 1), (10, 3), (10, 10), (37, 36),
-    (100, 16), (257, 100), (1000, 1), (1000, 16), (1000, 999), (1000, 1000),
-]  # fmt: skip
+    (2, 1),
+    (2, 2),
+    (3, 1),
+    (5, 4),
+    (10, 1),
+    (10, 3),
+    (10, 10),
+    (37, 36),
+    (100, 16),
+    (257, 100),
+    (1000, 1),
+    (1000, 16),
+    (1000, 999),
+    (1000, 1000),
+]
 ROWS = 32
 
 
@@ -48,8 +60,12 @@ def _wide(classes: int) -> torch.Tensor:
 
 
 FAMILIES: dict[str, Callable[[int], torch.Tensor]] = {
-    "gaussian": _gaussian, "laplace": _laplace, "peaked": _peaked, "equal": _equal, "wide": _wide,
-}  # fmt: skip
+    "gaussian": _gaussian,
+    "laplace": _laplace,
+    "peaked": _peaked,
+    "equal": _equal,
+    "wide": _wide,
+}
 
 
 def logits_of(family: str, classes: int) -> torch.Tensor:

@@ -47,10 +47,14 @@ def stored(case: Case, **other: object) -> tuple[MemoryStore, str]:
     store = MemoryStore()
     ours = pipeline(name, array.dtype, classes=classes, dense=dense, chunk_rows=CHUNK_ROWS)
     made = zarr.create_array(
-        store, name=name, shape=(1, *array.shape), dtype=array.dtype,
-        chunks=(1, CHUNK_ROWS, array.shape[1]), shards=(1, 4 * CHUNK_ROWS, array.shape[1]),
+        store,
+        name=name,
+        shape=(1, *array.shape),
+        dtype=array.dtype,
+        chunks=(1, CHUNK_ROWS, array.shape[1]),
+        shards=(1, 4 * CHUNK_ROWS, array.shape[1]),
         **(other or ours),
-    )  # fmt: skip
+    )
     made[0] = array
     return store, f"{name}/c/0/0/0"
 

@@ -257,11 +257,7 @@ def test_quality_is_a_trade_of_size_for_precision(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_max_side_shrinks_and_keeps_the_aspect(
-    tmp_path: Path,
-    suffix: str,
-    size: tuple[int, int],
-    max_side: int,
-    expected: tuple[int, int],
+    tmp_path: Path, suffix: str, size: tuple[int, int], max_side: int, expected: tuple[int, int]
 ) -> None:
     image = PIL.Image.fromarray(gradient(size[1], size[0]))
     path = saved(tmp_path, f"x.{suffix}", image)

@@ -169,9 +169,7 @@ def test_more_processes_than_samples(digits: Dataset, tmp_path: Path) -> None:
 
 def test_a_part_counts_its_own_progress(digits_test: Dataset) -> None:
     seen: list[int] = []
-    evaluate(
-        network(1), digits_test, size_px=8, batch_size=60, part=(1, 3), progress=seen.append,
-    )  # fmt: skip
+    evaluate(network(1), digits_test, size_px=8, batch_size=60, part=(1, 3), progress=seen.append)
     assert seen == [60, 99]
 
 
@@ -266,9 +264,12 @@ def test_the_host_waits_for_the_device_at_the_end_only(digits_test: Dataset) -> 
     for batch_size in (20, 297):
         with Waits() as waits:
             evaluate(
-                two_layers(1, 8), digits_test, size_px=8, teacher=two_layers(2, 20),
+                two_layers(1, 8),
+                digits_test,
+                size_px=8,
+                teacher=two_layers(2, 20),
                 batch_size=batch_size,
-            )  # fmt: skip
+            )
         counts.append(waits.count)
     assert counts[0] == counts[1] > 0
 

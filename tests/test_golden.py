@@ -30,11 +30,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "dense-float16": {"top_k": CLASSES, "dtype": "float16"},
     "draws": {"top_k": 6, "dtype": "uint8", "draws": 6, "temperature": 2.0},
     "average": {
-        "views": 1, "top_k": 4, "dtype": "float16", "order": "sample", "average": 3,
+        "views": 1,
+        "top_k": 4,
+        "dtype": "float16",
+        "order": "sample",
+        "average": 3,
         "view": ViewSpec(8, mixup=0),
     },
     "foreign": {"top_k": 4, "dtype": "float16", "order": "sample", "view": None},
-}  # fmt: skip
+}
 TAPES = sorted(GOLDEN.glob("v*/*.zarr"))
 
 
@@ -47,9 +51,13 @@ def logits() -> torch.Tensor:
 def make(folder: Path) -> None:
     for name, fields in KINDS.items():
         base: dict[str, Any] = {
-            "views": VIEWS, "samples": SAMPLES, "classes": CLASSES, "dataset": "0123456789abcdef",
-            "teacher": "fedcba9876543210", "view": ViewSpec(8),
-        }  # fmt: skip
+            "views": VIEWS,
+            "samples": SAMPLES,
+            "classes": CLASSES,
+            "dataset": "0123456789abcdef",
+            "teacher": "fedcba9876543210",
+            "view": ViewSpec(8),
+        }
         spec = TapeSpec(**{**base, **fields})
         tape = Tape.create(folder / f"{name}.zarr", spec, {"teacher": "golden"})
         for view, shard in tape.missing():

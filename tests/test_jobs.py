@@ -61,10 +61,14 @@ def test_a_teacher_that_averages_decodes_with_the_workers_that_were_asked_for(
     for workers in (1, 2):
         job = job_of(
             asked(
-                digits_test, "online", teachers=(TEACHER,), setup="fixed-average",
-                training={"average": 2}, workers=workers,
+                digits_test,
+                "online",
+                teachers=(TEACHER,),
+                setup="fixed-average",
+                training={"average": 2},
+                workers=workers,
             )
-        )  # fmt: skip
+        )
         assert isinstance(job.targets, targets.AverageTargets)
         assert job.targets._loader.workers == min(workers, numba.config.NUMBA_NUM_THREADS)
 
@@ -96,10 +100,12 @@ def test_a_recipe_settles_what_was_not_asked_for(digits_test: Dataset) -> None:
     assert job.spec.view.min_area == recipe.spec.view.min_area
     own = job_of(
         asked(
-            digits_test, recipe="fashion-mnist", view={"size_px": 8, "min_area": 0.9},
+            digits_test,
+            recipe="fashion-mnist",
+            view={"size_px": 8, "min_area": 0.9},
             training={"epochs": 3},
         )
-    )  # fmt: skip
+    )
     assert (own.spec.epochs, own.spec.lr, own.spec.view.min_area) == (3, recipe.spec.lr, 0.9)
 
 
@@ -175,9 +181,7 @@ def test_epochs_beyond_the_views_of_a_tape_are_told(digits_test: Dataset, tape: 
 
 def test_what_a_tape_decides_against_a_recipe_is_told(digits_test: Dataset, tape: str) -> None:
     given = {"epochs": 3, "batch_size": 64}
-    found = job_of(
-        asked(digits_test, "cached", cache=tape, recipe="fashion-mnist", training=given)
-    )
+    found = job_of(asked(digits_test, "cached", cache=tape, recipe="fashion-mnist", training=given))
     [line] = found.notes
     assert line.startswith(f"the tape decides what is seen, not the recipe: {found.spec.setup}, 8")
 

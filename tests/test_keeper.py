@@ -118,15 +118,16 @@ def _dense(logits_BC: torch.Tensor) -> Any:
     return Target(logits_BC, None, None, logits_BC.shape[1])
 
 
-def test_the_best_weights_are_kept_and_equals_do_not_replace_them(
-    run: Run, state: State
-) -> None:
+def test_the_best_weights_are_kept_and_equals_do_not_replace_them(run: Run, state: State) -> None:
     top1 = iter([0.5, 0.7, 0.7, 0.6, 0.8])
     keeper = Keeper(
-        run, ALONE, Schedule(eval_every=2), 99,
+        run,
+        ALONE,
+        Schedule(eval_every=2),
+        99,
         evaluate=lambda: replace(FOUND, top1=next(top1)),
         record=lambda found: {**RECORD, "top1": found.top1, "step": state.step},
-    )  # fmt: skip
+    )
     best = []
     for state.step in range(1, 11):
         keeper(state)
@@ -153,9 +154,13 @@ def test_what_is_evaluated_and_kept_is_the_average(run: Run, state: State) -> No
     state.step = 1
     live = state.student.fingerprint()
     keeper = Keeper(
-        run, ALONE, Schedule(eval_every=1), 9, evaluate=evaluate,
+        run,
+        ALONE,
+        Schedule(eval_every=1),
+        9,
+        evaluate=evaluate,
         record=lambda found: {**RECORD, "weights": state.student.fingerprint()},
-    )  # fmt: skip
+    )
     keeper(state)
     assert state.student.fingerprint() == live
     assert state.student.training
@@ -176,7 +181,7 @@ def test_a_run_that_goes_on_makes_up_for_the_evaluation_of_its_checkpoint(
 
     keeper = Keeper(
         run, ALONE, Schedule(eval_every=2), 9, evaluate=evaluate, record=lambda found: RECORD
-    )  # fmt: skip
+    )
     for state.step in (3, 4):
         keeper.go_on(state)
     assert asked == [4]
@@ -187,10 +192,13 @@ def test_the_last_step_is_evaluated_once_and_counts_for_the_best(run: Run, state
     for every in (2, 3):  # the last step is due, and is not
         top1 = iter([0.5, 0.7])
         keeper = Keeper(
-            run, ALONE, Schedule(eval_every=every), 4,
+            run,
+            ALONE,
+            Schedule(eval_every=every),
+            4,
             evaluate=lambda found=top1: replace(FOUND, top1=next(found)),
             record=lambda found: {**RECORD, "top1": found.top1},
-        )  # fmt: skip
+        )
         steps(keeper, state, 1, 4)
         assert keeper.found is not None
         assert keeper.found.top1 == 0.7

@@ -60,17 +60,17 @@ def test_sample_order(digits_test: Dataset, teacher: Classifier, tmp_path: Path)
     for view in (0, 1):
         found = codec.decode(tape[view], 10).logits_BK
         torch.testing.assert_close(
-            found, codec.dense_target(live(digits_test, teacher, view)).logits_BK,
-            rtol=1e-5, atol=1e-4,
-        )  # fmt: skip
+            found,
+            codec.dense_target(live(digits_test, teacher, view)).logits_BK,
+            rtol=1e-5,
+            atol=1e-4,
+        )
 
 
 def test_an_average_is_of_probabilities(
     digits_test: Dataset, teacher: Classifier, tmp_path: Path
 ) -> None:
-    spec = tape_spec(
-        digits_test, teacher, VIEW, dtype="float32", order="sample", average=3
-    )
+    spec = tape_spec(digits_test, teacher, VIEW, dtype="float32", order="sample", average=3)
     tape = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=50)
     mean = sum(torch.softmax(live(digits_test, teacher, v), 1) for v in range(3)) / 3
     found = tape.target(0, np.arange(len(digits_test))).log_p_BK.exp()
@@ -139,9 +139,21 @@ def made(kdcache: Run, dataset: Dataset, out: Path, *options: object) -> Tape:
 
 def trained(kdcache: Run, dataset: Dataset, out: Path, *options: object) -> Result:
     return kdcache(
-        "train", "--mode", "cached", "--data", dataset.path, "--student", STUDENT, "--out", out,
-        "--epochs", 2, "--batch-size", 64, *options,
-    )  # fmt: skip
+        "train",
+        "--mode",
+        "cached",
+        "--data",
+        dataset.path,
+        "--student",
+        STUDENT,
+        "--out",
+        out,
+        "--epochs",
+        2,
+        "--batch-size",
+        64,
+        *options,
+    )
 
 
 @pytest.mark.parametrize(
@@ -151,15 +163,20 @@ def trained(kdcache: Run, dataset: Dataset, out: Path, *options: object) -> Resu
         (["--order", "sample", "--views", 2], ["--crop", "center"], {"order": "sample"}),
         (["--sampled", 12, "--views", 2], [], {"draws": 12, "order": "position"}),
         (
-            ["--sampled", 9, "--temperature", 3, "--order", "sample"], ["--temperature", 3],
+            ["--sampled", 9, "--temperature", 3, "--order", "sample"],
+            ["--temperature", 3],
             {"draws": 9, "temperature": 3.0, "order": "sample"},
         ),
     ],
-)  # fmt: skip
+)
 def test_recorded_and_trained_from(
-    kdcache: Run, digits_test: Dataset, tmp_path: Path, options: list[object],
-    training: list[object], kind: dict[str, object],
-) -> None:  # fmt: skip
+    kdcache: Run,
+    digits_test: Dataset,
+    tmp_path: Path,
+    options: list[object],
+    training: list[object],
+    kind: dict[str, object],
+) -> None:
     tape = made(kdcache, digits_test, tmp_path / "t", *options)
     assert kind.items() <= tape.spec.to_json().items()
     assert kdcache("inspect", tmp_path / "t").code == 0

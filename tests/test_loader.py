@@ -335,9 +335,10 @@ def test_passes_at_once_do_not_disturb_each_other(digits: Dataset, photos: Datas
         together = zip(a.batches(0), a.batches(1), b.batches(2), strict=False)
         columns = [list(batches) for batches in zip(*together, strict=True)]
     for found, expected in zip(
-        columns, (play(digits, MIXED, 0), play(digits, MIXED, 1), play(photos, PHOTOS, 2)),
+        columns,
+        (play(digits, MIXED, 0), play(digits, MIXED, 1), play(photos, PHOTOS, 2)),
         strict=True,
-    ):  # fmt: skip
+    ):
         rows = joined(found)
         assert same(rows, rows_of(expected, slice(len(rows["labels"]))))
 
@@ -426,10 +427,7 @@ def test_an_error_in_the_decoder_is_raised_here(
     digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pixels, "render_rows", failing(RuntimeError("no such kernel")))
-    with (
-        Loader(digits, MIXED, 10) as loader,
-        pytest.raises(KDCacheError, match="no such kernel"),
-    ):
+    with Loader(digits, MIXED, 10) as loader, pytest.raises(KDCacheError, match="no such kernel"):
         next(loader.batches(0))
 
 
@@ -606,8 +604,11 @@ print("leaving in the middle of a pass")
 def test_torch_keeps_its_threads_and_a_process_may_end_in_a_pass(digits: Dataset) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(digits.path)],
-        capture_output=True, text=True, timeout=80, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=80,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "leaving in the middle of a pass\n"
 

@@ -49,10 +49,14 @@ def test_our_own_networks(name: str, size_px: int) -> None:
 
 def test_our_own_networks_grow_with_their_names() -> None:
     sizes = [
-        sum(w.numel() for w in models.load(
-            f"kdcache:{name}", "student", num_classes=10, size_px=28).parameters())
+        sum(
+            w.numel()
+            for w in models.load(
+                f"kdcache:{name}", "student", num_classes=10, size_px=28
+            ).parameters()
+        )
         for name in ("small", "medium", "large")
-    ]  # fmt: skip
+    ]
     assert sizes == sorted(sizes)
     assert sizes[0] * 3 < sizes[1]
 
@@ -153,9 +157,11 @@ def write_run(folder: Path, student: Classifier) -> None:
     folder.mkdir()
     models.save_weights(student, folder / models.WEIGHTS_FILE)
     record = {
-        "student": student.name, "weights": student.fingerprint(),
-        "classes": student.num_classes, "view": ViewSpec(8).to_json(),
-    }  # fmt: skip
+        "student": student.name,
+        "weights": student.fingerprint(),
+        "classes": student.num_classes,
+        "view": ViewSpec(8).to_json(),
+    }
     (folder / models.RUN_FILE).write_text(json.dumps(record))
 
 
@@ -248,14 +254,20 @@ def test_weights_that_are_not_those_of_the_record(run_folder: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "{", "[]", "null", "7", '{"student": "kdcache:small"}', "\x00\xff",
+        "",
+        "{",
+        "[]",
+        "null",
+        "7",
+        '{"student": "kdcache:small"}',
+        "\x00\xff",
         '{"student": "kdcache:small", "classes": 10, "view": 3}',
         '{"student": "kdcache:small", "classes": "ten", "view": {"size_px": 8}}',
         '{"student": 5, "classes": 10, "view": {"size_px": 8}}',
         '{"student": "kdcache:small", "classes": 10, "view": {"size_px": "8"}}',
         '{"student": "kdcache:small", "classes": -1, "view": {"size_px": 8}}',
     ],
-)  # fmt: skip
+)
 def test_a_damaged_record(run_folder: Path, text: str) -> None:
     (run_folder / "run.json").write_text(text, encoding="latin-1")
     with pytest.raises(UsageError, match=r"run\.json is damaged"):
@@ -351,8 +363,9 @@ def test_an_unknown_timm_model() -> None:
         "timm:resnet10: Unknown model (resnet10); did you mean resnet10t?"
     )
     message = load_error("timm:resnet18.a1_in1kk", "teacher")
-    assert message.endswith("Invalid pretrained tag (a1_in1kk) for resnet18; "
-                            "did you mean resnet18.a1_in1k?")  # fmt: skip
+    assert message.endswith(
+        "Invalid pretrained tag (a1_in1kk) for resnet18; did you mean resnet18.a1_in1k?"
+    )
 
 
 def test_without_timm_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,9 +35,15 @@ def _one_thread() -> Iterator[None]:
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     parts = (
-        nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 12, 3, bias=False),
-        nn.BatchNorm2d(12), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5),
-    )  # fmt: skip
+        nn.Conv2d(3, 16, 3),
+        nn.GroupNorm(4, 16),
+        nn.ReLU(),
+        nn.Conv2d(16, 12, 3, bias=False),
+        nn.BatchNorm2d(12),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 5),
+    )
     return nn.Sequential(*parts).to(memory_format=torch.channels_last)
 
 

@@ -144,8 +144,11 @@ def torchrun(*line: object) -> subprocess.CompletedProcess[str]:
     run += ["--master-addr", "127.0.0.1", "--master-port", "0", "--local-addr", "127.0.0.1"]
     return subprocess.run(
         [*run, "-m", "kdcache", *map(str, line)],
-        cwd=ROOT, capture_output=True, text=True, timeout=90,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
 
 
 def test_torchrun_makes_the_same_tape_and_one_rank_answers(
@@ -211,10 +214,13 @@ def test_ranks_within_parts_cover_every_shard_once(
 @pytest.mark.parametrize(
     ("local", "gpus", "asked", "given"),
     [
-        ("1", 8, None, "cuda:1"), ("1", 8, "cuda", "cuda:1"), ("1", 1, None, "cuda:0"),
-        (None, 8, None, "cuda"), ("0", 0, None, "cpu"),
+        ("1", 8, None, "cuda:1"),
+        ("1", 8, "cuda", "cuda:1"),
+        ("1", 1, None, "cuda:0"),
+        (None, 8, None, "cuda"),
+        ("0", 0, None, "cpu"),
     ],
-)  # fmt: skip
+)
 def test_ranks_share_the_gpus_of_a_machine(
     monkeypatch: pytest.MonkeyPatch, local: str | None, gpus: int, asked: str | None, given: str
 ) -> None:

@@ -28,9 +28,15 @@ def weights_after(
     dataset: Dataset, source: TargetSource, mode: str, temperature: float, losses: list[float]
 ) -> dict[str, torch.Tensor]:
     spec = TrainSpec(
-        mode=mode, view=VIEW, epochs=3, batch_size=128, temperature=temperature,
-        deterministic=True, views=VIEWS, seed=3,
-    )  # fmt: skip
+        mode=mode,
+        view=VIEW,
+        epochs=3,
+        batch_size=128,
+        temperature=temperature,
+        deterministic=True,
+        views=VIEWS,
+        seed=3,
+    )
     set_determinism(spec)
     student = models.load(
         "python:tests.conftest:convolutional_student", "student", num_classes=10, size_px=8
@@ -75,17 +81,27 @@ def test_one_may_go_on_with_what_the_other_began(
     teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
     torch.set_num_threads(1)
     tape = precompute(
-        digits, teacher, tape_spec(digits, teacher, VIEW, views=VIEWS, dtype="float32"),
-        tmp_path / "t.zarr", batch_size=128, workers=1,
-    )  # fmt: skip
+        digits,
+        teacher,
+        tape_spec(digits, teacher, VIEW, views=VIEWS, dtype="float32"),
+        tmp_path / "t.zarr",
+        batch_size=128,
+        workers=1,
+    )
     sources: dict[str, TargetSource] = {
         "online": targets.OnlineTargets(teacher),
         "cached": targets.CachedTargets(tape, digits.fingerprint, VIEW),
     }
     spec = TrainSpec(
-        "online", VIEW, epochs=2, batch_size=128, deterministic=True, views=VIEWS, ema=0.9,
+        "online",
+        VIEW,
+        epochs=2,
+        batch_size=128,
+        deterministic=True,
+        views=VIEWS,
+        ema=0.9,
         label_weight=label_weight,
-    )  # fmt: skip
+    )
 
     def fresh() -> State:
         set_determinism(spec)
@@ -99,9 +115,15 @@ def test_one_may_go_on_with_what_the_other_began(
 
         with contextlib.suppress(KeyboardInterrupt):
             train(
-                spec, digits, state.student, sources[source], state=state, workers=1,
-                labels=targets.LabelTargets(10), after_step=after,
-            )  # fmt: skip
+                spec,
+                digits,
+                state.student,
+                sources[source],
+                state=state,
+                workers=1,
+                labels=targets.LabelTargets(10),
+                after_step=after,
+            )
         return state
 
     whole = play(fresh(), "online")

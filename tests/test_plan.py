@@ -119,9 +119,25 @@ Command = Callable[..., Result]
 
 def test_plan_in_json(kdcache: Command, digits: Dataset, tmp_path: Path) -> None:
     result = kdcache(
-        "plan", "--data", digits.path, "--teacher", TEACHER, "--views", 4, "--top-k", 2,
-        "--batch-size", 100, "--student", STUDENT, "--epochs", 7, "--out", tmp_path / "t", "--json",
-    )  # fmt: skip
+        "plan",
+        "--data",
+        digits.path,
+        "--teacher",
+        TEACHER,
+        "--views",
+        4,
+        "--top-k",
+        2,
+        "--batch-size",
+        100,
+        "--student",
+        STUDENT,
+        "--epochs",
+        7,
+        "--out",
+        tmp_path / "t",
+        "--json",
+    )
     assert (result.code, result.err) == (0, "")
     found = json.loads(result.out)
     assert (found["spec"]["views"], found["spec"]["top_k"], found["epochs"]) == (4, 2, 7)

@@ -76,10 +76,7 @@ def test_the_tape_holds_the_teachers_answer_to_every_position(
 
 @pytest.mark.usefixtures("small_shards")
 def test_a_second_run_does_nothing(
-    digits_test: Dataset,
-    teacher: Classifier,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    digits_test: Dataset, teacher: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = spec_of(digits_test, teacher)
     precompute(digits_test, teacher, spec, tmp_path / "t")
@@ -204,10 +201,7 @@ def test_a_write_that_fails_is_one_line_and_the_next_run_finishes(
 
 @pytest.mark.usefixtures("small_shards")
 def test_a_write_that_fails_stops_the_teacher_at_once_and_frees_the_shards(
-    digits_test: Dataset,
-    teacher: Classifier,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    digits_test: Dataset, teacher: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, ask, asked = stores._write_file, recording.ask, []
 

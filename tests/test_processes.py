@@ -39,9 +39,12 @@ def student(num_classes: int) -> nn.Module:
     """Without dropout, which draws otherwise in each process, and without a bias that batch
     normalisation takes away: AdamW makes steps of the rounding of its gradient, which is 0."""
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
         nn.Linear(8 * 8 * 8, num_classes),
-    )  # fmt: skip
+    )
 
 
 def lines_of(results: list[Result]) -> list[str]:
@@ -75,9 +78,12 @@ def assert_same(found: Path, expected: Path, steps: int) -> None:
 
 
 @given(
-    count=st.integers(1, 9), pairs=st.integers(1, 5), first=st.integers(0, 4),
-    batches=st.integers(0, 4), mixup=st.booleans(),
-)  # fmt: skip
+    count=st.integers(1, 9),
+    pairs=st.integers(1, 5),
+    first=st.integers(0, 4),
+    batches=st.integers(0, 4),
+    mixup=st.booleans(),
+)
 def test_shares_of_a_step_are_its_batch(
     count: int, pairs: int, first: int, batches: int, mixup: bool
 ) -> None:
@@ -98,17 +104,32 @@ def test_shares_of_a_step_are_its_batch(
 @pytest.mark.parametrize(
     ("count", "batch", "mixup", "line"),
     [
-        (1, 33, 1.0, "batch size must be even with mixing, not 33: a step takes whole pairs; give "
-                     "34, or --mixup 0"),
+        (
+            1,
+            33,
+            1.0,
+            "batch size must be even with mixing, not 33: a step takes whole pairs; give "
+            "34, or --mixup 0",
+        ),
         (2, 33, 1.0, "batch size must be even with mixing, not 33"),
         (2, 33, 0.0, r"2 processes do not divide a batch of 33 \(33 images\)"),
-        (4, 34, 1.0, r"4 processes do not divide a batch of 34 \(17 pairs of images\): a process "
-                     "takes an equal share; change --batch-size or their number"),
-        (3, 4, 1.0, "3 processes are more than the 2 pairs of images of a batch of 4: start at "
-                    "most 2, or raise --batch-size"),
+        (
+            4,
+            34,
+            1.0,
+            r"4 processes do not divide a batch of 34 \(17 pairs of images\): a process "
+            "takes an equal share; change --batch-size or their number",
+        ),
+        (
+            3,
+            4,
+            1.0,
+            "3 processes are more than the 2 pairs of images of a batch of 4: start at "
+            "most 2, or raise --batch-size",
+        ),
         (5, 4, 0.0, "5 processes are more than the 4 images of a batch of 4"),
     ],
-)  # fmt: skip
+)
 def test_shares_that_cannot_be(count: int, batch: int, mixup: float, line: str) -> None:
     spec = TrainSpec("labels", ViewSpec(8, mixup=mixup), batch_size=batch)
     with pytest.raises(UsageError, match=line):
@@ -164,13 +185,18 @@ def tape(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path
     ],
 )
 def test_the_result_of_one_process(
-    digits_test: Dataset, tmp_path: Path, tape: Path, count: int, mode: str,
+    digits_test: Dataset,
+    tmp_path: Path,
+    tape: Path,
+    count: int,
+    mode: str,
     options: tuple[Any, ...],
-) -> None:  # fmt: skip
+) -> None:
     given = {
-        "cached": ("--cache", tape, "--teacher", TEACHER), "online": ("--teacher", TEACHER),
+        "cached": ("--cache", tape, "--teacher", TEACHER),
+        "online": ("--teacher", TEACHER),
         "labels": (),
-    }[mode]  # fmt: skip
+    }[mode]
     options = (*given, *options, "--val", digits_test.path, "--epochs", 2, "--log-every", 1)
     options = (*options, "--eval-every", 8)
     records = []
@@ -192,8 +218,9 @@ def test_the_result_of_one_process(
 def measure(data: Path, out: Path, rank: int, count: int) -> None:
     dataset = open_dataset(data)
     network = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
-    judge = models.load("python:tests.test_processes:other_teacher", "teacher", num_classes=10,
-                        size_px=8)  # fmt: skip
+    judge = models.load(
+        "python:tests.test_processes:other_teacher", "teacher", num_classes=10, size_px=8
+    )
     with World(rank, count) as world:
         found = evaluate(
             network,
@@ -482,7 +509,7 @@ def test_nobody_to_meet(monkeypatch: pytest.MonkeyPatch, error: type[RuntimeErro
         (UsageError("gloo"), False),
         (None, False),
     ],
-)  # fmt: skip
+)
 def test_what_a_process_meets_when_another_has_ended(error: Any, lost: bool) -> None:
     assert is_lost(error) is lost
 
@@ -498,14 +525,19 @@ def test_a_lost_process_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("rank", "error", "waits_s"),
     [
-        ("0", UsageError("x"), []), ("1", UsageError("x"), [cli.AFTER_S]),
-        ("0", ProcessLost("x"), [cli.LOST_S]), ("1", ProcessLost("x"), [cli.LOST_S]),
+        ("0", UsageError("x"), []),
+        ("1", UsageError("x"), [cli.AFTER_S]),
+        ("0", ProcessLost("x"), [cli.LOST_S]),
+        ("1", ProcessLost("x"), [cli.LOST_S]),
     ],
-)  # fmt: skip
+)
 def test_the_one_that_knows_why_speaks_first(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    rank: str, error: KDCacheError, waits_s: list[float],
-) -> None:  # fmt: skip
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rank: str,
+    error: KDCacheError,
+    waits_s: list[float],
+) -> None:
     def fail() -> None:
         raise error
 
@@ -528,9 +560,12 @@ def torchrun(*options: object) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::FutureWarning"}
     return subprocess.Popen(
         [*run, *map(str, options)],
-        cwd=Path(__file__).parents[1], env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.slow

@@ -56,9 +56,12 @@ PAPER = {
 }
 # The images and classes of their training parts.
 DATA = {
-    "imagenet-r50": (1_255_544, 1000), "flowers": (1020, 102), "pet": (3312, 37),
-    "food": (68_175, 101), "sun": (76_128, 397),
-}  # fmt: skip
+    "imagenet-r50": (1_255_544, 1000),
+    "flowers": (1020, 102),
+    "pet": (3312, 37),
+    "food": (68_175, 101),
+    "sun": (76_128, 397),
+}
 
 
 def test_these_are_the_recipes() -> None:
@@ -74,9 +77,18 @@ def test_the_papers_numbers(name: str) -> None:
         batch = 510  # of 1,020 images: two whole batches
     view = ViewSpec(size, "inception", min_area=0.05, flip=True, mixup=1.0)
     assert recipe.spec == TrainSpec(
-        "online", view, epochs, batch, lr=lr, weight_decay=decay, warmup=warmup,
-        temperature=temperature, setup="function-matching", optimizer="adamw", label_weight=0,
-    )  # fmt: skip
+        "online",
+        view,
+        epochs,
+        batch,
+        lr=lr,
+        weight_decay=decay,
+        warmup=warmup,
+        temperature=temperature,
+        setup="function-matching",
+        optimizer="adamw",
+        label_weight=0,
+    )
     assert recipe.spec.weight_decay == pytest.approx(wd / lr, rel=1e-5)
     assert recipe.student == "timm:resnetv2_50x1_bit"
     family = name.rpartition("-")[0]
@@ -231,9 +243,17 @@ def test_what_differs_from_the_defaults_is_said() -> None:
     recipe = recipe_of("pet-fast")
     view = ViewSpec(16, "random", min_area=0.05, flip=False, mixup=0.5, seed=4)
     spec = replace(
-        recipe.spec, view=view, seed=3, optimizer="sgd", momentum=0.8, views=7, ema=0.9,
-        label_weight=0.25, precision="bfloat16", setup="custom",
-    )  # fmt: skip
+        recipe.spec,
+        view=view,
+        seed=3,
+        optimizer="sgd",
+        momentum=0.8,
+        views=7,
+        ema=0.9,
+        label_weight=0.25,
+        precision="bfloat16",
+        setup="custom",
+    )
     assert spec_of(command_of(replace(recipe, spec=spec))[1:]) == spec
 
 
@@ -263,10 +283,16 @@ def test_a_batch_above_the_images_makes_no_steps(
 @pytest.mark.parametrize(
     ("hours", "text"),
     [
-        (0.0422, "2.53 min"), (0.999, "59.9 min"), (1, "1 h"), (47, "47 h"), (48, "2 days"),
-        (17_000, "708 days"), (2.51e6, "286 years"), (1e8, "11.4k years"),
+        (0.0422, "2.53 min"),
+        (0.999, "59.9 min"),
+        (1, "1 h"),
+        (47, "47 h"),
+        (48, "2 days"),
+        (17_000, "708 days"),
+        (2.51e6, "286 years"),
+        (1e8, "11.4k years"),
     ],
-)  # fmt: skip
+)
 def test_durations_can_be_read(hours: float, text: str) -> None:
     assert duration(hours) == text
 

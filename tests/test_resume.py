@@ -72,7 +72,7 @@ def job(dataset: Dataset, tape: Path, spec: TrainSpec, val: bool = True) -> Job:
         source = targets.CachedTargets(Tape.open(tape), dataset.fingerprint, spec.view)
     return Job(
         spec, dataset, student, source, labels=labels, val=dataset if val else None, judge=teacher
-    )  # fmt: skip
+    )
 
 
 Go = Callable[..., dict[str, Any]]
@@ -118,9 +118,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_run_that_dies_again_and_again_ends_the_same(
-    go: Go, tmp_path: Path, name: str
-) -> None:
+def test_a_run_that_dies_again_and_again_ends_the_same(go: Go, tmp_path: Path, name: str) -> None:
     """Each of two lives makes four steps, of which three are kept: a life ends mid-epoch."""
     spec = replace(SPEC, **VARIANTS[name])
     go(tmp_path / "whole", spec)
@@ -131,9 +129,13 @@ def test_a_run_that_dies_again_and_again_ends_the_same(
     whole = outcome(tmp_path / "whole")
     assert outcome(tmp_path / "cut") == whole
     assert set(whole) == {
-        "spec.json", "log.jsonl", "student.safetensors", "run.json", "best/run.json",
+        "spec.json",
+        "log.jsonl",
+        "student.safetensors",
+        "run.json",
+        "best/run.json",
         "best/student.safetensors",
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +143,12 @@ def whole(digits_test: Dataset, tape: Path, tmp_path_factory: pytest.TempPathFac
     """What a run that nothing disturbed leaves."""
     out = tmp_path_factory.mktemp("whole") / "r"
     session.run(
-        job(digits_test, tape, replace(SPEC, ema=0.9)), out, schedule=SCHEDULE, log_every=2,
+        job(digits_test, tape, replace(SPEC, ema=0.9)),
+        out,
+        schedule=SCHEDULE,
+        log_every=2,
         workers=1,
-    )  # fmt: skip
+    )
     return outcome(out)
 
 
@@ -175,8 +180,16 @@ def test_a_state_comes_back_whole(
     this = job(digits_test, tape, spec)
     state = State(spec, this.student)
     with pytest.raises(Killed):
-        train(spec, digits_test, this.student, this.targets, labels=this.labels, state=state,
-              after_step=after, log_every=5)  # fmt: skip
+        train(
+            spec,
+            digits_test,
+            this.student,
+            this.targets,
+            labels=this.labels,
+            state=state,
+            after_step=after,
+            log_every=5,
+        )
     if spec.precision == "float16":
         state.scaler.update(123.0)
     checkpoint.save(tmp_path / "c", state.state_dict())
@@ -195,9 +208,16 @@ def test_the_log_is_of_every_logged_step_and_evaluation_in_order(whole: Any) -> 
     lines = whole["log.jsonl"]
     steps = [(x["step"], "evaluation" in x) for x in lines]
     assert steps == [
-        (2, False), (4, False), (5, True), (6, False), (8, False), (10, False), (10, True),
-        (12, False), (12, True),
-    ]  # fmt: skip
+        (2, False),
+        (4, False),
+        (5, True),
+        (6, False),
+        (8, False),
+        (10, False),
+        (10, True),
+        (12, False),
+        (12, True),
+    ]
     assert set(lines[0]) == {"step", "steps", "epoch", "loss", "agreement", "lr", "rate"}
 
 
@@ -272,9 +292,10 @@ def test_a_run_that_dies_while_it_evaluates_ends_the_same(
 ) -> None:
     calls = iter(range(1, 100))
     module, name = {
-        "model": (session, "_evaluated"), "weights": (models, "save_weights"),
+        "model": (session, "_evaluated"),
+        "weights": (models, "save_weights"),
         "run.json": (runs, "_write"),
-    }[place]  # fmt: skip
+    }[place]
     real = getattr(module, name)
 
     def die(*arguments: Any, **options: Any) -> Any:
@@ -291,9 +312,7 @@ def test_a_run_that_dies_while_it_evaluates_ends_the_same(
     assert outcome(tmp_path / "r") == whole
 
 
-def test_a_signal_keeps_the_step_before_its_evaluation(
-    go: Go, whole: Any, tmp_path: Path
-) -> None:
+def test_a_signal_keeps_the_step_before_its_evaluation(go: Go, whole: Any, tmp_path: Path) -> None:
     spec = replace(SPEC, ema=0.9)
     for step in (5, 7):
         asked = iter([0] * (step - (5 if step > 5 else 0) - 1) + [signal.SIGTERM])
@@ -398,11 +417,36 @@ def line(mode: str, data: Dataset, tape: Path, out: Path, *options: object) -> l
     source = ["--cache", tape] if mode == "cached" else ["--teacher", TEACHER, "--views", 2]
     view = [] if mode == "cached" else ["--min-area", 0.4, "--view-seed", 5]
     return [
-        "train", "--mode", mode, "--data", data.path, "--student", STUDENT, "--out", out,
-        "--epochs", 24, "--batch-size", 64, "--ema", 0.9, "--val", data.path, "--eval-every", 25,
-        "--checkpoint-every", 10, "--log-every", 7, "--workers", 1, "--deterministic", *source,
-        *view, *options,
-    ]  # fmt: skip
+        "train",
+        "--mode",
+        mode,
+        "--data",
+        data.path,
+        "--student",
+        STUDENT,
+        "--out",
+        out,
+        "--epochs",
+        24,
+        "--batch-size",
+        64,
+        "--ema",
+        0.9,
+        "--val",
+        data.path,
+        "--eval-every",
+        25,
+        "--checkpoint-every",
+        10,
+        "--log-every",
+        7,
+        "--workers",
+        1,
+        "--deterministic",
+        *source,
+        *view,
+        *options,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -515,8 +559,10 @@ def test_a_real_command_in_a_shell(digits_test: Dataset, tape: Path, tmp_path: P
         options: dict[str, Any] = {"cwd": Path(__file__).parents[1], "text": True}
         with subprocess.Popen(
             [sys.executable, "-m", "kdcache", *words, "--epochs", "100"],
-            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, **options,
-        ) as run:  # fmt: skip
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            **options,
+        ) as run:
             log = tmp_path / "r" / "log.jsonl"
             before = log.read_bytes() if log.exists() else b""
             while number and run.poll() is None:

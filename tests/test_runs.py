@@ -84,9 +84,13 @@ def test_a_spec_says_all_that_decides_a_run(digits_test: Dataset, tmp_path: Path
     said = json.loads((tmp_path / "r" / "spec.json").read_text())
     assert said == this
     assert said == {
-        **SPEC.to_json(), "student": STUDENT, "first_weights": made.fingerprint(),
-        "data": digits_test.fingerprint, "tape": "t" * 16, "teacher": "u" * 16,
-    }  # fmt: skip
+        **SPEC.to_json(),
+        "student": STUDENT,
+        "first_weights": made.fingerprint(),
+        "data": digits_test.fingerprint,
+        "tape": "t" * 16,
+        "teacher": "u" * 16,
+    }
 
 
 def test_a_runs_weights_come_back_as_they_were(finished: tuple[Classifier, Path]) -> None:
@@ -176,9 +180,12 @@ def test_none_is_too_few(tmp_path: Path) -> None:
 
 def test_the_log_is_cut_to_what_came_before_the_checkpoint(tmp_path: Path) -> None:
     lines = [
-        {"step": 5, "loss": 1}, {"step": 5, "evaluation": {}}, {"step": 10, "loss": 2},
-        {"step": 10, "evaluation": {}}, {"step": 15, "loss": 3},
-    ]  # fmt: skip
+        {"step": 5, "loss": 1},
+        {"step": 5, "evaluation": {}},
+        {"step": 10, "loss": 2},
+        {"step": 10, "evaluation": {}},
+        {"step": 15, "loss": 3},
+    ]
     with Run(tmp_path / "r", IDENTITY) as run:
         for line in lines[:3]:
             run.log(line)
@@ -199,8 +206,12 @@ def test_what_a_kill_left_is_swept_away(digits_test: Dataset, tmp_path: Path) ->
         run.save(state(1))
         run.keep_best(run_record(SPEC, digits_test, made, None), made)
     before = names(tmp_path / "r")
-    for name in ("checkpoints/0000000002.safetensors.partial", "checkpoints/.tmpx", "best/.tmpx",
-                 "spec.json.partial"):  # fmt: skip
+    for name in (
+        "checkpoints/0000000002.safetensors.partial",
+        "checkpoints/.tmpx",
+        "best/.tmpx",
+        "spec.json.partial",
+    ):
         (tmp_path / "r" / name).write_text("x")
     with Run(tmp_path / "r", IDENTITY, resume=True) as run:
         assert run.resumed is not None
@@ -286,9 +297,7 @@ def test_another_run_is_refused_by_its_differences(
         Run(tmp_path / "s", other, resume=True)
 
 
-def test_each_thing_that_decides_a_run_is_part_of_it(
-    digits_test: Dataset, digits: Dataset
-) -> None:
+def test_each_thing_that_decides_a_run_is_part_of_it(digits_test: Dataset, digits: Dataset) -> None:
     made = student()
     this = identity(SPEC, digits_test, made, tape="t", teacher="u")
     other = student()

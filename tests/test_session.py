@@ -39,9 +39,13 @@ def test_a_run_ends_with_what_run_json_says(digits_test: Dataset, tmp_path: Path
     told: list[Step] = []
     started: list[tuple[int, int]] = []
     record = session.run(
-        this, tmp_path / "r", log_every=3, on_step=told.append,
-        on_start=lambda *args: started.append(args), workers=1,
-    )  # fmt: skip
+        this,
+        tmp_path / "r",
+        log_every=3,
+        on_step=told.append,
+        on_start=lambda *args: started.append(args),
+        workers=1,
+    )
     assert record == json.loads((tmp_path / "r" / "run.json").read_text())
     assert started == [(0, 8)]
     assert [s.step for s in told] == [3, 6, 8]
@@ -78,7 +82,7 @@ def test_seconds_are_of_all_its_lives(digits_test: Dataset, tmp_path: Path) -> N
     with pytest.raises(StopIteration):
         session.run(
             job(digits_test), out, schedule=Schedule(1), signal=lambda: next(calls), workers=1
-        )  # fmt: skip
+        )
     (newest,) = runs.checkpoints(out)[-1:]
     state = checkpoint.load(newest)
     assert (state["step"], state["best"]) == (3, -1.0)
@@ -103,7 +107,7 @@ def test_a_loss_that_is_nan_leaves_the_last_good_checkpoint(
     with pytest.raises(NonFinite, match="the loss is not finite at step 6"):
         session.run(
             job(digits_test, targets=targets), tmp_path / "r", schedule=Schedule(2), workers=1
-        )  # fmt: skip
+        )
     assert [int(p.stem) for p in runs.checkpoints(tmp_path / "r")] == [2, 4]
     for path in runs.checkpoints(tmp_path / "r"):
         assert all(w.isfinite().all() for w in checkpoint.load(path)["student"].values())
@@ -164,7 +168,7 @@ def test_nor_is_a_run_lost_that_has_no_room_for_its_weights(
     started: list[int] = []
     record = session.run(
         job(digits_test), out, resume=True, on_start=lambda step, steps: started.append(step)
-    )  # fmt: skip
+    )
     assert started == [8]
     assert record["weights"] == whole["weights"]
 
@@ -175,7 +179,7 @@ def test_a_run_can_be_moved(digits_test: Dataset, tmp_path: Path) -> None:
     with pytest.raises(StopIteration):
         session.run(
             job(digits_test), tmp_path / "a", schedule=Schedule(1), signal=lambda: next(calls)
-        )  # fmt: skip
+        )
     shutil.move(tmp_path / "a", tmp_path / "b")
     record = session.run(job(digits_test), tmp_path / "b", resume=True, workers=1)
     assert record["weights"] == whole["weights"]

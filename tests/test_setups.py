@@ -56,15 +56,13 @@ MIXED = replace(INCEPTION, mixup=1.0)
 DEFINITIONS = {
     "fixed-whole": Definition("fix/rs", WHOLE, WHOLE, lambda e: [0]),
     "fixed-center": Definition("fix/cc", MILD, CENTER, lambda e: [0]),
-    "fixed-average": Definition(
-        "fix/ic_ens", INCEPTION, INCEPTION, lambda e: list(range(AVERAGE))
-    ),
+    "fixed-average": Definition("fix/ic_ens", INCEPTION, INCEPTION, lambda e: list(range(AVERAGE))),
     "independent-mild": Definition("ind/rc", MILD, replace(MILD, seed=SEED + HIGH)),
     "independent-inception": Definition("ind/ic", INCEPTION, replace(INCEPTION, seed=SEED + HIGH)),
     "consistent-mild": Definition("same/rc", MILD, MILD),
     "consistent-inception": Definition("same/ic", INCEPTION, INCEPTION),
     "function-matching": Definition("function matching", MIXED, MIXED),
-}  # fmt: skip
+}
 GIVEN: dict[str, Any] = {"size_px": SIZE, "seed": SEED}
 
 
@@ -133,9 +131,7 @@ def recorded(setup: Setup, teacher: Classifier, dataset: Dataset, out: Path, **g
     spec = tape_spec(
         dataset, teacher, view, views=count, dtype="float32", order=order, average=average
     )
-    return precompute(
-        dataset, teacher, spec, out, batch_size=BATCH, workers=1, class_names=()
-    )
+    return precompute(dataset, teacher, spec, out, batch_size=BATCH, workers=1, class_names=())
 
 
 def played(
@@ -188,9 +184,7 @@ def test_a_tape_is_of_what_the_paper_says(
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=lambda s: s.name)
-def test_cached_equals_online_to_the_bit(
-    photos: Dataset, setup: Setup, tmp_path: Path
-) -> None:
+def test_cached_equals_online_to_the_bit(photos: Dataset, setup: Setup, tmp_path: Path) -> None:
     teacher, _ = spy_teacher()
     tape = recorded(setup, teacher, photos, tmp_path / "t")
     name, student = cached_view(None, tape.spec, tape.url, {}, 999)
@@ -228,8 +222,10 @@ def test_a_bigger_teacher_sees_the_same_boxes(
     if not setup.average:
         assert setup.teacher_view(student, size_px=big) == larger
         for batch in played(setup, photos, student, big):
-            assert (images_of(batch) == by_sample(cv2, stored, wanted.student, batch.view)[
-                batch.samples_B]).all()  # fmt: skip
+            assert (
+                images_of(batch)
+                == by_sample(cv2, stored, wanted.student, batch.view)[batch.samples_B]
+            ).all()
             number = wanted.teacher_views(batch.view)[0]
             seen = batch.for_teacher.permute(0, 2, 3, 1).numpy()
             expected = by_sample(cv2, stored, larger, number)[batch.samples_B]
@@ -283,7 +279,8 @@ def test_the_teachers_seed_is_a_bijection() -> None:
     ("name", "given", "words"),
     [
         (
-            "consistent-inception", {"mixup": 1.0},
+            "consistent-inception",
+            {"mixup": 1.0},
             "does not mix: with --mixup 1 it would be function-matching; "
             "give --setup function-matching, or leave --mixup 1 out",
         ),
@@ -296,7 +293,7 @@ def test_the_teachers_seed_is_a_bijection() -> None:
         ("fixed-whole", {"flip": True}, "shows one picture of each image: leave --flip out"),
         ("fixed-whole", {"min_area": 0.5}, "min-area must be 1 for all of the image, not 0.5"),
     ],
-)  # fmt: skip
+)
 def test_options_that_make_another_setup_are_refused(
     name: str, given: dict[str, Any], words: str
 ) -> None:
@@ -376,13 +373,15 @@ def test_tapes_of_no_setup() -> None:
             cached_view(setup_of("fixed-center"), spec, "t", {}, 999)
         given = {"crop": "random", "size_px": 20}
         assert cached_view(None, spec, "t", given, 999) == (
-            "custom", ViewSpec(20, "random", MILD_AREA, mixup=0)
-        )  # fmt: skip
+            "custom",
+            ViewSpec(20, "random", MILD_AREA, mixup=0),
+        )
     # Options that contradict the set-up of a tape make one's own of it.
     given = {"crop": "inception"}
     assert cached_view(None, tape_of("fixed-center"), "t", given, 8) == (
-        "custom", ViewSpec(8, mixup=0)
-    )  # fmt: skip
+        "custom",
+        ViewSpec(8, mixup=0),
+    )
     changed = {"crop": "random", "min_area": 0.5}
     assert cached_view(None, tape_of("function-matching"), "t", changed, 8)[0] == "custom"
 
@@ -433,15 +432,33 @@ def test_several_teachers(kdcache: Run, digits_test: Dataset, tmp_path: Path) ->
     other = "python:tests.test_setups:other_teacher"
     alone = made(kdcache, digits_test, tmp_path / "1", "--top-k", "all", "--dtype", "float32")
     both = made(
-        kdcache, digits_test, tmp_path / "2", "--teacher", other, "--top-k", "all",
-        "--dtype", "float32",
-    )  # fmt: skip
+        kdcache,
+        digits_test,
+        tmp_path / "2",
+        "--teacher",
+        other,
+        "--top-k",
+        "all",
+        "--dtype",
+        "float32",
+    )
     assert both.info["teacher"] == f"{TEACHER} + {other}"
     assert both.spec.teacher != alone.spec.teacher
     rows = np.arange(len(digits_test))
     p_1 = alone.target(0, rows).log_p_BK.exp()
-    tape = kdcache("precompute", "--data", digits_test.path, "--teacher", other, "--out",
-                   tmp_path / "3", "--top-k", "all", "--dtype", "float32")  # fmt: skip
+    tape = kdcache(
+        "precompute",
+        "--data",
+        digits_test.path,
+        "--teacher",
+        other,
+        "--out",
+        tmp_path / "3",
+        "--top-k",
+        "all",
+        "--dtype",
+        "float32",
+    )
     assert tape.code == 0
     p_2 = Tape.open(tmp_path / "3").target(0, rows).log_p_BK.exp()
     torch.testing.assert_close(
@@ -485,9 +502,22 @@ def test_a_run_from_a_tape_is_the_run_with_a_live_teacher(
     average = ["--average", 2] if name == "fixed-average" else []
     views = [] if average else ["--views", 2]
     tape = made(
-        kdcache, digits_test, tmp_path / "t", "--setup", name, *average, *views,
-        "--top-k", "all", "--dtype", "float32", "--batch-size", 54, "--view-seed", 5,
-    )  # fmt: skip
+        kdcache,
+        digits_test,
+        tmp_path / "t",
+        "--setup",
+        name,
+        *average,
+        *views,
+        "--top-k",
+        "all",
+        "--dtype",
+        "float32",
+        "--batch-size",
+        54,
+        "--view-seed",
+        5,
+    )
     weights = []
     for mode, options in (
         ("cached", ["--cache", tmp_path / "t"]),
@@ -496,10 +526,22 @@ def test_a_run_from_a_tape_is_the_run_with_a_live_teacher(
     ):
         out = tmp_path / f"run{len(weights)}"
         result = kdcache(
-            "train", "--mode", mode, *options, "--data", digits_test.path, "--student",
-            "python:tests.conftest:convolutional_student", "--epochs", 2, "--batch-size", 54,
-            "--deterministic", "--out", out,
-        )  # fmt: skip
+            "train",
+            "--mode",
+            mode,
+            *options,
+            "--data",
+            digits_test.path,
+            "--student",
+            "python:tests.conftest:convolutional_student",
+            "--epochs",
+            2,
+            "--batch-size",
+            54,
+            "--deterministic",
+            "--out",
+            out,
+        )
         assert result.code == 0, result.err
         record = json.loads((out / "run.json").read_text())
         assert record["setup"] == name
@@ -523,9 +565,18 @@ def test_refusals_are_one_line(kdcache: Run, digits_test: Dataset, tmp_path: Pat
     assert not (tmp_path / "t").exists()
     made(kdcache, digits_test, tmp_path / "t", "--setup", "ind/ic", "--views", 1)
     line = (
-        "train", "--mode", "cached", "--cache", tmp_path / "t", "--data", digits_test.path,
-        "--student", "kdcache:small", "--out", tmp_path / "r",
-    )  # fmt: skip
+        "train",
+        "--mode",
+        "cached",
+        "--cache",
+        tmp_path / "t",
+        "--data",
+        digits_test.path,
+        "--student",
+        "kdcache:small",
+        "--out",
+        tmp_path / "r",
+    )
     for options, words in (
         (["--setup", "same/ic"], "was made for independent-inception, not for consistent-incep"),
         (["--setup", "ind/ic", "--view-seed", HIGH], "has the student's own seed"),

@@ -17,13 +17,27 @@ VIEW = ViewSpec(32, "random", 0.5, False, 0.2, 7)
 TAPE = TapeSpec(3, 1000, 100, 10, "float16", "0123456789abcdef", "fedcba9876543210", VIEW)
 
 VIEW_CHANGES: dict[str, Any] = {
-    "size_px": 33, "crop": "center", "min_area": 0.25, "flip": True, "mixup": 0.3, "seed": 8,
-}  # fmt: skip
+    "size_px": 33,
+    "crop": "center",
+    "min_area": 0.25,
+    "flip": True,
+    "mixup": 0.3,
+    "seed": 8,
+}
 TAPE_CHANGES: dict[str, Any] = {
-    "views": 4, "samples": 999, "classes": 101, "top_k": 11, "dtype": "uint8",
-    "dataset": "other", "teacher": "another", "view": replace(VIEW, seed=8),
-    "order": "sample", "average": 5, "draws": 10, "temperature": 2.0,
-}  # fmt: skip
+    "views": 4,
+    "samples": 999,
+    "classes": 101,
+    "top_k": 11,
+    "dtype": "uint8",
+    "dataset": "other",
+    "teacher": "another",
+    "view": replace(VIEW, seed=8),
+    "order": "sample",
+    "average": 5,
+    "draws": 10,
+    "temperature": 2.0,
+}
 
 
 @pytest.mark.parametrize(

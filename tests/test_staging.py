@@ -68,9 +68,19 @@ def test_a_batch_is_made_before_the_one_ahead_of_it_is_given_out(events: list[st
     holds = ["main: waits for event", "main: holds 96", *["main: holds 2"] * 3]
     made = [["side (", f"made {view}", "side: event", ")"] for view in range(3)]
     assert events == [
-        *made[0], *made[1], *holds, "main: step 0", *made[2], *holds, "main: step 1",
-        "side (", "side: event", ")", *holds, "main: step 2",
-    ]  # fmt: skip
+        *made[0],
+        *made[1],
+        *holds,
+        "main: step 0",
+        *made[2],
+        *holds,
+        "main: step 1",
+        "side (",
+        "side: event",
+        ")",
+        *holds,
+        "main: step 2",
+    ]
 
 
 def test_what_the_teacher_sees_is_held_too(events: list[str]) -> None:

@@ -34,8 +34,12 @@ from tests.conftest import synthetic_tape
 VIEWS, SAMPLES, CLASSES = 2, 150, 30
 SPEC = TapeSpec(VIEWS, SAMPLES, CLASSES, 4, "float16", "data", "teacher", ViewSpec(8))
 KINDS: list[tuple[int, ValueType]] = [
-    (4, "float16"), (4, "float32"), (4, "uint8"), (CLASSES, "float16"), (CLASSES, "float32"),
-]  # fmt: skip
+    (4, "float16"),
+    (4, "float32"),
+    (4, "uint8"),
+    (CLASSES, "float16"),
+    (CLASSES, "float32"),
+]
 
 
 @pytest.fixture

@@ -149,9 +149,14 @@ def labelled(labels: list[int], partners: list[int], weights: list[int]) -> Batc
     p = np.arange(n)
     images = torch.zeros(n, 3, 1, 1, dtype=torch.uint8)
     return Batch(
-        0, p, p, images, torch.tensor(labels), torch.tensor(partners),
+        0,
+        p,
+        p,
+        images,
+        torch.tensor(labels),
+        torch.tensor(partners),
         torch.tensor(weights, dtype=torch.int16),
-    )  # fmt: skip
+    )
 
 
 def mass(target: Target) -> torch.Tensor:
@@ -199,8 +204,10 @@ def test_at_temperature_one_mixed_labels_give_mixups_cross_entropy() -> None:
     batch = labelled([0, 1], [1, 0], [64, 64])
     student = torch.tensor([[2.0, -1.0, 0.3], [0.1, 0.7, -2.0]])
     log_q = torch.log_softmax(student, 1)
-    cross = -(0.75 * log_q.gather(1, batch.labels_B[:, None]) +
-              0.25 * log_q.gather(1, batch.partners_B[:, None])).mean()  # fmt: skip
+    cross = -(
+        0.75 * log_q.gather(1, batch.labels_B[:, None])
+        + 0.25 * log_q.gather(1, batch.partners_B[:, None])
+    ).mean()
     entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
     found = distillation_loss(student, LabelTargets(3)(batch))
     torch.testing.assert_close(found, cross - entropy)
@@ -245,9 +252,7 @@ def test_a_teachers_nan_is_never_a_silent_target(digits_test: Dataset, value: fl
 
 
 def test_an_averaged_teachers_nan_too(digits_test: Dataset) -> None:
-    teacher = models.Classifier(
-        Spoilt(float("inf")), "spoilt", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    )
+    teacher = models.Classifier(Spoilt(float("inf")), "spoilt", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     view = ViewSpec(8, mixup=0)
     with Loader(digits_test, view, 6) as loader:
         batch = next(iter(loader.batches(0)))

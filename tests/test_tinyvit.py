@@ -410,7 +410,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no rank": (lambda f: [(f / V).unlink(), (f / K).unlink()], "lacks 10 of 20 samples, the fir"),
     "no files": (lambda f: [p.unlink() for p in f.iterdir()], "has no rank0-keys.txt"),
     "a sample twice": (
-        lambda f: line(f / K, 3, (f / K).read_text().split()[5]), "has two records of sample",
+        lambda f: line(f / K, 3, (f / K).read_text().split()[5]),
+        "has two records of sample",
     ),
     "beyond": (lambda f: line(f / K, 3, "20"), "line 4: '20' names no sample of"),
     "negative": (lambda f: line(f / K, 3, "-1"), "line 4: '-1' names no sample of"),
@@ -424,7 +425,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "class beyond": (lambda f: record_with(f, 3, classes=[1, 10]), "that is not one of 0 to 9"),
     "class below": (lambda f: record_with(f, 3, classes=[-1, 2]), "that is not one of 0 to 9"),
     "class twice": (lambda f: record_with(f, 3, classes=[4, 4]), "record 3 holds a class twice"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -503,9 +504,19 @@ def test_the_commands_from_tape_to_student(
     data = ("--data", digits_test.path)
     t, out, u = tmp_path / "t.zarr", tmp_path / "out", tmp_path / "u.zarr"
     done(
-        "precompute", *data, "--teacher", TEACHER, "--out", t, "--views", 2, "--mixup", 0,
-        "--top-k", 2,
-    )  # fmt: skip
+        "precompute",
+        *data,
+        "--teacher",
+        TEACHER,
+        "--out",
+        t,
+        "--views",
+        2,
+        "--mixup",
+        0,
+        "--top-k",
+        2,
+    )
     found = done("export", t, out)
     assert (found["epochs"], found["samples"], found["top_k"]) == (2, 297, 2)
     found = done("import", out, u, *data)
@@ -515,15 +526,39 @@ def test_the_commands_from_tape_to_student(
     done("import", out, tmp_path / "mean.zarr", *data, "--average", "--dtype", "uint8")
     for cache in (u, tmp_path / "mean.zarr"):
         run = done(
-            "train", "--mode", "cached", *data, "--cache", cache, "--mixup", 0, "--student",
-            STUDENT, "--out", tmp_path / f"run-{cache.stem}", "--epochs", 3, "--batch-size", 99,
-        )  # fmt: skip
+            "train",
+            "--mode",
+            "cached",
+            *data,
+            "--cache",
+            cache,
+            "--mixup",
+            0,
+            "--student",
+            STUDENT,
+            "--out",
+            tmp_path / f"run-{cache.stem}",
+            "--epochs",
+            3,
+            "--batch-size",
+            99,
+        )
         assert run["mode"] == "cached"
         assert kdcache("inspect", cache).code == 0
     refused = kdcache(
-        "train", "--mode", "cached", *data, "--cache", u, "--mixup", 1, "--student", STUDENT,
-        "--out", tmp_path / "x",
-    )  # fmt: skip
+        "train",
+        "--mode",
+        "cached",
+        *data,
+        "--cache",
+        u,
+        "--mixup",
+        1,
+        "--student",
+        STUDENT,
+        "--out",
+        tmp_path / "x",
+    )
     assert refused.code == 2
     assert "train with --mixup 0" in refused.err
 

@@ -38,9 +38,7 @@ def fresh(spec: TrainSpec = SPEC) -> Classifier:
 def trained(dataset: Dataset, spec: TrainSpec = SPEC) -> tuple[Classifier, list[Step]]:
     student = fresh(spec)
     steps: list[Step] = []
-    train(
-        spec, dataset, student, LabelTargets(10), workers=1, log_every=4, on_step=steps.append
-    )  # fmt: skip
+    train(spec, dataset, student, LabelTargets(10), workers=1, log_every=4, on_step=steps.append)
     return student, steps
 
 
@@ -145,8 +143,9 @@ def test_epochs_cycle_through_the_views(
     train(spec, digits_test, fresh(), spy)
     assert [b.view for b in spy.batches] == [v for v in played for _ in range(2)]
     assert [b.positions_B.tolist() for b in spy.batches] == 5 * [
-        list(range(100)), list(range(100, 200))
-    ]  # fmt: skip
+        list(range(100)),
+        list(range(100, 200)),
+    ]
 
 
 def test_one_batch_may_hold_all_samples(digits_test: Dataset) -> None:
@@ -247,9 +246,12 @@ def test_what_dropout_draws_depends_on_the_step_alone(digits_test: Dataset) -> N
     for extra in (0, 3):
         student = fresh()
         train(
-            SPEC, digits_test, student, LabelTargets(10),
+            SPEC,
+            digits_test,
+            student,
+            LabelTargets(10),
             after_step=lambda state, extra=extra: torch.rand(extra),
-        )  # fmt: skip
+        )
         weights.add(student.fingerprint())
     assert len(weights) == 1
 
@@ -259,9 +261,12 @@ def test_dropout_draws_anew_at_every_step_and_for_every_seed(digits_test: Datase
     for seed in (0, 1):
         drawn[seed] = []
         train(
-            replace(SPEC, seed=seed), digits_test, fresh(), LabelTargets(10),
+            replace(SPEC, seed=seed),
+            digits_test,
+            fresh(),
+            LabelTargets(10),
             after_step=lambda state, seed=seed: drawn[seed].append(float(torch.rand(1))),
-        )  # fmt: skip
+        )
     assert len({*drawn[0], *drawn[1]}) == 16
 
 
@@ -326,18 +331,30 @@ def test_the_labels_share_of_the_loss(
     """One step of plain descent goes the weighted mean of the ways that either goes."""
     teacher = OnlineTargets(models.load(TEACHER, "teacher", num_classes=10, size_px=8))
     spec = TrainSpec(
-        "online", SPEC.view, epochs=1, batch_size=296, optimizer="sgd", momentum=0.0,
-        weight_decay=0.0, warmup=0.0, lr=1e-3, deterministic=True,
-    )  # fmt: skip
+        "online",
+        SPEC.view,
+        epochs=1,
+        batch_size=296,
+        optimizer="sgd",
+        momentum=0.0,
+        weight_decay=0.0,
+        warmup=0.0,
+        lr=1e-3,
+        deterministic=True,
+    )
     monkeypatch.setattr("kdcache.train.GRADIENT_NORM", 1e9)
     start = dict(fresh(spec).named_parameters())
     moved = {}
     for weight in (0.0, 0.25, 1.0):
         student = fresh(spec)
         train(
-            replace(spec, label_weight=weight), digits_test, student, teacher,
-            labels=LabelTargets(10), workers=1,
-        )  # fmt: skip
+            replace(spec, label_weight=weight),
+            digits_test,
+            student,
+            teacher,
+            labels=LabelTargets(10),
+            workers=1,
+        )
         moved[weight] = (student.network[5].bias - start["network.5.bias"]).detach()
     mean = 0.75 * moved[0.0] + 0.25 * moved[1.0]
     torch.testing.assert_close(moved[0.25], mean, rtol=1e-3, atol=1e-7)

@@ -106,8 +106,11 @@ def test_every_fault_is_found_and_the_rest_is_read(tape: Tape) -> None:
     file_of(tape, 2, 1, "seals").write_bytes(b"")
     faults, picked = read(tape, {v: np.arange(41) for v in range(3)})
     assert kinds(faults) == [
-        (0, 1, "missing"), (1, 0, "damaged"), (2, 1, "missing"), (2, 3, "damaged"),
-    ]  # fmt: skip
+        (0, 1, "missing"),
+        (1, 0, "damaged"),
+        (2, 1, "missing"),
+        (2, 3, "damaged"),
+    ]
     rows = tape.layout.shard_rows
     assert [len(some.rows_B) for some in picked] == [41 - rows, 41 - rows, 41 - 2 * rows]
 
@@ -154,9 +157,15 @@ def test_verify_of_a_whole_tape(kdcache: Run, tape: Tape) -> None:
     assert f"{whole} of {whole} are there and right" in result.out
     found = json.loads(kdcache("verify", tape.url, "--json").out)
     assert found == {
-        "path": tape.url, "ok": True, "shards": whole, "missing": [], "faults": [],
-        "discarded": 0, "records": 0, "measures": [],
-    }  # fmt: skip
+        "path": tape.url,
+        "ok": True,
+        "shards": whole,
+        "missing": [],
+        "faults": [],
+        "discarded": 0,
+        "records": 0,
+        "measures": [],
+    }
 
 
 def test_verify_lists_what_is_wrong_and_how_to_go_on(kdcache: Run, tape: Tape) -> None:
@@ -186,8 +195,19 @@ def test_an_incomplete_tape_says_how_to_go_on(kdcache: Run, tape: Tape) -> None:
 
 @pytest.mark.usefixtures("small_shards")
 def test_what_is_discarded_is_made_anew(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
-    line = ("precompute", "--data", digits_test.path, "--teacher", TEACHER, "--top-k", 2,
-            "--out", tmp_path / "t", "--workers", 1)  # fmt: skip
+    line = (
+        "precompute",
+        "--data",
+        digits_test.path,
+        "--teacher",
+        TEACHER,
+        "--top-k",
+        2,
+        "--out",
+        tmp_path / "t",
+        "--workers",
+        1,
+    )
     assert kdcache(*line).code == 0
     tape = Tape.open(tmp_path / "t")
     before = {f: f.read_bytes() for f in (tmp_path / "t").rglob("*") if f.is_file()}

@@ -66,9 +66,13 @@ class OnTheHost:
 def student() -> models.Classifier:
     torch.manual_seed(0)
     network = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1),
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.1),
         nn.Linear(4 * 36, 10),
-    )  # fmt: skip
+    )
     return models.Classifier(network, "small", (0.5,) * 3, (0.25,) * 3)
 
 
@@ -106,9 +110,15 @@ def waits(
             all_waits.found = []
 
         train(
-            spec, dataset, learner, source, labels=LabelTargets(10), workers=1,
-            log_every=log_every, after_step=after,
-        )  # fmt: skip
+            spec,
+            dataset,
+            learner,
+            source,
+            labels=LabelTargets(10),
+            workers=1,
+            log_every=log_every,
+            after_step=after,
+        )
     assert len(found) == STEPS
     return found
 
