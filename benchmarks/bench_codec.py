@@ -29,12 +29,11 @@ from zarr.storage import MemoryStore
 from benchmarks import codec_report, harness
 from benchmarks.distortion import Curve, bytes_at, divergences, kl_at, least
 from benchmarks.layouts import LAYOUTS
-from kdcache import codec
-from kdcache.codec import Records
-from kdcache.compression import pipeline
-from kdcache.loss import log_probabilities
-from kdcache.records import Target
-from kdcache.spec import ValueType
+from kdcache.batch import Target
+from kdcache.cache.codecs import top_k
+from kdcache.cache.compression import pipeline
+from kdcache.cache.records import Records, ValueType
+from kdcache.losses.distillation import log_probabilities
 
 TEMPERATURES = (1.0, 2.0, 5.0, 10.0)
 K = (5, 10, 16, 32, 64)
@@ -119,10 +118,10 @@ def _line(teacher: Teacher, layout: str, k: int | str, size: float, zstd: float)
 
 def ours(teacher: Teacher, layout: str, k: int) -> Line:
     dtype, dense = DTYPES[layout], k == teacher.classes
-    records = codec.encode(teacher.logits_BC, k, dtype)
+    records = top_k.encode(teacher.logits_BC, k, dtype)
     size = record_bytes(records, teacher.classes, dense)
     line = _line(teacher, layout, "all" if dense else k, size, size)
-    found = codec.decode(records[:KL_ROWS], teacher.classes)
+    found = top_k.decode(records[:KL_ROWS], teacher.classes)
     tail = None if found.tail_B3 is None else found.tail_B3.double()
     target = Target(found.logits_BK.double(), found.classes_BK, tail, teacher.classes)
     for T in TEMPERATURES:
@@ -225,14 +224,14 @@ def speeds(teacher: Teacher, rounds: int, k: int = 10) -> list[Line]:
         contestants[name] = run
 
     def encode(dtype: ValueType) -> Records:
-        return Records.concatenate([codec.encode(batch, k, dtype) for batch in batches])
+        return Records.concatenate([top_k.encode(batch, k, dtype) for batch in batches])
 
     for layout, dtype in DTYPES.items():
         records = encode(dtype)
         add(f"{layout}: codec.encode", encode, dtype)
         add(f"{layout}: write to Zarr", write, records, classes)
         add(f"{layout}: read from Zarr", read, write(records, classes))
-        add(f"{layout}: codec.decode", codec.decode, records, classes)
+        add(f"{layout}: codec.decode", top_k.decode, records, classes)
     found = harness.interleave(contestants, rounds)
     lines = []
     for name, samples in found.items():

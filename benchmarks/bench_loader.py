@@ -29,11 +29,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from benchmarks import harness
-from kdcache import dataset as datasets
-from kdcache.loader import BATCHES_AHEAD, Loader
-from kdcache.pixels import row_bytes
-from kdcache.sources import Source, open_source
-from kdcache.spec import ViewSpec
+from kdcache.data import beton as datasets
+from kdcache.data.convert import convert
+from kdcache.data.loader import BATCHES_AHEAD, Loader
+from kdcache.data.render import row_bytes
+from kdcache.data.sources import Source, open_source
+from kdcache.views.spec import ViewSpec
 
 WORKERS = 2
 AREA = (0.08, 1.0)
@@ -192,7 +193,7 @@ def main() -> None:
         folder = Path(name)
         photos = make_photos(folder, args.photos)
         path = folder / "photos.beton"
-        datasets.convert(Source(("photo",), photos, [0] * len(photos)), path)
+        convert(Source(("photo",), photos, [0] * len(photos)), path)
         run_case(
             "photos to 224 px",
             {
@@ -210,7 +211,7 @@ def main() -> None:
         )
         source = open_source("fashion-mnist", "train")
         path = folder / "fashion.beton"
-        datasets.convert(source, path)
+        convert(source, path)
         images = np.stack(source.images)  # type: ignore[arg-type]
         run_case(
             "Fashion-MNIST to 28 px",

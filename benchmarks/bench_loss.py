@@ -28,10 +28,10 @@ from torch.nn import functional as F
 
 from benchmarks import harness
 from benchmarks.loss_report import write
-from kdcache.codec import decode, dense_target, encode
+from kdcache.batch import Target
+from kdcache.cache.codecs.top_k import decode, dense_target, encode
 from kdcache.kernels import reference
-from kdcache.loss import distillation_loss
-from kdcache.records import Target
+from kdcache.losses.distillation import distillation_loss
 
 T, K = 4.0, 16
 CPU_SHAPES = ((512, 1000), (256, 21841))

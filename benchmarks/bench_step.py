@@ -30,14 +30,14 @@ import torch
 
 from benchmarks import breakdown, harness, rivals
 from benchmarks.step_cases import Case, fashion, photos
-from kdcache import targets
-from kdcache.loader import Loader
-from kdcache.models import Classifier
-from kdcache.precompute import precompute, tape_spec
-from kdcache.records import TargetSource
-from kdcache.spec import Mode, TrainSpec
-from kdcache.tape import Tape
-from kdcache.train import train
+from kdcache.batch import TargetSource
+from kdcache.cache.cache import LogitCache
+from kdcache.data.loader import Loader
+from kdcache.models.classifier import Classifier
+from kdcache.teacher import targets
+from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.training.loop import train
+from kdcache.training.spec import Mode, TrainSpec
 
 WAIT_BAR = 3.0  # % of the step, on a GPU
 BARS = (
@@ -73,7 +73,7 @@ def training(case: Case, mode: Mode, source: TargetSource) -> Callable[[], int]:
     return run
 
 
-def sources(case: Case, teacher: Classifier, tape: Tape) -> dict[Mode, TargetSource]:
+def sources(case: Case, teacher: Classifier, tape: LogitCache) -> dict[Mode, TargetSource]:
     return {
         "labels": targets.LabelTargets(len(case.data.classes)),
         "cached": targets.CachedTargets(tape, case.data.fingerprint, case.view),
@@ -81,8 +81,10 @@ def sources(case: Case, teacher: Classifier, tape: Tape) -> dict[Mode, TargetSou
     }
 
 
-def record(case: Case, teacher: Classifier, path: Path) -> Tape:
-    spec = tape_spec(case.data, teacher, case.view, views=case.epochs, top_k=None, dtype="float16")
+def record(case: Case, teacher: Classifier, path: Path) -> LogitCache:
+    spec = make_cache_spec(
+        case.data, teacher, case.view, views=case.epochs, top_k=None, dtype="float16"
+    )
     return precompute(case.data, teacher, spec, path, batch_size=case.batch_size)
 
 

@@ -37,15 +37,18 @@ import zarr
 
 from benchmarks import harness
 from benchmarks.layouts import TinyViT
-from kdcache import codec, models, precompute, targets
-from kdcache import dataset as datasets
-from kdcache.codec import Records
-from kdcache.dataset import Dataset
-from kdcache.records import Batch, Target, TemperedTarget
-from kdcache.sources import Source, open_source
-from kdcache.spec import TapeSpec, ValueType, ViewSpec
-from kdcache.tape import Tape
-from kdcache.train import TrainSpec, train
+from kdcache.batch import Batch, Target, TemperedTarget
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import top_k
+from kdcache.cache.records import Records, ValueType
+from kdcache.cache.spec import CacheSpec
+from kdcache.data.beton import Dataset
+from kdcache.data.convert import convert
+from kdcache.data.sources import Source, open_source
+from kdcache.models import load
+from kdcache.teacher import precompute, targets
+from kdcache.training.loop import TrainSpec, train
+from kdcache.views.spec import ViewSpec
 
 CLASSES, K, BATCH = 1000, 10, 256
 VIEW = ViewSpec(28, min_area=0.3, mixup=1.0)
@@ -62,17 +65,17 @@ def logits(rows: int, classes: int) -> torch.Tensor:
     return factors @ torch.randn(32, classes, generator=g) * 0.5
 
 
-def make_tape(path: Path, rows: int, dtype: ValueType) -> Tape:
-    spec = TapeSpec(1, rows, CLASSES, K, dtype, "0" * 16, "0" * 16, VIEW)
-    tape = Tape.create(path, spec, {"teacher": "synthetic"})
-    some = codec.encode(logits(DISTINCT, CLASSES), K, dtype)
+def make_tape(path: Path, rows: int, dtype: ValueType) -> LogitCache:
+    spec = CacheSpec(1, rows, CLASSES, K, dtype, "0" * 16, "0" * 16, VIEW)
+    tape = LogitCache.create(path, spec, {"teacher": "synthetic"})
+    some = top_k.encode(logits(DISTINCT, CLASSES), K, dtype)
     for view, shard in tape.missing():
         count = tape.rows(shard)
         tape.write(view, shard, Records.concatenate([some] * (count // DISTINCT + 1))[:count])
     return tape
 
 
-def stream(tape: Tape) -> int:
+def stream(tape: LogitCache) -> int:
     """Every record as part of a target, a shard read ahead: one core reads, the other decodes."""
     torch.set_num_threads(1)
     rows = 0
@@ -90,7 +93,7 @@ def stream(tape: Tape) -> int:
     return rows
 
 
-def plain_zarr(tape: Tape) -> int:
+def plain_zarr(tape: LogitCache) -> int:
     group = zarr.open_group(tape.url, mode="r")
     names = ("logits", "classes", "tail")
     rows = tape.layout.shard_rows
@@ -165,7 +168,7 @@ def bench_stream(folder: Path, rounds: int) -> list[dict[str, Any]]:
 READ = """
 import sys
 from benchmarks.bench_tape import peak_bytes, stream
-from kdcache.tape import Tape
+from kdcache.cache.cache import Tape
 tape = Tape.open(sys.argv[1])
 if sys.argv[2] == "all":
     stream(tape)
@@ -210,7 +213,7 @@ def dataset_of(samples: int, classes: int, folder: Path) -> Dataset:
     whole = open_source("fashion-mnist", "train")
     names = tuple(f"class {i:04}" for i in range(classes))
     part = Source(names, whole.images[:samples], whole.labels[:samples])
-    return datasets.convert(part, folder / f"{samples}-{classes}.beton")[0]
+    return convert(part, folder / f"{samples}-{classes}.beton")[0]
 
 
 class Clocked:
@@ -231,14 +234,14 @@ def bench_wait(folder: Path, rounds: int) -> list[dict[str, Any]]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     samples = 30_000
     data = dataset_of(samples, CLASSES, folder)
-    spec = TapeSpec(2, samples, CLASSES, K, "uint8", data.fingerprint, "0" * 16, VIEW)
-    tape = Tape.create(folder / "wait", spec, {"teacher": "synthetic"})
-    some = codec.encode(logits(samples, CLASSES), K, "uint8")
+    spec = CacheSpec(2, samples, CLASSES, K, "uint8", data.fingerprint, "0" * 16, VIEW)
+    tape = LogitCache.create(folder / "wait", spec, {"teacher": "synthetic"})
+    some = top_k.encode(logits(samples, CLASSES), K, "uint8")
     for view, shard in tape.missing():
         tape.write(view, shard, some[slice(*tape.shard_range(shard))])
     shares = []
     for _ in range(rounds):
-        student = models.load("kdcache:small", "student", num_classes=CLASSES, size_px=28)
+        student = load.load_model("kdcache:small", "student", num_classes=CLASSES, size_px=28)
         clocked = Clocked(targets.CachedTargets(tape, data.fingerprint, VIEW))
         start = time.perf_counter()
         train(TrainSpec("cached", VIEW, 2, BATCH, views=2), data, student, clocked)
@@ -264,9 +267,9 @@ def bench_wait(folder: Path, rounds: int) -> list[dict[str, Any]]:
 def bench_write(folder: Path, rounds: int) -> list[dict[str, Any]]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     data = dataset_of(10_000, CLASSES, folder)
-    teacher = models.load("kdcache:medium", "student", num_classes=CLASSES, size_px=28)
+    teacher = load.load_model("kdcache:medium", "student", num_classes=CLASSES, size_px=28)
     teacher.eval().requires_grad_(False)
-    spec = precompute.tape_spec(data, teacher, VIEW, views=1, top_k=K, dtype="uint8")
+    spec = precompute.make_cache_spec(data, teacher, VIEW, views=1, top_k=K, dtype="uint8")
     numbers = itertools.count()
 
     def record() -> int:
@@ -277,19 +280,19 @@ def bench_write(folder: Path, rounds: int) -> list[dict[str, Any]]:
         """All that precompute does but to store: the shards are said to be there."""
         written: set[tuple[int, int]] = set()
 
-        def note(tape: Tape, view: int, shard: int, records: Records) -> None:
+        def note(tape: LogitCache, view: int, shard: int, records: Records) -> None:
             written.add((view, shard))
 
-        def missing(tape: Tape) -> list[tuple[int, int]]:
+        def missing(tape: LogitCache) -> list[tuple[int, int]]:
             return [place for place in tape.places() if place not in written]
 
         def nothing(z: torch.Tensor, k: int, dtype: ValueType) -> Records:
             return Records(logits=np.empty((len(z), 1)))
 
-        encode = codec.encode if encoded else nothing
+        encode = top_k.encode if encoded else nothing
         with (
-            mock.patch.multiple(Tape, write=note, missing=missing),
-            mock.patch.object(codec, "encode", encode),
+            mock.patch.multiple(LogitCache, write=note, missing=missing),
+            mock.patch.object(top_k, "encode", encode),
         ):
             return record()
 

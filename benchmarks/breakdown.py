@@ -23,8 +23,8 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from kdcache import loader
-from kdcache.targets import CachedTargets
+from kdcache.data import loader
+from kdcache.teacher.targets import CachedTargets
 
 RANGES = ("load", "target", "forward", "loss", "backward", "optimizer")
 LAUNCHES = ("cuda_runtime", "cuda_driver")

@@ -37,16 +37,17 @@ import PIL.ImageFont
 import torch
 from numpy.typing import NDArray
 
-from kdcache import dataset as datasets
-from kdcache import models
-from kdcache.evaluate import evaluate
-from kdcache.loader import Loader
-from kdcache.models import Classifier
-from kdcache.precompute import ask
-from kdcache.sources import Source
-from kdcache.spec import ViewSpec
-from kdcache.targets import LabelTargets
-from kdcache.train import Step, TrainSpec, train
+from kdcache.data import beton as datasets
+from kdcache.data.convert import convert
+from kdcache.data.loader import Loader
+from kdcache.data.sources import Source
+from kdcache.evaluation.evaluate import evaluate
+from kdcache.models import load
+from kdcache.models.classifier import Classifier
+from kdcache.teacher.precompute import teacher_logits
+from kdcache.teacher.targets import LabelTargets
+from kdcache.training.loop import Step, TrainSpec, train
+from kdcache.views.spec import ViewSpec
 
 FONTS = Path("/usr/share/fonts")
 SIZE_PX = 32
@@ -129,7 +130,7 @@ def teach(glyphs: GlyphSet, data: datasets.Dataset) -> Classifier:
     own = ViewSpec(SIZE_PX, min_area=0.5, flip=False, mixup=0.0, seed=1)
     spec = TrainSpec("labels", own, glyphs.epochs, 128)
     torch.manual_seed(0)
-    teacher = models.load(
+    teacher = load.load_model(
         "kdcache:medium", "student", num_classes=classes, size_px=SIZE_PX, device="cpu"
     )
 
@@ -147,7 +148,7 @@ def answers(data: datasets.Dataset, teacher: Classifier) -> torch.Tensor:
     with Loader(data, VIEW, 256, workers=1) as loader:
         for view in range(math.ceil(ROWS / len(data))):
             for batch in loader.batches(view):
-                parts.append(ask(teacher, batch).clone())
+                parts.append(teacher_logits(teacher, batch).clone())
                 rows += len(batch)
                 if rows >= ROWS:
                     break
@@ -158,9 +159,9 @@ def make(glyphs: GlyphSet, folder: Path) -> None:
     start = time.perf_counter()
     paths = typefaces(glyphs.characters)
     known = [p for i, p in enumerate(paths) if i % TEST_EVERY]
-    data, _ = datasets.convert(source(glyphs, known, 0), folder / f"{glyphs.name}.beton")
+    data, _ = convert(source(glyphs, known, 0), folder / f"{glyphs.name}.beton")
     unknown = source(glyphs, paths[::TEST_EVERY], 1)
-    test, _ = datasets.convert(unknown, folder / f"{glyphs.name}-test.beton")
+    test, _ = convert(unknown, folder / f"{glyphs.name}-test.beton")
     print(f"{glyphs.name}: {len(paths)} typefaces, {len(data)} images", flush=True)
     teacher = teach(glyphs, data)
     accuracy = evaluate(teacher, test, size_px=SIZE_PX, workers=1).top1

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks import harness
 from benchmarks.step_cases import Case, Item
-from kdcache.models import OWN_MEAN, OWN_STD
+from kdcache.models.load import OWN_MEAN, OWN_STD
 
 LR, WEIGHT_DECAY, CLIP, TEMPERATURE = 3e-3, 1e-2, 1.0, 1.0
 LOG_EVERY_STEPS = 50

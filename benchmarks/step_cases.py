@@ -22,12 +22,12 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from benchmarks.bench_loader import make_photos
-from kdcache import dataset as datasets
-from kdcache import models, networks
-from kdcache.dataset import Dataset
-from kdcache.models import Classifier
-from kdcache.sources import Source, open_source
-from kdcache.spec import ViewSpec
+from kdcache.data.beton import Dataset
+from kdcache.data.convert import convert
+from kdcache.data.sources import Source, open_source
+from kdcache.models import load, resnet
+from kdcache.models.classifier import Classifier
+from kdcache.views.spec import ViewSpec
 
 CLASSES = 10
 TEACHERS = 4
@@ -66,7 +66,7 @@ class Case:
     def student(self) -> Classifier:
         """A fresh one, with the same first weights every time."""
         torch.manual_seed(0)
-        return models.load(
+        return load.load_model(
             "kdcache:small",
             "student",
             num_classes=CLASSES,
@@ -77,8 +77,8 @@ class Case:
     def teacher(self) -> Classifier:
         """With fresh weights: its speed is the same."""
         torch.manual_seed(1)
-        network = Committee([networks.build("small", CLASSES) for _ in range(TEACHERS)])
-        teacher = Classifier(network, "four of kdcache:small", models.OWN_MEAN, models.OWN_STD)
+        network = Committee([resnet.build("small", CLASSES) for _ in range(TEACHERS)])
+        teacher = Classifier(network, "four of kdcache:small", load.OWN_MEAN, load.OWN_STD)
         teacher.to(self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         return teacher.requires_grad_(False)
 
@@ -133,7 +133,7 @@ def fashion(samples: int, device: torch.device) -> Iterator[Case]:
     source = Source(whole.classes, whole.images[:samples], whole.labels[:samples])
     view = ViewSpec(28, min_area=0.3, mixup=1.0)
     with tempfile.TemporaryDirectory() as name:
-        data, _ = datasets.convert(source, Path(name) / "data.beton")
+        data, _ = convert(source, Path(name) / "data.beton")
         yield Case(
             "Fashion-MNIST to 28 px", view, min(256, samples), 1, device, data, Arrays(source, view)
         )
@@ -147,7 +147,7 @@ def photos(samples: int, size_px: int, epochs: int, device: torch.device) -> Ite
         paths = make_photos(Path(name), samples)
         classes = tuple(f"class {i}" for i in range(CLASSES))
         source = Source(classes, paths, [i % CLASSES for i in range(samples)])
-        data, _ = datasets.convert(source, Path(name) / "data.beton")
+        data, _ = convert(source, Path(name) / "data.beton")
         yield Case(
             f"photos to {size_px} px",
             view,

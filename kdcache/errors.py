@@ -31,15 +31,15 @@ class DatasetCorrupt(KDCacheError):
     """A dataset file is truncated, damaged or foreign."""
 
 
-class TapeMismatch(KDCacheError):
+class CacheMismatch(KDCacheError):
     """A tape was made from other data, another teacher or another view spec than asked for."""
 
 
-class TapeIncomplete(KDCacheError):
+class CacheIncomplete(KDCacheError):
     """A tape lacks views or shards that were asked for."""
 
 
-class TapeCorrupt(KDCacheError):
+class CacheCorrupt(KDCacheError):
     """A byte of a tape is not what was written."""
 
 
@@ -51,7 +51,7 @@ class NonFinite(KDCacheError):
     """A model gave NaN or infinity where a number is needed."""
 
 
-class ProcessLost(KDCacheError):
+class PeerFailed(KDCacheError):
     """Another process of the run has ended before this one."""
 
 

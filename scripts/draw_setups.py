@@ -11,9 +11,9 @@ from pathlib import Path
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from kdcache.dataset import convert
-from kdcache.picture import draw_setups
-from kdcache.sources import Source
+from kdcache.cli.plots import draw_setups
+from kdcache.data.convert import convert
+from kdcache.data.sources import Source
 
 OUT = Path(__file__).parents[1] / "docs" / "setups.png"
 SEED = 24  # whose three mixtures all show both photos

@@ -13,11 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache import cli, codec
-from kdcache.dataset import Dataset, convert, open_dataset
-from kdcache.sources import Source, open_source
-from kdcache.spec import TapeSpec, ValueType, ViewSpec
-from kdcache.tape import Tape
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import top_k as codec
+from kdcache.cache.records import ValueType
+from kdcache.cache.spec import CacheSpec
+from kdcache.cli import app
+from kdcache.data.beton import Dataset, open_dataset
+from kdcache.data.convert import convert
+from kdcache.data.sources import Source, open_source
+from kdcache.views.spec import ViewSpec
 
 TEACHER = "python:tests.conftest:linear_teacher"
 
@@ -102,11 +106,11 @@ def synthetic_tape(
     view: ViewSpec = ViewSpec(8),  # noqa: B008
     dataset: str = "0123456789abcdef",
     teacher: str = "fedcba9876543210",
-) -> Tape:
+) -> LogitCache:
     """A whole tape of given logits [views, samples, classes], without data or teacher."""
     views, samples, classes = logits_VNC.shape
-    spec = TapeSpec(views, samples, classes, top_k, dtype, dataset, teacher, view)
-    tape = Tape.create(out, spec, {"teacher": "synthetic"})
+    spec = CacheSpec(views, samples, classes, top_k, dtype, dataset, teacher, view)
+    tape = LogitCache.create(out, spec, {"teacher": "synthetic"})
     for v, shard in tape.missing():
         rows = logits_VNC[v, slice(*tape.shard_range(shard))]
         tape.write(v, shard, codec.encode(rows, top_k, dtype))
@@ -131,7 +135,7 @@ def kdcache(
         capfd.readouterr()
         code = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as end:
             code = int(end.code or 0)
         out, err = capfd.readouterr()

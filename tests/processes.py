@@ -22,19 +22,22 @@ from typing import Any
 import fsspec
 import torch
 
-from kdcache import cli, models, shards, train
-from kdcache import precompute as recording
-from kdcache.dataset import open_dataset
-from kdcache.precompute import precompute, tape_spec
-from kdcache.spec import ViewSpec
-from kdcache.store import ObjectStore
+from kdcache.cache import layout
+from kdcache.cache.store import ObjectStore
+from kdcache.cli import app
+from kdcache.data.beton import open_dataset
+from kdcache.models import load
+from kdcache.teacher import precompute as recording
+from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.training import loop
+from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER, Result
 
 LIMIT_S = 90
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.processes"])
-ANSWERS, FSYNC, PUT = recording.answers, os.fsync, ObjectStore.write
-HEAVY = (cli, train)  # what the commands would import
+ANSWERS, FSYNC, PUT = recording.iter_teacher_logits, os.fsync, ObjectStore.write
+HEAVY = (app, loop)  # what the commands would import
 # A forked process would look through all that was imported, copying it, before anything else.
 gc.collect()
 gc.freeze()
@@ -110,7 +113,7 @@ def record(job: Job) -> None:
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def logged(loader: Any, teacher: Any, spec: Any, view: int, rows: Any) -> Any:
-        os.write(log, f"{view} {rows[0] // shards.Layout.of(spec).shard_rows}\n".encode())
+        os.write(log, f"{view} {rows[0] // layout.Layout.of(spec).shard_rows}\n".encode())
         return ANSWERS(loader, teacher, spec, view, rows)
 
     def slow(descriptor: int) -> None:
@@ -121,12 +124,12 @@ def record(job: Job) -> None:
         time.sleep(job.fsync_s)
         PUT(store, key, data)
 
-    recording.answers, os.fsync = logged, slow
+    recording.iter_teacher_logits, os.fsync = logged, slow
     ObjectStore.write = slow_put  # type: ignore[method-assign]
     recording.WAIT_S = 0.1
     data = open_dataset(job.data)
-    teacher = models.load(TEACHER, "teacher", num_classes=len(data.classes), size_px=8)
-    spec = tape_spec(data, teacher, ViewSpec(8), views=job.views, dtype="float32")
+    teacher = load.load_model(TEACHER, "teacher", num_classes=len(data.classes), size_px=8)
+    spec = make_cache_spec(data, teacher, ViewSpec(8), views=job.views, dtype="float32")
     time.sleep(max(0.0, job.start_s - time.time()))
     with as_command():
         precompute(data, teacher, spec, job.out, batch_size=16, workers=1, part=job.part)
@@ -134,7 +137,7 @@ def record(job: Job) -> None:
 
 def small_shards() -> None:
     """About 50 digits in a shard, in chunks of 16."""
-    shards.CHUNK_BYTES, shards.SHARD_BYTES = 512, 2048
+    layout.CHUNK_BYTES, layout.SHARD_BYTES = 512, 2048
 
 
 @contextlib.contextmanager
@@ -142,7 +145,7 @@ def as_command() -> Any:
     """Our errors end the process as they end a command."""
     try:
         yield
-    except cli.KDCacheError as error:
+    except app.KDCacheError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
 
@@ -167,7 +170,7 @@ def run_command(out: Path, err: Path, line: list[str]) -> None:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, stream.fileno())
     sys.argv = ["kdcache", *line]
-    cli.main()
+    app.main()
 
 
 def own_mounts() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import distributed
 
-from kdcache import cli
+from kdcache.cli import app
 from tests import processes
 from tests.conftest import Result
 
@@ -81,7 +81,7 @@ def _as_rank(
         TORCHELASTIC_USE_AGENT_STORE="True",
         TORCHELASTIC_RESTART_COUNT="0",
     )
-    cli.AFTER_S, cli.LOST_S = 3.0, 20.0
+    app.AFTER_S, app.LOST_S = 3.0, 20.0
     function(*args)
 
 

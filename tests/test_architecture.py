@@ -186,7 +186,11 @@ def test_kernels_stand_alone(path: Path) -> None:
 
 def test_the_loop_does_not_know_its_teacher() -> None:
     train = {i.module for i in imports_of(ROOT / "kdcache" / "train.py")}
-    assert not train & {"kdcache.targets", "kdcache.precompute", "kdcache.tape"}
+    assert not train & {
+        "kdcache.teacher.targets",
+        "kdcache.teacher.precompute",
+        "kdcache.cache.cache",
+    }
 
 
 def test_files_are_small() -> None:
@@ -203,15 +207,15 @@ def test_these_tests_can_fail(tmp_path: Path) -> None:
     file = tmp_path / "x.py"
     file.write_text(
         "from typing import TYPE_CHECKING\nimport zarr.codecs\nfrom kdcache import tape, nothing\n"
-        "if TYPE_CHECKING:\n    from kdcache.cli import main\n"
-        "def f():\n    import ffcv\n    async def g():\n        from kdcache.loader import Loader\n"
+        "if TYPE_CHECKING:\n    from kdcache.cli.app import main\n"
+        "def f():\n    import ffcv\n    async def g():\n        from kdcache.data.loader import Loader\n"
     )
     assert set(imports_of(file)) == {
         Import("typing", False),
         Import("zarr.codecs", False),
-        Import("kdcache.tape", False),
+        Import("kdcache.cache.cache", False),
         Import("kdcache.__init__", False),
-        Import("kdcache.cli", False),
+        Import("kdcache.cli.app", False),
         Import("ffcv", True),
-        Import("kdcache.loader", True),
+        Import("kdcache.data.loader", True),
     }

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache import checkpoint
-from kdcache.averages import Average
+from kdcache.training import checkpoint
+from kdcache.training.ema import EMA
 
 
 def network() -> nn.Module:
@@ -30,7 +30,7 @@ def move(model: nn.Module) -> None:
 @pytest.mark.parametrize("decay", [0.05, 0.5, 0.9999])
 def test_it_is_what_a_loop_in_numpy_makes(decay: float) -> None:
     model = network()
-    average = Average(model, decay)
+    average = EMA(model, decay)
     wanted = [w.detach().numpy().astype(np.float64) for w in model.parameters()]
     for n in range(1, 40):
         move(model)
@@ -46,7 +46,7 @@ def test_it_is_what_a_loop_in_numpy_makes(decay: float) -> None:
 def test_the_first_weights_are_soon_forgotten() -> None:
     """With a constant decay they would have half of the weight after 6,900 steps."""
     model = network()
-    average = Average(model, 0.9999)
+    average = EMA(model, 0.9999)
     with torch.no_grad():
         for weight in model.parameters():
             weight.fill_(1)
@@ -59,7 +59,7 @@ def test_the_first_weights_are_soon_forgotten() -> None:
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_applying_it_leaves_the_network_as_it_was(decay: float) -> None:
     model = network()
-    average = Average(model, decay)
+    average = EMA(model, decay)
     move(model)
     average.update()
     before = copy.deepcopy(model.state_dict())
@@ -76,7 +76,7 @@ def test_applying_it_leaves_the_network_as_it_was(decay: float) -> None:
 
 def test_it_learns_nothing_while_it_is_applied_and_takes_no_gradient() -> None:
     model = network()
-    average = Average(model, 0.9)
+    average = EMA(model, 0.9)
     model(torch.randn(2, 3, 4, 4)).sum().backward()
     average.update()
     with average.applied():
@@ -88,13 +88,13 @@ def test_it_goes_on_from_a_file_to_the_bit(tmp_path: Path) -> None:
     results = []
     for cut in (False, True):
         model = network()
-        average = Average(model, 0.99)
+        average = EMA(model, 0.99)
         for n in range(20):
             move(model)
             average.update()
             if cut and n == 7:
                 checkpoint.save(tmp_path / "c", average.state_dict())
-                average = Average(model, 0.99)
+                average = EMA(model, 0.99)
                 average.load_state_dict(checkpoint.load(tmp_path / "c"))
         results.append(average.state_dict())
     assert results[0]["updates"] == results[1]["updates"] == 20
@@ -102,6 +102,6 @@ def test_it_goes_on_from_a_file_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_without_decay_it_keeps_nothing() -> None:
-    average = Average(network(), 0)
+    average = EMA(network(), 0)
     average.update()
     assert average.state_dict() == {"updates": 0, "weights": []}

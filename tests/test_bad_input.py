@@ -13,13 +13,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from kdcache import models
-from kdcache import store as stores
-from kdcache.dataset import Dataset, open_dataset
-from kdcache.precompute import precompute, tape_spec
-from kdcache.runs import run_record, write_result
-from kdcache.spec import TrainSpec, ViewSpec
-from kdcache.tape import Tape
+from kdcache.cache import store as stores
+from kdcache.cache.cache import LogitCache
+from kdcache.data.beton import Dataset, open_dataset
+from kdcache.models import load
+from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.training.run_folder import make_run_json, write_result
+from kdcache.training.spec import TrainSpec
+from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER, Result, synthetic_tape
 
 STUDENT = "python:tests.conftest:convolutional_student"
@@ -79,8 +80,8 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def made(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
-    spec = tape_spec(digits_test, teacher, ViewSpec(8), views=2, top_k=1, dtype="float16")
+    teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
+    spec = make_cache_spec(digits_test, teacher, ViewSpec(8), views=2, top_k=1, dtype="float16")
     out = tmp_path_factory.mktemp("tape") / "t.zarr"
     precompute(digits_test, teacher, spec, out)
     return out
@@ -210,16 +211,16 @@ def test_a_teacher_that_gives_nan(bench: Bench) -> None:
     bench.refused(*bench.train("--teacher", NAN_TEACHER, mode="online"), words=words)
     line = bench.precompute("--teacher", NAN_TEACHER, out="two.zarr")
     bench.refused(*line, words=f"the teacher {TEACHER} + {NAN_TEACHER} gave NaN")
-    assert Tape.open(bench.folder / "new.zarr").missing() == [(0, 0)]
+    assert LogitCache.open(bench.folder / "new.zarr").missing() == [(0, 0)]
 
 
 @pytest.fixture
 def run_folder(bench: Bench) -> Path:
-    student = models.load(STUDENT, "student", num_classes=10, size_px=8)
+    student = load.load_model(STUDENT, "student", num_classes=10, size_px=8)
     spec = TrainSpec("labels", ViewSpec(8), epochs=1, batch_size=8)
     data = open_dataset(bench.data)
     (bench.folder / "teacher").mkdir()
-    write_result(bench.folder / "teacher", run_record(spec, data, student, None), student)
+    write_result(bench.folder / "teacher", make_run_json(spec, data, student, None), student)
     return bench.folder / "teacher"
 
 
@@ -697,7 +698,7 @@ def test_a_full_disk_while_recording(
             words=("view 0 shard 0: cannot write", "mend that and run the same command again"),
         )
     assert bench.command(*bench.precompute()).code == 0
-    assert Tape.open(bench.folder / "new.zarr").missing() == []
+    assert LogitCache.open(bench.folder / "new.zarr").missing() == []
 
 
 def test_a_tape_where_none_can_be_made(bench: Bench) -> None:

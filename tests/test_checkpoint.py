@@ -17,8 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache import checkpoint
 from kdcache.errors import CheckpointCorrupt, StorageError
+from kdcache.training import checkpoint
 from tests import processes
 
 STATE = {

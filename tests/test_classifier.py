@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache import models
-from kdcache.classifier import LEAST_LOG_P, Classifier, Ensemble, teacher_of
-from kdcache.codec import dense_target, encode
-from kdcache.dataset import Dataset
+from kdcache.cache.codecs.top_k import dense_target, encode
+from kdcache.data.beton import Dataset
+from kdcache.data.loader import Loader
 from kdcache.errors import NonFinite, UsageError
-from kdcache.loader import Loader
-from kdcache.loss import distillation_loss
-from kdcache.precompute import ask
-from kdcache.spec import evaluation_views
+from kdcache.losses.distillation import distillation_loss
+from kdcache.models import load
+from kdcache.models.classifier import LEAST_LOG_P, Classifier, Ensemble, teacher_of
+from kdcache.teacher.precompute import teacher_logits
+from kdcache.views.spec import evaluation_view_spec
 from tests.conftest import TEACHER
 
 HALF = (0.5, 0.5, 0.5)
@@ -102,10 +102,10 @@ def test_an_ensemble_does_not_hide_what_is_not_finite(digits_test: Dataset, bad:
     broken = member(2)
     broken.network[1].bias[3] = bad  # type: ignore[index, union-attr]
     with (
-        Loader(digits_test, evaluation_views(8), 4) as loader,
+        Loader(digits_test, evaluation_view_spec(8), 4) as loader,
         pytest.raises(NonFinite, match=r"the teacher m1 \+ m2 gave NaN or infinity for sample"),
     ):
-        ask(Ensemble([member(1), broken]), next(loader.batches(0)))  # type: ignore[arg-type]
+        teacher_logits(Ensemble([member(1), broken]), next(loader.batches(0)))  # type: ignore[arg-type]
 
 
 def test_members_must_have_equally_many_classes() -> None:
@@ -122,9 +122,9 @@ def test_members_must_have_one_precision() -> None:
 
 def test_teachers_by_name() -> None:
     options: dict[str, Any] = {"num_classes": 10, "size_px": 8, "precision": "bfloat16"}
-    one = models.load_teachers([TEACHER], **options)
+    one = load.load_teacher([TEACHER], **options)
     assert isinstance(one, Classifier)
-    two = models.load_teachers([TEACHER, TEACHER], **options)
+    two = load.load_teacher([TEACHER, TEACHER], **options)
     assert two.name == f"{TEACHER} + {TEACHER}"
     assert one.precision == two.precision == "bfloat16"
     assert not two.training
@@ -134,12 +134,12 @@ def test_teachers_by_name() -> None:
 
 def test_teachers_that_cannot_be_averaged() -> None:
     with pytest.raises(UsageError, match="expected the name of at least one teacher"):
-        models.load_teachers([], num_classes=10, size_px=8)
+        load.load_teacher([], num_classes=10, size_px=8)
     names = ["python:tests.test_models:seven_if_none", "python:tests.test_classifier:four"]
     with pytest.raises(UsageError, match=r"seven_if_none has 7, .*:four has 4$"):
-        models.load_teachers(names, num_classes=None, size_px=8)
+        load.load_teacher(names, num_classes=None, size_px=8)
     with pytest.raises(UsageError, match="seven_if_none has 7 classes, the data has 10"):
-        models.load_teachers(names, num_classes=10, size_px=8)
+        load.load_teacher(names, num_classes=10, size_px=8)
 
 
 def four(num_classes: int | None) -> nn.Module:
@@ -170,7 +170,7 @@ def test_features_are_what_the_head_gets(name: str, size_px: int, layer: str, wi
     if name.startswith("timm"):
         pytest.importorskip("timm")
     torch.manual_seed(0)
-    model = models.load(name, "student", num_classes=9, size_px=size_px).eval()
+    model = load.load_model(name, "student", num_classes=9, size_px=size_px).eval()
     with torch.inference_mode():
         features, logits = model.features(views(size_px, 2))
         assert features is not None
@@ -184,7 +184,7 @@ def test_features_are_what_the_head_gets(name: str, size_px: int, layer: str, wi
 
 @pytest.mark.slow
 def test_a_compiled_network_has_features() -> None:
-    model = models.load("kdcache:small", "student", num_classes=9, size_px=28).eval()
+    model = load.load_model("kdcache:small", "student", num_classes=9, size_px=28).eval()
     features, logits = model.features(views(28))
     model.network.compile(backend="eager")
     torch.testing.assert_close(model(views(28)), logits)

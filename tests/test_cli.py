@@ -14,9 +14,9 @@ import torch
 import typer
 
 import kdcache as package
+from kdcache.cache.cache import LogitCache
 from kdcache.cli import app
-from kdcache.dataset import Dataset
-from kdcache.tape import Tape
+from kdcache.data.beton import Dataset
 from tests.conftest import TEACHER, Result, synthetic_tape
 
 ROOT = Path(__file__).parents[1]
@@ -160,9 +160,9 @@ WITHOUT_FFCV = """
 import sys
 sys.modules["ffcv"] = None
 from pathlib import Path
-import kdcache.loss
+import kdcache.losses.distillation
 from kdcache import cli, codec
-from kdcache.tape import Tape
+from kdcache.cache.cache import Tape
 assert len(Tape.open(Path(sys.argv[1])).read(0, 0, 4)) == 4
 assert "zarr" in sys.modules
 for line in (["--help"], ["inspect", sys.argv[1]], ["convert", "digits", "x.beton"]):
@@ -250,7 +250,7 @@ def test_precompute(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
     found = answer(kdcache(*line))
     assert (found["views"], found["samples"], found["top_k"]) == (2, 297, "all")
     assert found["dtype"] == "float16"
-    spec = Tape.open(path).spec
+    spec = LogitCache.open(path).spec
     assert (spec.view.size_px, spec.view.crop, spec.view.min_area) == (8, "inception", 0.5)
     assert (spec.view.flip, spec.view.mixup, spec.view.seed) == (True, 1.0, 0)
     again = answer(kdcache(*line))
@@ -274,7 +274,7 @@ def test_precompute_takes_its_record_options(
     out = tmp_path / "t.zarr"
     line = (*PRECOMPUTE, "--data", digits_test.path, "--out", out, "--views", 1)
     assert kdcache(*line, *options).code == 0
-    spec = Tape.open(out).spec.to_json()
+    spec = LogitCache.open(out).spec.to_json()
     assert {name: spec[name] for name in wanted} == wanted
 
 
@@ -285,7 +285,7 @@ def test_precompute_takes_its_view_options(
     line = ("precompute", "--data", digits_test.path, "--out", out, "--views", 1)
     view = ("--crop", "center", "--no-flip", "--mixup", 0.4, "--view-seed", 9, "--size", 8)
     assert kdcache(*line, "--teacher", TEACHER, *view).code == 0
-    found = Tape.open(out).spec.view
+    found = LogitCache.open(out).spec.view
     assert (found.crop, found.flip, found.mixup, found.seed) == ("center", False, 0.4, 9)
     assert found.min_area == pytest.approx((7 / 8) ** 2)
 
@@ -492,7 +492,7 @@ def test_where_there_is_no_terminal_a_line_tells_now_and_then(
         "--out",
     )
     assert kdcache(*line, tmp_path / "quiet").err == ""
-    monkeypatch.setattr("kdcache.train_commands.LINE_S", 0.0)
+    monkeypatch.setattr("kdcache.cli.train.LINE_S", 0.0)
     told = kdcache(*line, tmp_path / "r").err.splitlines()
     number = r"[\d,.]+"
     known = f"loss {number}, agreement {number}%, "
@@ -534,7 +534,7 @@ def test_a_teacher_that_is_a_run_is_shown_the_size_that_it_knows(
     assert made.code == 0, made.err
     tape = ("precompute", "--data", digits_test.path, "--teacher", tmp_path / "t", "--out")
     assert kdcache(*tape, tmp_path / "own").err == ""
-    view = Tape.open(tmp_path / "own").spec.view
+    view = LogitCache.open(tmp_path / "own").spec.view
     assert view is not None
     assert view.size_px == 12
     shown = kdcache(*tape, tmp_path / "other", "--size", 8)
@@ -565,8 +565,8 @@ def test_eval_says_how_good_a_model_is(kdcache: Run, digits_test: Dataset) -> No
 
 def test_inspect(kdcache: Run, tape: Path) -> None:
     found = answer(kdcache("inspect", tape, "--json"))
-    assert found["spec"] == Tape.open(tape).spec.to_json()
-    assert found["info"] == Tape.open(tape).info
+    assert found["spec"] == LogitCache.open(tape).spec.to_json()
+    assert found["info"] == LogitCache.open(tape).info
     summary = found["summary"]
     assert isinstance(summary, dict)
     assert (summary["views_complete"], summary["rows"]) == (2, 594)

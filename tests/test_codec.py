@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache import codec
-from kdcache.codec import Records
-from kdcache.errors import TapeCorrupt
+from kdcache.batch import Target
+from kdcache.cache.codecs import top_k as codec
+from kdcache.cache.records import Records, ValueType, class_dtype
+from kdcache.errors import CacheCorrupt
 from kdcache.kernels import reference
-from kdcache.records import Target
-from kdcache.spec import ValueType
 
 DTYPES: tuple[ValueType, ...] = get_args(ValueType)
 SHAPES = [
@@ -185,8 +184,8 @@ def test_dtypes_of_records(dtype: ValueType) -> None:
 
 
 def test_more_classes_than_16_bits_hold_take_32() -> None:
-    assert codec.class_dtype(1 << 16) == np.uint16
-    assert codec.class_dtype((1 << 16) + 1) == np.uint32
+    assert class_dtype(1 << 16) == np.uint16
+    assert class_dtype((1 << 16) + 1) == np.uint32
     z = torch.zeros(2, 70_000)
     z[:, 69_999] = 5
     target = codec.decode(codec.encode(z, 2, "float16"), 70_000)
@@ -334,7 +333,7 @@ def test_a_record_of_fill_values_was_never_written(dtype: ValueType, top_k: int)
     records = codec.encode(logits_of("gaussian", 20), top_k, dtype)
     fill = np.iinfo(np.uint8).max if dtype == "uint8" else np.nan
     records.logits[5] = fill
-    with pytest.raises(TapeCorrupt, match="no largest logit, so it was never written"):
+    with pytest.raises(CacheCorrupt, match="no largest logit, so it was never written"):
         codec.decode(records, 20)
 
 
@@ -343,7 +342,7 @@ def test_steps_below_the_last_code_are_corrupt(field: str) -> None:
     records = codec.encode(logits_of("gaussian", 20), 3, "uint8")
     steps = getattr(records, field)
     steps[5, 1] = 255
-    with pytest.raises(TapeCorrupt, match="steps lead below the last code"):
+    with pytest.raises(CacheCorrupt, match="steps lead below the last code"):
         codec.decode(records, 20)
 
 
@@ -357,5 +356,5 @@ def test_a_class_that_the_teacher_does_not_have_is_corrupt() -> None:
     records = codec.encode(logits_of("gaussian", 20), 3, "float16")
     assert records.classes is not None
     records.classes[4, 1] = 20
-    with pytest.raises(TapeCorrupt, match="a record names class 20 of 20"):
+    with pytest.raises(CacheCorrupt, match="a record names class 20 of 20"):
         codec.decode(records, 20)

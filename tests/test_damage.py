@@ -13,22 +13,26 @@ from typing import Any
 import pytest
 import torch
 
-from kdcache import codec, loss, shards, train, verify
-from kdcache.dataset import Dataset
-from kdcache.errors import KDCacheError, TapeCorrupt, TapeIncomplete, UsageError
-from kdcache.spec import TapeSpec, ViewSpec
-from kdcache.tape import Tape
+from kdcache.cache import layout, verify
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import top_k
+from kdcache.cache.spec import CacheSpec
+from kdcache.data.beton import Dataset
+from kdcache.errors import CacheCorrupt, CacheIncomplete, KDCacheError, UsageError
+from kdcache.losses import distillation
+from kdcache.training import loop
+from kdcache.views.spec import ViewSpec
 from tests.conftest import Result
 from tests.processes import Job, contents
 
-SPEC = TapeSpec(2, 100, 30, 4, "float16", "data", "teacher", ViewSpec(8))
+SPEC = CacheSpec(2, 100, 30, 4, "float16", "data", "teacher", ViewSpec(8))
 STUDENT = "python:tests.conftest:convolutional_student"
 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 512)
-    monkeypatch.setattr(shards, "SHARD_BYTES", 2048)
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 512)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 2048)
 
 
 @pytest.fixture
@@ -38,14 +42,14 @@ def tape(tmp_path: Path, small_shards: None) -> Path:
     return tmp_path / "t"
 
 
-def write_all(out: Path, spec: TapeSpec) -> Tape:
+def write_all(out: Path, spec: CacheSpec) -> LogitCache:
     """The same records in all views, so that a swap is no change of values."""
-    made = Tape.create(out, spec, {"teacher": "somebody"})
+    made = LogitCache.create(out, spec, {"teacher": "somebody"})
     torch.manual_seed(0)
     logits = torch.randn(made.layout.shard_rows, spec.classes)
     for view, shard in made.places():
         rows = logits[: made.rows(shard)]
-        made.write(view, shard, codec.encode(rows, spec.top_k, spec.dtype))
+        made.write(view, shard, top_k.encode(rows, spec.top_k, spec.dtype))
     return made
 
 
@@ -70,7 +74,7 @@ def changes(tape: Path, count: int, seed: int) -> Iterator[tuple[Path, bytes]]:
 
 def read_all(tape: Path) -> None:
     """What training does with a tape."""
-    found = Tape.open(tape)
+    found = LogitCache.open(tape)
     for _, _, records in found:
         found.decode(records)
 
@@ -81,7 +85,7 @@ def read_all(tape: Path) -> None:
 def test_500_changed_bytes_are_noticed_by_reading(tape: Path) -> None:
     files = set()
     for file, data in changes(tape, 500, seed=0):
-        with changed(file, data), pytest.raises((TapeCorrupt, UsageError)) as caught:
+        with changed(file, data), pytest.raises((CacheCorrupt, UsageError)) as caught:
             read_all(tape)
         files.add(file)
         at = re.fullmatch(r".*/c/(\d)/(\d)/0(/0)?", str(file))
@@ -109,7 +113,7 @@ def test_changed_bytes_are_noticed_by_verify(
 
 
 def _faults(tape: Path) -> list[tuple[int, int, str]]:
-    faults, _ = verify.read(Tape.open(tape), {})
+    faults, _ = verify.read(LogitCache.open(tape), {})
     return [(fault.view, fault.shard, fault.kind) for fault in faults]
 
 
@@ -121,12 +125,12 @@ def test_every_truncated_object_is_noticed(tape: Path) -> None:
         whole = file.read_bytes()
         for keep in (1, len(whole) // 2, len(whole) - 1):
             with changed(file, whole[:keep]):
-                with pytest.raises(TapeCorrupt, match=rf"view {view} shard {shard} \(positions"):
+                with pytest.raises(CacheCorrupt, match=rf"view {view} shard {shard} \(positions"):
                     read_all(tape)
                 assert _faults(tape) == [(view, shard, "damaged")]
-        with changed(file, whole + b"\0"), pytest.raises(TapeCorrupt, match=f"view {view} shard"):
+        with changed(file, whole + b"\0"), pytest.raises(CacheCorrupt, match=f"view {view} shard"):
             read_all(tape)
-        with changed(file, b""), pytest.raises(TapeIncomplete, match=f"view {view} shard {shard}"):
+        with changed(file, b""), pytest.raises(CacheIncomplete, match=f"view {view} shard {shard}"):
             read_all(tape)
 
 
@@ -135,19 +139,19 @@ def test_every_missing_object_is_noticed(tape: Path) -> None:
         (tape / name).unlink()
         with pytest.raises(KDCacheError) as caught:
             read_all(tape)
-        assert isinstance(caught.value, TapeIncomplete) == ("/c/" in name)
+        assert isinstance(caught.value, CacheIncomplete) == ("/c/" in name)
         (tape / name).write_bytes(data)
     read_all(tape)
 
 
 def test_every_two_swapped_shards_are_noticed(tape: Path) -> None:
     """With their seals. All views hold the same records, and yet the place is another."""
-    places = Tape.open(tape).places()
+    places = LogitCache.open(tape).places()
     names = ["logits", "classes", "tail", "seals"]
 
     def swap(a: tuple[int, int], b: tuple[int, int]) -> None:
         for name in names:
-            x, y = tape / shards.key(name, *a), tape / shards.key(name, *b)
+            x, y = tape / layout.key(name, *a), tape / layout.key(name, *b)
             one, other = x.read_bytes(), y.read_bytes()
             x.write_bytes(other)
             y.write_bytes(one)
@@ -167,11 +171,11 @@ def test_every_shard_of_another_tape_is_noticed(tape: Path, tmp_path: Path, fiel
     """Of the same records at the same place, with their seals."""
     value = SPEC.to_json()
     (value["view"] if field == "seed" else value)[field] = 1 if field == "seed" else "other"
-    other = write_all(tmp_path / "other", TapeSpec.from_json(value))
+    other = write_all(tmp_path / "other", CacheSpec.from_json(value))
     for at in other.places():
         kept = {}
         for name in ("logits", "classes", "tail", "seals"):
-            key = shards.key(name, *at)
+            key = layout.key(name, *at)
             kept[tape / key] = (tape / key).read_bytes()
             (tape / key).write_bytes((tmp_path / "other" / key).read_bytes())
         assert _faults(tape) == [(*at, "damaged")]
@@ -193,21 +197,21 @@ def test_training_stops_before_a_wrong_target_reaches_the_loss(
     job = Job(digits_test.path, tmp_path / "t", tmp_path / "log")
     job.run()
     seen: list[torch.Tensor] = []
-    real = loss.distillation_loss
+    real = distillation.distillation_loss
 
     def watched(logits: torch.Tensor, target: Any, **options: Any) -> torch.Tensor:
         seen.append(target.logits_BK.clone())
         return real(logits, target, **options)
 
-    monkeypatch.setattr(train, "distillation_loss", watched)
+    monkeypatch.setattr(loop, "distillation_loss", watched)
     line = ["train", "--mode", "cached", "--data", digits_test.path, "--cache", tmp_path / "t"]
     line += ["--student", STUDENT, "--batch-size", 32, "--epochs", 3, "--workers", 1]
     assert kdcache(*line, "--out", tmp_path / "right").code == 0
     right = list(seen)
-    rows = Tape.open(tmp_path / "t").layout.shard_rows
+    rows = LogitCache.open(tmp_path / "t").layout.shard_rows
     for view, shard in ((0, 0), (1, 3), (2, 5)):
         seen.clear()
-        file = tmp_path / "t" / shards.key("logits", view, shard)
+        file = tmp_path / "t" / layout.key("logits", view, shard)
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
         with changed(file, bytes(data)):

@@ -22,11 +22,12 @@ import torch
 from ffcv.reader import Reader
 from ffcv.types import HeaderType
 
-from kdcache.dataset import Dataset, convert, open_dataset, sidecar_path
+from kdcache.data.beton import Dataset, open_dataset, sidecar_path
+from kdcache.data.convert import convert
+from kdcache.data.loader import Loader
+from kdcache.data.sources import Image, Source, open_source
 from kdcache.errors import DatasetCorrupt, StorageError, UsageError
-from kdcache.loader import Loader
-from kdcache.sources import Image, Source, open_source
-from kdcache.spec import SMALL_PX, ViewSpec
+from kdcache.views.spec import SMALL_PX, ViewSpec
 from tests.conftest import subset
 
 JPEG, RAW = 0, 1
@@ -553,8 +554,8 @@ KILLED = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from kdcache.dataset import convert
-from kdcache.sources import Source
+from kdcache.data.beton import convert
+from kdcache.data.sources import Source
 
 def progress(done):
     if done == 50:

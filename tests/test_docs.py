@@ -15,10 +15,10 @@ import typer.models
 
 import benchmarks.page
 from kdcache.cli import app
-from kdcache.dataset import Dataset
-from kdcache.models import load
-from kdcache.precompute import precompute, tape_spec
-from kdcache.spec import ViewSpec
+from kdcache.data.beton import Dataset
+from kdcache.models.load import load_model
+from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER
 
 ROOT = Path(__file__).parent.parent
@@ -82,9 +82,9 @@ def test_links_in_the_docs_lead_somewhere(page: Path) -> None:
 def test_python_blocks_run(
     page: Path, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teacher = load(TEACHER, "teacher", num_classes=10, size_px=8)
+    teacher = load_model(TEACHER, "teacher", num_classes=10, size_px=8)
     view = ViewSpec(8)
-    spec = tape_spec(digits, teacher, view, views=1, top_k=3, dtype="float16")
+    spec = make_cache_spec(digits, teacher, view, views=1, top_k=3, dtype="float16")
     precompute(digits, teacher, spec, tmp_path / "tape.zarr")
     for file in digits.path.parent.glob(digits.path.name + "*"):  # and what lies beside it
         (tmp_path / file.name.replace(digits.path.name, "train.beton")).symlink_to(file)

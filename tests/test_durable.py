@@ -17,16 +17,17 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache import codec
-from kdcache.dataset import Dataset
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import top_k
+from kdcache.cache.spec import CacheSpec
+from kdcache.data.beton import Dataset
 from kdcache.errors import KDCacheError
-from kdcache.spec import TapeSpec, ViewSpec
-from kdcache.tape import Tape
+from kdcache.views.spec import ViewSpec
 from tests import processes
 from tests.conftest import TEACHER, linear_teacher
 from tests.processes import Job, contents
 
-SPEC = TapeSpec(1, 100, 30, 4, "float16", "data", "teacher", ViewSpec(8))
+SPEC = CacheSpec(1, 100, 30, 4, "float16", "data", "teacher", ViewSpec(8))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def whole(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Job
     folder = tmp_path_factory.mktemp("whole")
     job = Job(digits_test.path, folder / "t", folder / "log")
     job.run()
-    assert job.computed() == Tape.open(job.out).places()
+    assert job.computed() == LogitCache.open(job.out).places()
     return job
 
 
@@ -78,7 +79,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
 
 def _missing(job: Job, whole: Job) -> list[tuple[int, int]]:
     try:
-        return Tape.open(job.out).missing()
+        return LogitCache.open(job.out).missing()
     except KDCacheError:  # not even created
         return whole.computed()
 
@@ -105,11 +106,11 @@ def _make(out: Path) -> None:
     """A tape of two shards, as precompute makes it; a kill does not need what a power cut does."""
     processes.small_shards()
     os.fsync = lambda descriptor: None
-    tape = Tape.create(out, SPEC, {})
+    tape = LogitCache.create(out, SPEC, {})
     for view, shard in tape.missing():
         assert tape.claim(view, shard)
         rows = torch.arange(*tape.shard_range(shard))[:, None] * torch.arange(30)
-        tape.write(view, shard, codec.encode(rows.float(), SPEC.top_k, SPEC.dtype))
+        tape.write(view, shard, top_k.encode(rows.float(), SPEC.top_k, SPEC.dtype))
         tape.release(view, shard)
     tape.store.forget_claims()
 
@@ -160,12 +161,12 @@ def test_ctrl_c_of_a_real_command_says_how_to_go_on(
         assert time.monotonic() - start < 5
         assert run.stderr is not None
         words = run.stderr.read()
-    done = 100 - len(Tape.open(out).missing())
+    done = 100 - len(LogitCache.open(out).missing())
     assert 4 <= done < 100
     said = f"kdcache: stopped with {done} of 100 shards on {out}; the same command goes on"
     assert words == f"{said} from there\n"
     assert processes.command(tmp_path, *line[3:])().code == 0
-    assert Tape.open(out).missing() == []
+    assert LogitCache.open(out).missing() == []
     assert not (out / ".claims").exists()
 
 
@@ -183,7 +184,7 @@ def test_ctrl_c_at_any_moment_is_one_line(digits_test: Dataset, tmp_path: Path, 
     words = r"kdcache: stopped (with \d+ of 20 shards on|before the tape) [^\n]*\n"
     assert re.fullmatch(rf"({words})?", result.err), result
     assert processes.command(tmp_path, *line)().code == 0
-    assert Tape.open(out).missing() == []
+    assert LogitCache.open(out).missing() == []
     assert {f.name for f in tmp_path.iterdir()} == {"t", "stdout", "stderr"}
 
 
@@ -196,7 +197,7 @@ def begun(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> lis
     folder = tmp_path_factory.mktemp("begun")
     line = _line(digits_test, folder / "t", "--views", 2, "--top-k", 2, "--dtype", "float32")
     assert processes.command(folder, *line)().code == 0
-    Tape.open(folder / "t").discard(1, 0)
+    LogitCache.open(folder / "t").discard(1, 0)
     return line
 
 
@@ -244,7 +245,7 @@ def test_nor_by_draws(begun: list[object], kdcache: Any) -> None:
 
 def test_batch_size_and_workers_are_no_part_of_a_tape(begun: list[object], kdcache: Any) -> None:
     assert kdcache(*begun, "--batch-size", 7, "--workers", 2).code == 0
-    tape = Tape.open(str(begun[begun.index("--out") + 1]))
+    tape = LogitCache.open(str(begun[begun.index("--out") + 1]))
     assert tape.missing() == []
     tape.discard(1, 0)
 

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdcache import models, views
-from kdcache.classifier import Ensemble
-from kdcache.dataset import Dataset
+from kdcache.data.beton import Dataset
+from kdcache.data.sources import open_source
 from kdcache.errors import NonFinite, UsageError
-from kdcache.evaluate import Evaluation, evaluate
-from kdcache.fidelity import Sums
-from kdcache.models import Classifier
-from kdcache.sources import open_source
-from kdcache.spec import evaluation_views
+from kdcache.evaluation.evaluate import Evaluation, evaluate
+from kdcache.evaluation.metrics import Sums
+from kdcache.models import load
+from kdcache.models.classifier import Classifier, Ensemble
+from kdcache.views.order import view_order
+from kdcache.views.spec import evaluation_view_spec
 from tests.conftest import TEACHER, subset
 from tests.test_fidelity import calibration_by_loop, gram_cka
 
@@ -42,7 +42,7 @@ def digits_pixels() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_figures_are_those_computed_by_hand(digits_test: Dataset) -> None:
     images, labels = digits_pixels()
-    model, teacher = network(1), models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    model, teacher = network(1), load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
     with torch.inference_mode():
         z, t = model(images).double(), teacher(images).double()
     log_q, log_p = torch.log_softmax(z, 1), torch.log_softmax(t, 1)
@@ -92,7 +92,7 @@ def test_the_batch_size_does_not_matter(digits_test: Dataset, batch_size: int) -
 
 
 def test_a_model_agrees_with_itself(digits_test: Dataset) -> None:
-    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
     found = evaluate(teacher, digits_test, size_px=8, teacher=teacher)
     assert found.agreement == found.agreement5 == 1
     assert found.kl == 0
@@ -114,7 +114,7 @@ def test_an_ensemble_teaches_without_features(digits_test: Dataset) -> None:
 def test_features_too_wide_are_not_compared(
     digits_test: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdcache.evaluate.WIDEST_FEATURES", 19)
+    monkeypatch.setattr("kdcache.evaluation.evaluate.WIDEST_FEATURES", 19)
     model, narrow, wide = two_layers(1, 8), two_layers(2, 19), two_layers(2, 20)
     assert evaluate(model, digits_test, size_px=8, teacher=narrow).cka is not None
     assert evaluate(model, digits_test, size_px=8, teacher=wide).cka is None
@@ -212,7 +212,7 @@ class Spoilt(nn.Module):
 
 def spoilt(positions: list[int], value: float) -> tuple[Classifier, int]:
     """A model that fails at these positions of the plain view, and the first one's sample."""
-    samples = views.order(evaluation_views(8), 0, 297)[positions]
+    samples = view_order(evaluation_view_spec(8), 0, 297)[positions]
     network = Spoilt(digits_pixels()[0][samples.copy()], value)
     return Classifier(network, "bad", HALF, HALF), int(samples[0])
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kdcache.fidelity import (
+from kdcache.evaluation.metrics import (
     BINS,
     Sums,
     accuracy_sums,

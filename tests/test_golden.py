@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache import codec, sampling
-from kdcache.spec import TAPE_VERSION, TapeSpec, ViewSpec
-from kdcache.tape import Tape
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import sampled, top_k
+from kdcache.cache.spec import CACHE_VERSION, CacheSpec
+from kdcache.views.spec import ViewSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 PAGE = Path(__file__).parents[1] / "docs" / "tape-format.md"
@@ -58,14 +59,14 @@ def make(folder: Path) -> None:
             "teacher": "fedcba9876543210",
             "view": ViewSpec(8),
         }
-        spec = TapeSpec(**{**base, **fields})
-        tape = Tape.create(folder / f"{name}.zarr", spec, {"teacher": "golden"})
+        spec = CacheSpec(**{**base, **fields})
+        tape = LogitCache.create(folder / f"{name}.zarr", spec, {"teacher": "golden"})
         for view, shard in tape.missing():
             z, rows = logits()[view], np.arange(SAMPLES)
             if spec.draws:
-                records = sampling.encode(z, spec.draws, 2.0, seed=0, view=view, rows_B=rows)
+                records = sampled.encode(z, spec.draws, 2.0, seed=0, view=view, rows_B=rows)
             else:
-                records = codec.encode(z, spec.top_k, spec.dtype)
+                records = top_k.encode(z, spec.top_k, spec.dtype)
             tape.write(view, shard, records)
 
 
@@ -80,7 +81,7 @@ def reader() -> Any:
 @pytest.mark.parametrize("path", TAPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_a_tape_of_each_version_is_read(path: Path) -> None:
     """By us, and the truth comes out within what the record's type can keep."""
-    tape = Tape.open(path)
+    tape = LogitCache.open(path)
     assert tape.missing() == []
     wide = {"uint8": 0.15, "float16": 0.005, "float32": 1e-4}[tape.spec.dtype]
     for view in range(tape.spec.views):
@@ -97,7 +98,7 @@ def test_a_tape_of_each_version_is_read(path: Path) -> None:
 
 @pytest.mark.parametrize("path", TAPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_the_reader_in_the_docs_reads_the_same(path: Path) -> None:
-    read, tape = reader(), Tape.open(path)
+    read, tape = reader(), LogitCache.open(path)
     for view in range(tape.spec.views):
         for T in (1.0, 3.0) if not tape.spec.draws else (2.0,):
             ours = tape.target(view, np.arange(SAMPLES), T)
@@ -121,16 +122,16 @@ def test_the_reader_in_the_docs_notices(tmp_path: Path) -> None:
 
 
 def test_there_is_a_golden_tape_of_each_kind_and_version() -> None:
-    wanted = {f"v{version}" for version in range(1, TAPE_VERSION + 1)}
+    wanted = {f"v{version}" for version in range(1, CACHE_VERSION + 1)}
     assert {path.parent.name for path in TAPES} == wanted
-    assert {path.stem for path in TAPES if path.parent.name == f"v{TAPE_VERSION}"} == set(KINDS)
+    assert {path.stem for path in TAPES if path.parent.name == f"v{CACHE_VERSION}"} == set(KINDS)
 
 
 @pytest.mark.parametrize("path", TAPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_records_are_written_as_they_were(path: Path, tmp_path: Path) -> None:
     """The same logits give the same numbers; compressed bytes may change with the libraries."""
     make(tmp_path)
-    ours, theirs = Tape.open(tmp_path / path.name), Tape.open(path)
+    ours, theirs = LogitCache.open(tmp_path / path.name), LogitCache.open(path)
     assert ours.spec.digest == theirs.spec.digest
     for view in range(theirs.spec.views):
         a, b = ours[view].arrays(), theirs[view].arrays()
@@ -139,5 +140,5 @@ def test_records_are_written_as_they_were(path: Path, tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    shutil.rmtree(GOLDEN / f"v{TAPE_VERSION}", ignore_errors=True)
-    make(GOLDEN / f"v{TAPE_VERSION}")
+    shutil.rmtree(GOLDEN / f"v{CACHE_VERSION}", ignore_errors=True)
+    make(GOLDEN / f"v{CACHE_VERSION}")

@@ -9,13 +9,15 @@ import numba
 import pytest
 import torch
 
-from kdcache import models, targets
-from kdcache.dataset import Dataset
-from kdcache.errors import TapeMismatch, UsageError
-from kdcache.jobs import Asked, job_of
-from kdcache.precompute import precompute, tape_spec
-from kdcache.recipes import recipe_of
-from kdcache.spec import ViewSpec
+from kdcache.data.beton import Dataset
+from kdcache.errors import CacheMismatch, UsageError
+from kdcache.models import load
+from kdcache.models.weights import save_weights
+from kdcache.teacher import targets
+from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.training.options import TrainOptions, make_training_run
+from kdcache.training.recipes import get_recipe
+from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER
 
 STUDENT = "python:tests.conftest:convolutional_student"
@@ -23,8 +25,8 @@ STUDENT = "python:tests.conftest:convolutional_student"
 
 @pytest.fixture(scope="module")
 def tape(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
-    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
-    spec = tape_spec(
+    teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
+    spec = make_cache_spec(
         digits_test, teacher, ViewSpec(8, min_area=0.3, seed=9), views=3, dtype="float32"
     )
     out = tmp_path_factory.mktemp("tape") / "t.zarr"
@@ -32,12 +34,12 @@ def tape(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(out)
 
 
-def asked(dataset: Dataset, mode: Any = "labels", **options: Any) -> Asked:
-    return Asked(mode, dataset.path, **{"student": STUDENT, **options})
+def asked(dataset: Dataset, mode: Any = "labels", **options: Any) -> TrainOptions:
+    return TrainOptions(mode, dataset.path, **{"student": STUDENT, **options})
 
 
 def test_labels(digits_test: Dataset) -> None:
-    job = job_of(asked(digits_test))
+    job = make_training_run(asked(digits_test))
     assert isinstance(job.targets, targets.LabelTargets)
     assert (job.labels, job.judge, job.tape, job.teacher) == (None, None, None, None)
     assert (job.spec.view, job.spec.teacher_view) == (ViewSpec(8), None)
@@ -46,12 +48,12 @@ def test_labels(digits_test: Dataset) -> None:
 
 
 def test_a_live_teacher_is_part_of_the_run(digits_test: Dataset) -> None:
-    job = job_of(asked(digits_test, "online", teachers=(TEACHER,)))
-    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    job = make_training_run(asked(digits_test, "online", teachers=(TEACHER,)))
+    teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
     assert job.teacher == teacher.fingerprint()
     assert isinstance(job.targets, targets.OnlineTargets)
     assert job.spec.setup == "function-matching"
-    two = job_of(asked(digits_test, "online", teachers=(TEACHER, TEACHER)))
+    two = make_training_run(asked(digits_test, "online", teachers=(TEACHER, TEACHER)))
     assert two.teacher != job.teacher
 
 
@@ -59,7 +61,7 @@ def test_a_teacher_that_averages_decodes_with_the_workers_that_were_asked_for(
     digits_test: Dataset,
 ) -> None:
     for workers in (1, 2):
-        job = job_of(
+        job = make_training_run(
             asked(
                 digits_test,
                 "online",
@@ -77,7 +79,7 @@ def test_a_tape_settles_the_views_and_its_judge_is_no_part_of_the_run(
     digits_test: Dataset, tape: str
 ) -> None:
     for teachers in ((), (TEACHER,)):
-        job = job_of(asked(digits_test, "cached", cache=tape, teachers=teachers))
+        job = make_training_run(asked(digits_test, "cached", cache=tape, teachers=teachers))
         assert isinstance(job.targets, targets.CachedTargets)
         assert job.spec.view == ViewSpec(8, min_area=0.3, seed=9)
         assert job.spec.views == 3
@@ -88,17 +90,19 @@ def test_a_tape_settles_the_views_and_its_judge_is_no_part_of_the_run(
 
 
 def test_a_label_weight_brings_the_labels(digits_test: Dataset, tape: str) -> None:
-    job = job_of(asked(digits_test, "cached", cache=tape, training={"label_weight": 0.1}))
+    job = make_training_run(
+        asked(digits_test, "cached", cache=tape, training={"label_weight": 0.1})
+    )
     assert isinstance(job.labels, targets.LabelTargets)
     assert job.spec.label_weight == 0.1
 
 
 def test_a_recipe_settles_what_was_not_asked_for(digits_test: Dataset) -> None:
-    recipe = recipe_of("fashion-mnist")
-    job = job_of(asked(digits_test, recipe="fashion-mnist", view={"size_px": 8}))
+    recipe = get_recipe("fashion-mnist")
+    job = make_training_run(asked(digits_test, recipe="fashion-mnist", view={"size_px": 8}))
     assert (job.spec.epochs, job.spec.lr) == (recipe.spec.epochs, recipe.spec.lr)
     assert job.spec.view.min_area == recipe.spec.view.min_area
-    own = job_of(
+    own = make_training_run(
         asked(
             digits_test,
             recipe="fashion-mnist",
@@ -111,28 +115,28 @@ def test_a_recipe_settles_what_was_not_asked_for(digits_test: Dataset) -> None:
 
 def test_a_student_is_needed_or_a_recipe_that_names_one(digits_test: Dataset) -> None:
     with pytest.raises(UsageError, match="give --student MODEL, or a --recipe, which names one"):
-        job_of(asked(digits_test, student=None))
+        make_training_run(asked(digits_test, student=None))
 
 
 def test_the_seed_settles_the_first_weights(digits_test: Dataset) -> None:
     torch.rand(3)
     first = [
-        job_of(asked(digits_test, training={"seed": seed})).student.fingerprint()
+        make_training_run(asked(digits_test, training={"seed": seed})).student.fingerprint()
         for seed in (0, 0, 1)
     ]
     assert first[0] == first[1] != first[2]
 
 
 def test_first_weights_may_be_given(digits_test: Dataset, tmp_path: Path) -> None:
-    given = job_of(asked(digits_test, training={"seed": 5})).student
-    models.save_weights(given, tmp_path / "w.safetensors")
-    job = job_of(asked(digits_test, init=str(tmp_path / "w.safetensors")))
+    given = make_training_run(asked(digits_test, training={"seed": 5})).student
+    save_weights(given, tmp_path / "w.safetensors")
+    job = make_training_run(asked(digits_test, init=str(tmp_path / "w.safetensors")))
     assert job.student.fingerprint() == given.fingerprint()
 
 
 def test_a_compiled_student_has_the_names_of_its_weights(digits_test: Dataset) -> None:
-    plain = job_of(asked(digits_test)).student
-    compiled = job_of(asked(digits_test, compile=True)).student
+    plain = make_training_run(asked(digits_test)).student
+    compiled = make_training_run(asked(digits_test, compile=True)).student
     assert compiled.network._compiled_call_impl is not None
     assert compiled.fingerprint() == plain.fingerprint()
 
@@ -163,35 +167,37 @@ def test_what_does_not_go_together(
     digits_test: Dataset, mode: Any, options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UsageError, match=words):
-        job_of(asked(digits_test, mode, **options))
+        make_training_run(asked(digits_test, mode, **options))
 
 
 def test_a_tape_of_another_number_of_views(digits_test: Dataset, tape: str) -> None:
-    with pytest.raises(TapeMismatch, match="has 3 views, not 2: leave --views out"):
-        job_of(asked(digits_test, "cached", cache=tape, training={"views": 2}))
+    with pytest.raises(CacheMismatch, match="has 3 views, not 2: leave --views out"):
+        make_training_run(asked(digits_test, "cached", cache=tape, training={"views": 2}))
 
 
 def test_epochs_beyond_the_views_of_a_tape_are_told(digits_test: Dataset, tape: str) -> None:
-    enough = job_of(asked(digits_test, "cached", cache=tape, training={"epochs": 3}))
+    enough = make_training_run(asked(digits_test, "cached", cache=tape, training={"epochs": 3}))
     assert enough.notes == ()
-    more = job_of(asked(digits_test, "cached", cache=tape, training={"epochs": 4}))
+    more = make_training_run(asked(digits_test, "cached", cache=tape, training={"epochs": 4}))
     wraps = f"{tape} has 3 views for 4 epochs: it wraps, epoch e plays view e mod 3"
     assert more.notes == (wraps,)
 
 
 def test_what_a_tape_decides_against_a_recipe_is_told(digits_test: Dataset, tape: str) -> None:
     given = {"epochs": 3, "batch_size": 64}
-    found = job_of(asked(digits_test, "cached", cache=tape, recipe="fashion-mnist", training=given))
+    found = make_training_run(
+        asked(digits_test, "cached", cache=tape, recipe="fashion-mnist", training=given)
+    )
     [line] = found.notes
     assert line.startswith(f"the tape decides what is seen, not the recipe: {found.spec.setup}, 8")
 
 
 def test_a_warm_up_beyond_the_run_is_refused_before_anything_is_made(digits_test: Dataset) -> None:
     with pytest.raises(UsageError, match="a warm-up of 500 steps does not fit into the run's"):
-        job_of(asked(digits_test, "labels", training={"warmup": 500}))
+        make_training_run(asked(digits_test, "labels", training={"warmup": 500}))
 
 
 def test_momentum_goes_with_sgd(digits_test: Dataset) -> None:
     with pytest.raises(UsageError, match="--momentum goes with --optimizer sgd, not with adamw"):
-        job_of(asked(digits_test, "labels", training={"momentum": 0.5}))
-    job_of(asked(digits_test, "labels", training={"momentum": 0.5, "optimizer": "sgd"}))
+        make_training_run(asked(digits_test, "labels", training={"momentum": 0.5}))
+    make_training_run(asked(digits_test, "labels", training={"momentum": 0.5, "optimizer": "sgd"}))

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from kdcache import keeper as keeping
-from kdcache import models, runs
 from kdcache.errors import NonFinite, UsageError
-from kdcache.evaluate import Evaluation
-from kdcache.keeper import Keeper, Schedule, Stopped
-from kdcache.processes import ALONE
-from kdcache.runs import Run
-from kdcache.spec import TrainSpec, ViewSpec
-from kdcache.train import State, set_determinism
+from kdcache.evaluation.evaluate import Evaluation
+from kdcache.models import load
+from kdcache.training import keeper as keeping
+from kdcache.training import run_folder
+from kdcache.training.distributed import SINGLE_PROCESS
+from kdcache.training.keeper import Keeper, Schedule, Stopped
+from kdcache.training.loop import State, set_determinism
+from kdcache.training.run_folder import RunFolder
+from kdcache.training.spec import TrainSpec
+from kdcache.views.spec import ViewSpec
 
 SPEC = TrainSpec("labels", ViewSpec(8), epochs=1, batch_size=8, ema=0.5)
 FOUND = Evaluation(10, 0.5, None, 1.0, 0.1, None, None, None, None, None, None)
@@ -36,12 +38,12 @@ class Clock:
 def state() -> State:
     set_determinism(SPEC)
     name = "python:tests.conftest:convolutional_student"
-    return State(SPEC, models.load(name, "student", num_classes=10, size_px=8))
+    return State(SPEC, load.load_model(name, "student", num_classes=10, size_px=8))
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Any:
-    with Run(tmp_path / "r", {}, keep=99) as run:
+    with RunFolder(tmp_path / "r", {}, keep=99) as run:
         yield run
 
 
@@ -50,7 +52,7 @@ def steps(keeper: Keeper, state: State, first: int, last: int) -> list[int]:
     for state.step in range(first, last + 1):
         keeper(state)
     assert keeper.run is not None
-    return [int(p.stem) for p in runs.checkpoints(keeper.run.folder)]
+    return [int(p.stem) for p in run_folder.checkpoints(keeper.run.folder)]
 
 
 @pytest.mark.parametrize("name", ["checkpoint_every", "checkpoint_minutes", "eval_every"])
@@ -61,68 +63,70 @@ def test_a_schedule_says_what_is_wrong(name: str, value: float) -> None:
         Schedule(**{name: value})  # type: ignore[arg-type]
 
 
-def test_the_last_step_is_always_kept(run: Run, state: State) -> None:
-    assert steps(Keeper(run, ALONE, Schedule(), 7), state, 1, 7) == [7]
+def test_the_last_step_is_always_kept(run: RunFolder, state: State) -> None:
+    assert steps(Keeper(run, SINGLE_PROCESS, Schedule(), 7), state, 1, 7) == [7]
 
 
-def test_checkpoints_by_step(run: Run, state: State) -> None:
-    assert steps(Keeper(run, ALONE, Schedule(3), 10), state, 1, 10) == [3, 6, 9, 10]
+def test_checkpoints_by_step(run: RunFolder, state: State) -> None:
+    assert steps(Keeper(run, SINGLE_PROCESS, Schedule(3), 10), state, 1, 10) == [3, 6, 9, 10]
 
 
-def test_checkpoints_by_time(run: Run, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_by_time(run: RunFolder, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted from the last one, whatever it was for."""
     clock = Clock(monkeypatch)
-    keeper = Keeper(run, ALONE, Schedule(4, checkpoint_minutes=1), 99)
+    keeper = Keeper(run, SINGLE_PROCESS, Schedule(4, checkpoint_minutes=1), 99)
     for state.step in range(1, 9):
         clock.now_s += 25
         keeper(state)
-    kept = [int(p.stem) for p in runs.checkpoints(run.folder)]
+    kept = [int(p.stem) for p in run_folder.checkpoints(run.folder)]
     assert kept == [3, 4, 7, 8]
 
 
 @pytest.mark.parametrize("number", [2, 15])
-def test_a_signal_keeps_this_step_and_stops(run: Run, state: State, number: int) -> None:
+def test_a_signal_keeps_this_step_and_stops(run: RunFolder, state: State, number: int) -> None:
     came = 0
-    keeper = Keeper(run, ALONE, Schedule(), 10, signal=lambda: came)
+    keeper = Keeper(run, SINGLE_PROCESS, Schedule(), 10, signal=lambda: came)
     assert steps(keeper, state, 1, 4) == []
     came = number
     with pytest.raises(Stopped, match=f"stopped by signal {number} after step 5") as end:
         steps(keeper, state, 5, 6)
     assert (end.value.signal, end.value.step) == (number, 5)
-    assert [int(p.stem) for p in runs.checkpoints(run.folder)] == [5]
+    assert [int(p.stem) for p in run_folder.checkpoints(run.folder)] == [5]
 
 
-def test_bad_weights_are_not_kept(run: Run, state: State) -> None:
-    keeper = Keeper(run, ALONE, Schedule(2), 10)
+def test_bad_weights_are_not_kept(run: RunFolder, state: State) -> None:
+    keeper = Keeper(run, SINGLE_PROCESS, Schedule(2), 10)
     assert steps(keeper, state, 1, 3) == [2]
     with torch.no_grad():
         next(state.student.parameters())[0, 0, 0, 0] = torch.inf
     with pytest.raises(NonFinite, match="step 4 made a weight NaN or infinite: lower --lr"):
         steps(keeper, state, 4, 4)
-    assert [int(p.stem) for p in runs.checkpoints(run.folder)] == [2]
+    assert [int(p.stem) for p in run_folder.checkpoints(run.folder)] == [2]
 
 
-def test_nor_is_a_bad_loss_before_it_was_logged(run: Run, state: State) -> None:
-    keeper = Keeper(run, ALONE, Schedule(2), 10)
+def test_nor_is_a_bad_loss_before_it_was_logged(run: RunFolder, state: State) -> None:
+    keeper = Keeper(run, SINGLE_PROCESS, Schedule(2), 10)
     target = torch.zeros(4, 10)
     for step, loss in ((1, 1.0), (3, torch.nan), (4, 1.0)):
         state.meter.add(step, torch.tensor(loss), target, _dense(target))
     with pytest.raises(NonFinite, match="the loss is not finite at step 3"):
         steps(keeper, state, 4, 4)
-    assert runs.checkpoints(run.folder) == []
+    assert run_folder.checkpoints(run.folder) == []
 
 
 def _dense(logits_BC: torch.Tensor) -> Any:
-    from kdcache.records import Target
+    from kdcache.batch import Target
 
     return Target(logits_BC, None, None, logits_BC.shape[1])
 
 
-def test_the_best_weights_are_kept_and_equals_do_not_replace_them(run: Run, state: State) -> None:
+def test_the_best_weights_are_kept_and_equals_do_not_replace_them(
+    run: RunFolder, state: State
+) -> None:
     top1 = iter([0.5, 0.7, 0.7, 0.6, 0.8])
     keeper = Keeper(
         run,
-        ALONE,
+        SINGLE_PROCESS,
         Schedule(eval_every=2),
         99,
         evaluate=lambda: replace(FOUND, top1=next(top1)),
@@ -132,14 +136,14 @@ def test_the_best_weights_are_kept_and_equals_do_not_replace_them(run: Run, stat
     for state.step in range(1, 11):
         keeper(state)
         if state.step % 2 == 0:
-            record = models.run_record(run.folder / "best")
+            record = load.read_run_json(run.folder / "best")
             best.append((record["step"], record["top1"]))
     assert best == [(2, 0.5), (4, 0.7), (4, 0.7), (4, 0.7), (10, 0.8)]
     assert keeper.best == 0.8
     assert steps(keeper, state, 11, 11) == [2, 4, 6, 8, 10]
 
 
-def test_what_is_evaluated_and_kept_is_the_average(run: Run, state: State) -> None:
+def test_what_is_evaluated_and_kept_is_the_average(run: RunFolder, state: State) -> None:
     own = [w.detach().clone() for w in state.student.parameters()]
     with torch.no_grad():
         for weight in state.student.parameters():
@@ -155,7 +159,7 @@ def test_what_is_evaluated_and_kept_is_the_average(run: Run, state: State) -> No
     live = state.student.fingerprint()
     keeper = Keeper(
         run,
-        ALONE,
+        SINGLE_PROCESS,
         Schedule(eval_every=1),
         9,
         evaluate=evaluate,
@@ -166,12 +170,12 @@ def test_what_is_evaluated_and_kept_is_the_average(run: Run, state: State) -> No
     assert state.student.training
     with state.average.applied():
         assert seen == [state.student.fingerprint()]
-    assert models.run_record(run.folder / "best")["weights"] == seen[0]
+    assert load.read_run_json(run.folder / "best")["weights"] == seen[0]
     assert not all(map(torch.equal, own, state.student.parameters()))
 
 
 def test_a_run_that_goes_on_makes_up_for_the_evaluation_of_its_checkpoint(
-    run: Run, state: State
+    run: RunFolder, state: State
 ) -> None:
     asked: list[int] = []
 
@@ -180,20 +184,27 @@ def test_a_run_that_goes_on_makes_up_for_the_evaluation_of_its_checkpoint(
         return FOUND
 
     keeper = Keeper(
-        run, ALONE, Schedule(eval_every=2), 9, evaluate=evaluate, record=lambda found: RECORD
+        run,
+        SINGLE_PROCESS,
+        Schedule(eval_every=2),
+        9,
+        evaluate=evaluate,
+        record=lambda found: RECORD,
     )
     for state.step in (3, 4):
         keeper.go_on(state)
     assert asked == [4]
-    assert runs.checkpoints(run.folder) == []
+    assert run_folder.checkpoints(run.folder) == []
 
 
-def test_the_last_step_is_evaluated_once_and_counts_for_the_best(run: Run, state: State) -> None:
+def test_the_last_step_is_evaluated_once_and_counts_for_the_best(
+    run: RunFolder, state: State
+) -> None:
     for every in (2, 3):  # the last step is due, and is not
         top1 = iter([0.5, 0.7])
         keeper = Keeper(
             run,
-            ALONE,
+            SINGLE_PROCESS,
             Schedule(eval_every=every),
             4,
             evaluate=lambda found=top1: replace(FOUND, top1=next(found)),
@@ -203,11 +214,11 @@ def test_the_last_step_is_evaluated_once_and_counts_for_the_best(run: Run, state
         assert keeper.found is not None
         assert keeper.found.top1 == 0.7
         assert next(top1, None) is None
-        assert models.run_record(run.folder / "best")["top1"] == 0.7
+        assert load.read_run_json(run.folder / "best")["top1"] == 0.7
 
 
-def test_without_eval_every_only_the_end_is_evaluated(run: Run, state: State) -> None:
-    keeper = Keeper(run, ALONE, Schedule(), 4, evaluate=lambda: FOUND)
+def test_without_eval_every_only_the_end_is_evaluated(run: RunFolder, state: State) -> None:
+    keeper = Keeper(run, SINGLE_PROCESS, Schedule(), 4, evaluate=lambda: FOUND)
     steps(keeper, state, 1, 3)
     assert keeper.found is None
     steps(keeper, state, 4, 4)
@@ -216,7 +227,7 @@ def test_without_eval_every_only_the_end_is_evaluated(run: Run, state: State) ->
 
 
 def test_seconds_leave_evaluations_out(
-    run: Run, state: State, monkeypatch: pytest.MonkeyPatch
+    run: RunFolder, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
 
@@ -226,7 +237,7 @@ def test_seconds_leave_evaluations_out(
         return FOUND
 
     monkeypatch.setattr("kdcache.keeper.time.perf_counter", lambda: now)
-    keeper = Keeper(run, ALONE, Schedule(), 1, evaluate=evaluate, seconds=7)
+    keeper = Keeper(run, SINGLE_PROCESS, Schedule(), 1, evaluate=evaluate, seconds=7)
     now += 3
     steps(keeper, state, 1, 1)
     assert keeper.seconds == 10

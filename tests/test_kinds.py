@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache import codec, models, sampling, shards
-from kdcache.dataset import Dataset
+from kdcache.batch import Batch
+from kdcache.cache import layout
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import sampled, top_k
+from kdcache.data.beton import Dataset
+from kdcache.data.loader import Loader
 from kdcache.errors import UsageError
-from kdcache.loader import Loader
-from kdcache.models import Classifier
-from kdcache.precompute import precompute, tape_spec
-from kdcache.records import Batch
-from kdcache.spec import ViewSpec
-from kdcache.tape import Tape
-from kdcache.targets import CachedTargets, FixedTargets
+from kdcache.models import load
+from kdcache.models.classifier import Classifier
+from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.teacher.targets import CachedTargets, FixedTargets
+from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER, Result
 from tests.test_tape import equal
 
@@ -30,13 +32,13 @@ STUDENT = "python:tests.conftest:convolutional_student"
 
 @pytest.fixture
 def teacher() -> Classifier:
-    return models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    return load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
 
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 512)
-    monkeypatch.setattr(shards, "SHARD_BYTES", 2048)
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 512)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 2048)
 
 
 def live(dataset: Dataset, teacher: Classifier, view: int) -> torch.Tensor:
@@ -54,14 +56,14 @@ def batches(dataset: Dataset, spec: ViewSpec, view: int) -> list[Batch]:
 
 
 def test_sample_order(digits_test: Dataset, teacher: Classifier, tmp_path: Path) -> None:
-    spec = tape_spec(digits_test, teacher, VIEW, views=2, dtype="float32", order="sample")
+    spec = make_cache_spec(digits_test, teacher, VIEW, views=2, dtype="float32", order="sample")
     tape = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=50)
     assert tape.shards_per_view > 2
     for view in (0, 1):
-        found = codec.decode(tape[view], 10).logits_BK
+        found = top_k.decode(tape[view], 10).logits_BK
         torch.testing.assert_close(
             found,
-            codec.dense_target(live(digits_test, teacher, view)).logits_BK,
+            top_k.dense_target(live(digits_test, teacher, view)).logits_BK,
             rtol=1e-5,
             atol=1e-4,
         )
@@ -70,7 +72,7 @@ def test_sample_order(digits_test: Dataset, teacher: Classifier, tmp_path: Path)
 def test_an_average_is_of_probabilities(
     digits_test: Dataset, teacher: Classifier, tmp_path: Path
 ) -> None:
-    spec = tape_spec(digits_test, teacher, VIEW, dtype="float32", order="sample", average=3)
+    spec = make_cache_spec(digits_test, teacher, VIEW, dtype="float32", order="sample", average=3)
     tape = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=50)
     mean = sum(torch.softmax(live(digits_test, teacher, v), 1) for v in range(3)) / 3
     found = tape.target(0, np.arange(len(digits_test))).log_p_BK.exp()
@@ -83,12 +85,14 @@ def test_an_average_is_of_probabilities(
 
 
 def test_draws(digits_test: Dataset, teacher: Classifier, tmp_path: Path) -> None:
-    spec = tape_spec(digits_test, teacher, VIEW, views=2, dtype="uint8", draws=12, temperature=2.0)
+    spec = make_cache_spec(
+        digits_test, teacher, VIEW, views=2, dtype="uint8", draws=12, temperature=2.0
+    )
     tape = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=50)
     assert set(tape[0].arrays()) == {"classes", "counts"}
     with Loader(digits_test, VIEW, 50) as loader:
         logits = torch.cat([teacher(b.images_BCHW) for b in loader.batches(1)])
-    again = sampling.encode(logits, 12, 2.0, seed=3, view=1, rows_B=np.arange(len(digits_test)))
+    again = sampled.encode(logits, 12, 2.0, seed=3, view=1, rows_B=np.arange(len(digits_test)))
     differ = [
         (tape[1].arrays()[n] != again.arrays()[n]).any(1).sum() for n in ("classes", "counts")
     ]
@@ -103,12 +107,12 @@ def test_fixed_targets_follow_the_sample(
     digits_test: Dataset, teacher: Classifier, tmp_path: Path
 ) -> None:
     """Whatever view the student sees: other crops, another seed, any batch."""
-    spec = tape_spec(digits_test, teacher, VIEW, views=2, dtype="float32", order="sample")
+    spec = make_cache_spec(digits_test, teacher, VIEW, views=2, dtype="float32", order="sample")
     tape = precompute(digits_test, teacher, spec, tmp_path / "t")
     other = ViewSpec(8, "center", 1.0, mixup=0, seed=99)
     targets = FixedTargets(tape, digits_test.fingerprint, other)
     for view in (0, 1, 5):
-        answers = codec.decode(tape[view % 2], 10).logits_BK
+        answers = top_k.decode(tape[view % 2], 10).logits_BK
         for batch in batches(digits_test, other, view)[:3]:
             found = targets(batch)
             assert torch.equal(found.logits_BK, answers[torch.from_numpy(batch.samples_B)])
@@ -117,7 +121,7 @@ def test_fixed_targets_follow_the_sample(
 def test_what_does_not_go_together(
     digits_test: Dataset, digits: Dataset, teacher: Classifier, tmp_path: Path
 ) -> None:
-    spec = tape_spec(digits_test, teacher, VIEW, dtype="float32", order="sample")
+    spec = make_cache_spec(digits_test, teacher, VIEW, dtype="float32", order="sample")
     tape = precompute(digits_test, teacher, spec, tmp_path / "t")
     with pytest.raises(UsageError, match="is in sample order: it goes with FixedTargets"):
         CachedTargets(tape, digits_test.fingerprint, VIEW)
@@ -130,11 +134,11 @@ def test_what_does_not_go_together(
 # --- the command line ------------------------------------------------------------------------
 
 
-def made(kdcache: Run, dataset: Dataset, out: Path, *options: object) -> Tape:
+def made(kdcache: Run, dataset: Dataset, out: Path, *options: object) -> LogitCache:
     line = ("--data", dataset.path, "--teacher", TEACHER, "--out", out, *options)
     result = kdcache("precompute", *line)
     assert result.code == 0, result.err
-    return Tape.open(out)
+    return LogitCache.open(out)
 
 
 def trained(kdcache: Run, dataset: Dataset, out: Path, *options: object) -> Result:

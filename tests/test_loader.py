@@ -20,13 +20,15 @@ from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.reader import Reader
 from ffcv.types import HeaderType
 
-from kdcache import loader as loader_module
-from kdcache import pixels, views
-from kdcache.dataset import Dataset, open_dataset, sidecar_path
+from kdcache.batch import Batch
+from kdcache.data import loader as loader_module
+from kdcache.data import render as pixels
+from kdcache.data.beton import Dataset, open_dataset, sidecar_path
+from kdcache.data.loader import Loader
 from kdcache.errors import DatasetCorrupt, KDCacheError, UsageError
-from kdcache.loader import Loader
-from kdcache.records import Batch
-from kdcache.spec import ViewSpec
+from kdcache.views.mixing import pair_mix_weights
+from kdcache.views.order import view_order, view_positions
+from kdcache.views.spec import ViewSpec
 from tests.conftest import subset
 
 pytestmark = pytest.mark.timeout(90)
@@ -138,11 +140,11 @@ def test_batches_have_the_size_asked_for(digits: Dataset) -> None:
 @pytest.mark.parametrize("spec", [MIXED, PLAIN], ids=["mixed", "plain"])
 def test_a_batch_says_what_it_shows(dataset: Dataset, spec: ViewSpec) -> None:
     played, n = play(dataset, spec, 3), len(dataset)
-    order = views.order(spec, 3, n)
+    order = view_order(spec, 3, n)
     assert played["positions"].tolist() == list(range(n))
     assert (played["samples"] == order).all()
     assert (played["labels"] == dataset.labels[order]).all()
-    assert (played["weights"] == views.pair_weights(spec, 3, np.arange(n), n)).all()
+    assert (played["weights"] == pair_mix_weights(spec, 3, np.arange(n), n)).all()
     partner = np.minimum(np.arange(n) ^ 1, n - 1) if spec.mixup else np.arange(n)
     assert (played["partners"] == dataset.labels[order[partner]]).all()
 
@@ -504,7 +506,7 @@ def test_a_damaged_sample_is_named(
     photos: Dataset, tmp_path: Path, sample: int, damage: Callable[[np.ndarray], None]
 ) -> None:
     damaged = damaged_copy(photos, tmp_path, sample, damage)
-    where = views.position(PHOTOS, 0, 41)[sample] // 2 * 2
+    where = view_positions(PHOTOS, 0, 41)[sample] // 2 * 2
     with Loader(damaged, PHOTOS, 2) as loader:
         good: list[Batch] = []
         with pytest.raises(DatasetCorrupt, match=rf"copy\.beton: sample {sample} is damaged"):
@@ -526,7 +528,7 @@ def test_damaged_raw_pixels_are_noticed(
 
 def test_healthy_samples_of_a_damaged_file_still_play(photos: Dataset, tmp_path: Path) -> None:
     damaged = damaged_copy(photos, tmp_path, 17, everything)
-    where = views.position(PHOTOS, 0, 41)[17]
+    where = view_positions(PHOTOS, 0, 41)[17]
     others = np.array([p for p in range(41) if p // 2 != where // 2])
     assert same(play(damaged, PHOTOS, 0, others), play(photos, PHOTOS, 0, others))
 
@@ -588,8 +590,8 @@ SCRIPT = """
 import sys, torch
 torch.set_num_threads(3)
 from pathlib import Path
-from kdcache.dataset import open_dataset
-from kdcache.loader import Loader
+from kdcache.data.beton import open_dataset
+from kdcache.data.loader import Loader
 from kdcache.spec import ViewSpec
 assert torch.get_num_threads() == 3, "changed by the import"
 loader = Loader(open_dataset(Path(sys.argv[1])), ViewSpec(8), 10, workers=1)

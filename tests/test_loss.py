@@ -7,12 +7,12 @@ from typing import get_args
 import pytest
 import torch
 
-from kdcache import codec
+from kdcache.batch import Target
+from kdcache.cache.codecs import top_k as codec
 from kdcache.errors import UsageError
 from kdcache.kernels import reference
 from kdcache.kernels.reference import Tail
-from kdcache.loss import check_temperature, distillation_loss, distillation_losses
-from kdcache.records import Target
+from kdcache.losses.distillation import check_temperature, distillation_loss, distillation_losses
 
 TAILS: tuple[Tail, ...] = get_args(Tail)
 

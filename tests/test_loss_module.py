@@ -14,11 +14,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kdcache.codec import decode, dense_target, encode
+from kdcache.batch import Target, TemperedTarget
+from kdcache.cache.codecs.top_k import decode, dense_target, encode
 from kdcache.errors import UsageError
 from kdcache.kernels import ops, reference
-from kdcache.loss import DistillationLoss, distillation_loss, log_probabilities
-from kdcache.records import Target, TemperedTarget
+from kdcache.losses.distillation import DistillationLoss, distillation_loss, log_probabilities
 
 B, C = 12, 50
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -181,8 +181,8 @@ import sys
 sys.modules |= dict.fromkeys(("numba", "triton", "zarr", "ffcv", "typer", "torchvision"))
 import torch
 from kdcache.kernels import ops
-from kdcache.loss import distillation_loss
-from kdcache.records import TemperedTarget
+from kdcache.losses.distillation import distillation_loss
+from kdcache.batch import TemperedTarget
 z = torch.arange(12.0).reshape(3, 4).requires_grad_()
 goal = TemperedTarget(torch.full((3, 1), -0.5), torch.tensor([[0], [1], [3]]), None, 2.0, 4)
 loss = distillation_loss(z, goal, temperature=2.0)

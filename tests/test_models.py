@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache import models
 from kdcache.errors import KDCacheError, MissingDependency, UsageError
-from kdcache.models import Classifier, Triple
-from kdcache.spec import ViewSpec
+from kdcache.models import load
+from kdcache.models.classifier import Classifier, Triple
+from kdcache.models.pretrained import Role
+from kdcache.models.weights import save_weights
+from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER, linear_teacher
 
 STUDENT = "python:tests.conftest:convolutional_student"
@@ -40,7 +42,7 @@ def classifier(network: nn.Module | None = None, mean: Triple = HALF) -> Classif
 @pytest.mark.parametrize("size_px", [28, 32, 64])
 @pytest.mark.parametrize("name", ["small", "medium", "large"])
 def test_our_own_networks(name: str, size_px: int) -> None:
-    model = models.load(f"kdcache:{name}", "student", num_classes=7, size_px=size_px)
+    model = load.load_model(f"kdcache:{name}", "student", num_classes=7, size_px=size_px)
     assert model(views(size_px)).shape == (2, 7)
     assert model.name == f"kdcache:{name}"
     assert model.training
@@ -51,7 +53,7 @@ def test_our_own_networks_grow_with_their_names() -> None:
     sizes = [
         sum(
             w.numel()
-            for w in models.load(
+            for w in load.load_model(
                 f"kdcache:{name}", "student", num_classes=10, size_px=28
             ).parameters()
         )
@@ -62,14 +64,14 @@ def test_our_own_networks_grow_with_their_names() -> None:
 
 
 def test_a_torchvision_student() -> None:
-    model = models.load("torchvision:resnet18", "student", num_classes=11, size_px=32)
+    model = load.load_model("torchvision:resnet18", "student", num_classes=11, size_px=32)
     assert model(views(32)).shape == (2, 11)
-    torch.testing.assert_close(model.mean.flatten(), torch.tensor(models.IMAGENET_MEAN))
+    torch.testing.assert_close(model.mean.flatten(), torch.tensor(load.IMAGENET_MEAN))
 
 
 def test_a_timm_student() -> None:
     pytest.importorskip("timm")
-    model = models.load("timm:resnet10t", "student", num_classes=9, size_px=32)
+    model = load.load_model("timm:resnet10t", "student", num_classes=9, size_px=32)
     assert model(views(32)).shape == (2, 9)
 
 
@@ -77,19 +79,19 @@ def test_a_factorys_student_starts_from_torchs_seed() -> None:
     prints = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        prints.append(models.load(STUDENT, "student", num_classes=10, size_px=8).fingerprint())
+        prints.append(load.load_model(STUDENT, "student", num_classes=10, size_px=8).fingerprint())
     assert prints[0] == prints[1] != prints[2]
 
 
 def test_a_teacher_is_frozen() -> None:
-    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
     assert not teacher.training
     assert not any(w.requires_grad for w in teacher.parameters())
 
 
 def test_looking_at_a_model_leaves_its_statistics_alone() -> None:
     torch.manual_seed(0)
-    model = models.load("kdcache:small", "student", num_classes=10, size_px=28)
+    model = load.load_model("kdcache:small", "student", num_classes=10, size_px=28)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert all(int(m.num_batches_tracked) == 0 for m in norms)
 
@@ -105,7 +107,7 @@ def test_a_factory_may_bring_its_own_normalisation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     factory(tmp_path, monkeypatch, "m.mean = (0.1, 0.2, 0.3)\n    m.std = (1, 1, 1)")
-    model = models.load("python:mine:build", "teacher", num_classes=10, size_px=8)
+    model = load.load_model("python:mine:build", "teacher", num_classes=10, size_px=8)
     torch.testing.assert_close(model.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
     torch.testing.assert_close(model.std.flatten(), torch.ones(3))
 
@@ -155,32 +157,32 @@ def test_any_change_changes_the_fingerprint(change: Callable[[Classifier], None]
 def write_run(folder: Path, student: Classifier) -> None:
     """What a finished run leaves, so far as models are concerned."""
     folder.mkdir()
-    models.save_weights(student, folder / models.WEIGHTS_FILE)
+    save_weights(student, folder / load.WEIGHTS_FILE)
     record = {
         "student": student.name,
         "weights": student.fingerprint(),
         "classes": student.num_classes,
         "view": ViewSpec(8).to_json(),
     }
-    (folder / models.RUN_FILE).write_text(json.dumps(record))
+    (folder / load.RUN_FILE).write_text(json.dumps(record))
 
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     torch.manual_seed(4)
-    student = models.load(STUDENT, "student", num_classes=10, size_px=8)
+    student = load.load_model(STUDENT, "student", num_classes=10, size_px=8)
     write_run(tmp_path / "run", student)
     return tmp_path / "run"
 
 
 def test_a_run_is_a_teacher(run_folder: Path) -> None:
     record = json.loads((run_folder / "run.json").read_text())
-    teacher = models.load(str(run_folder), "teacher", num_classes=10, size_px=8)
+    teacher = load.load_model(str(run_folder), "teacher", num_classes=10, size_px=8)
     assert teacher.fingerprint() == record["weights"]
     assert teacher.name == str(run_folder)
     assert not teacher.training
     assert not any(w.requires_grad for w in teacher.parameters())
-    assert models.run_record(run_folder) == record
+    assert load.read_run_json(run_folder) == record
 
 
 def _without_weights(folder: Path) -> None:
@@ -204,7 +206,7 @@ def _pickled_weights(folder: Path) -> None:
 
 def _weights_of_another_network(folder: Path) -> None:
     network = classifier(nn.Linear(3, 3))
-    models.save_weights(network, folder / "student.safetensors")
+    save_weights(network, folder / "student.safetensors")
 
 
 class _Mark:
@@ -228,7 +230,7 @@ class _Mark:
 def test_a_run_with_damaged_weights(run_folder: Path, damage: Callable[[Path], None]) -> None:
     damage(run_folder)
     with pytest.raises(UsageError, match=r"student\.safetensors is damaged: ") as caught:
-        models.load(str(run_folder), "teacher", num_classes=10, size_px=8)
+        load.load_model(str(run_folder), "teacher", num_classes=10, size_px=8)
     assert "\n" not in str(caught.value)
     assert not (run_folder / "pwned").exists()
 
@@ -239,16 +241,16 @@ def test_no_pickle_is_read_or_written(run_folder: Path, monkeypatch: pytest.Monk
 
     for module, name in ((torch, "load"), (torch, "save"), (pickle, "load"), (pickle, "loads")):
         monkeypatch.setattr(module, name, refuse)
-    models.load(str(run_folder), "teacher", num_classes=10, size_px=8)
+    load.load_model(str(run_folder), "teacher", num_classes=10, size_px=8)
 
 
 def test_weights_that_are_not_those_of_the_record(run_folder: Path) -> None:
     """Whole, loadable and of the right shapes, but another run's."""
     torch.manual_seed(5)
-    other = models.load(STUDENT, "student", num_classes=10, size_px=8)
-    models.save_weights(other, run_folder / "student.safetensors")
+    other = load.load_model(STUDENT, "student", num_classes=10, size_px=8)
+    save_weights(other, run_folder / "student.safetensors")
     with pytest.raises(UsageError, match=r"is damaged: .* not those that run\.json names"):
-        models.load(str(run_folder), "teacher", num_classes=10, size_px=8)
+        load.load_model(str(run_folder), "teacher", num_classes=10, size_px=8)
 
 
 @pytest.mark.parametrize(
@@ -271,31 +273,31 @@ def test_weights_that_are_not_those_of_the_record(run_folder: Path) -> None:
 def test_a_damaged_record(run_folder: Path, text: str) -> None:
     (run_folder / "run.json").write_text(text, encoding="latin-1")
     with pytest.raises(UsageError, match=r"run\.json is damaged"):
-        models.load(str(run_folder), "teacher", num_classes=10, size_px=8)
+        load.load_model(str(run_folder), "teacher", num_classes=10, size_px=8)
 
 
 def test_a_run_that_names_itself_as_its_network(run_folder: Path) -> None:
     file = run_folder / "run.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "student": str(run_folder)}))
     with pytest.raises(UsageError, match=r"run\.json is damaged"):
-        models.load(str(run_folder), "teacher", num_classes=10, size_px=8)
+        load.load_model(str(run_folder), "teacher", num_classes=10, size_px=8)
 
 
 def test_a_student_that_starts_from_a_run_stands_on_its_own(
     run_folder: Path, tmp_path: Path
 ) -> None:
     """Its record names the network, not the folder of the run that it came from."""
-    student = models.load(str(run_folder), "student", num_classes=10, size_px=8)
+    student = load.load_model(str(run_folder), "student", num_classes=10, size_px=8)
     assert student.training
     write_run(tmp_path / "second", student)
     shutil.rmtree(run_folder)
-    again = models.load(str(tmp_path / "second"), "teacher", num_classes=10, size_px=8)
+    again = load.load_model(str(tmp_path / "second"), "teacher", num_classes=10, size_px=8)
     assert again.fingerprint() == student.fingerprint()
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"is not a finished run: it has no run\.json; a model is"):
-        models.load(str(tmp_path), "teacher", num_classes=10, size_px=8)
+        load.load_model(str(tmp_path), "teacher", num_classes=10, size_px=8)
 
 
 # --- how many classes ------------------------------------------------------------------------
@@ -303,30 +305,30 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 
 def test_a_teacher_may_have_the_classes_that_it_has(run_folder: Path) -> None:
     for role in ("teacher", "student"):
-        model = models.load(str(run_folder), role, num_classes=None, size_px=8)
+        model = load.load_model(str(run_folder), role, num_classes=None, size_px=8)
         assert model.num_classes == 10
     message = load_error("python:tests.test_models:seven_if_none", size_px=8)
     assert message.endswith("seven_if_none has 7 classes, the data has 10")
     name = "python:tests.test_models:seven_if_none"
-    assert models.load(name, "teacher", num_classes=None, size_px=8).num_classes == 7
+    assert load.load_model(name, "teacher", num_classes=None, size_px=8).num_classes == 7
 
 
 def test_a_student_needs_a_number_of_classes() -> None:
     with pytest.raises(UsageError, match="the student kdcache:small needs a number of classes"):
-        models.load("kdcache:small", "student", num_classes=None, size_px=28)
+        load.load_model("kdcache:small", "student", num_classes=None, size_px=28)
 
 
 def test_a_factory_that_has_no_classes_of_its_own() -> None:
     with pytest.raises(UsageError, match=r"linear_teacher failed: .*called with num_classes=None"):
-        models.load(TEACHER, "teacher", num_classes=None, size_px=8)
+        load.load_model(TEACHER, "teacher", num_classes=None, size_px=8)
 
 
 # --- what is refused -------------------------------------------------------------------------
 
 
-def load_error(name: str, role: models.Role = "student", size_px: int = 32) -> str:
+def load_error(name: str, role: Role = "student", size_px: int = 32) -> str:
     with pytest.raises(KDCacheError) as caught:
-        models.load(name, role, num_classes=10, size_px=size_px)
+        load.load_model(name, role, num_classes=10, size_px=size_px)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -335,11 +337,11 @@ def load_error(name: str, role: models.Role = "student", size_px: int = 32) -> s
     "name", ["", "resnet18", "torchvision:", "timm:", "kdcache:", "python:", "http://x"]
 )
 def test_an_unknown_form_lists_the_known_ones(name: str) -> None:
-    assert load_error(name) == f"unknown model {name!r}: a model is {models.FORMS}"
+    assert load_error(name) == f"unknown model {name!r}: a model is {load.FORMS}"
 
 
 def test_a_path_is_a_run_that_is_not_there() -> None:
-    assert load_error("runs/none") == f"no such folder: runs/none; a model is {models.FORMS}"
+    assert load_error("runs/none") == f"no such folder: runs/none; a model is {load.FORMS}"
 
 
 def test_unknown_names_of_each_form() -> None:
@@ -371,7 +373,7 @@ def test_an_unknown_timm_model() -> None:
 def test_without_timm_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingDependency, match=r"pip install 'kdcache\[timm\]'"):
-        models.load("timm:resnet10t", "student", num_classes=10, size_px=32)
+        load.load_model("timm:resnet10t", "student", num_classes=10, size_px=32)
 
 
 def test_our_own_networks_cannot_teach_untrained() -> None:
@@ -407,7 +409,7 @@ def test_torchvision_models_that_do_not_classify(name: str) -> None:
 
 def test_a_network_that_trains_with_a_tuple() -> None:
     name = "python:tests.test_models:tuple_in_training"
-    model = models.load(name, "student", num_classes=10, size_px=8)
+    model = load.load_model(name, "student", num_classes=10, size_px=8)
     assert model.eval()(views(8)).shape == (2, 10)
     with pytest.raises(UsageError, match="gives a tuple when it trains, not one tensor of logits"):
         model.train()(views(8))

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache import normalization
 from kdcache.errors import UsageError
-from kdcache.normalization import SyncedBatchNorm, synchronize
-from kdcache.processes import World
+from kdcache.training import sync_batchnorm
+from kdcache.training.distributed import World
+from kdcache.training.sync_batchnorm import SyncedBatchNorm, synchronize
 from tests import ranks
 
 timm_layers = pytest.importorskip("timm.layers")
@@ -165,7 +165,7 @@ def test_a_layer_without_statistics_is_refused() -> None:
 def test_the_layer_for_gpus_does_what_the_one_before_did(case: str) -> None:
     """torch's own works on the CPU at evaluation, and where there is one process."""
     net, native = network(case), network(case)
-    native[0] = normalization._native(native[0])
+    native[0] = sync_batchnorm._native(native[0])
     assert isinstance(native[0], nn.SyncBatchNorm)
     assert list(native.state_dict()) == list(net.state_dict())
     x = torch.randn(CASES[case][1])

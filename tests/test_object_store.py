@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import zarr
 
-from kdcache import store as stores
-from kdcache.dataset import Dataset, open_dataset
-from kdcache.loader import Loader
-from kdcache.store import ObjectStore
-from kdcache.tape import Tape
-from kdcache.targets import CachedTargets
+from kdcache.cache import store as stores
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.store import ObjectStore
+from kdcache.data.beton import Dataset, open_dataset
+from kdcache.data.loader import Loader
+from kdcache.teacher.targets import CachedTargets
 from tests import processes
 from tests.conftest import TEACHER, Result
 from tests.processes import Job, contents
@@ -177,7 +177,7 @@ def _train_and_watch(url: str, data: Path, most_held: int) -> None:
         return read(store, key)
 
     ObjectStore.read = watched  # type: ignore[method-assign]
-    dataset, tape = open_dataset(data), Tape.open(url)
+    dataset, tape = open_dataset(data), LogitCache.open(url)
     assert tape.spec.view is not None
     with Loader(dataset, tape.spec.view, 20, workers=1) as loader:
         asked.clear()
@@ -286,14 +286,14 @@ def test_a_mute_server_is_given_up_in_a_minute(
 
 def _train_from_a_dying_store(server: int, url: str, data: Path, out: Path) -> None:
     """The server dies when the fourth shard is asked for."""
-    read_shard, count = Tape.read_shard, iter(range(1000))
+    read_shard, count = LogitCache.read_shard, iter(range(1000))
 
-    def read(tape: Tape, view: int, shard: int) -> Any:
+    def read(tape: LogitCache, view: int, shard: int) -> Any:
         if next(count) == 3:
             os.kill(server, signal.SIGKILL)
         return read_shard(tape, view, shard)
 
-    Tape.read_shard = read  # type: ignore[method-assign]
+    LogitCache.read_shard = read  # type: ignore[method-assign]
     line = ["train", "--mode", "cached", "--data", str(data), "--student", STUDENT, "--cache", url]
     line += ["--out", str(out / "run"), "--batch-size", "32", "--epochs", "3"]
     processes.run_command(out / "stdout", out / "stderr", line)

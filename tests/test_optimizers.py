@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache import checkpoint
-from kdcache.classifier import Classifier
 from kdcache.errors import MissingDependency, UsageError
-from kdcache.optimizers import learning_rate, optimizer_of, warmup_steps
-from kdcache.spec import TrainSpec, ViewSpec
-from kdcache.train import State
+from kdcache.models.classifier import Classifier
+from kdcache.training import checkpoint
+from kdcache.training.loop import State
+from kdcache.training.optim import learning_rate, make_optimizer, warmup_steps
+from kdcache.training.spec import TrainSpec
+from kdcache.views.spec import ViewSpec
 
 SPEC = TrainSpec("labels", ViewSpec(8), epochs=1, batch_size=8, lr=0.02, weight_decay=0.1)
 NAMES = ("adamw", "sgd", "soap")
@@ -100,7 +101,7 @@ def test_a_state_is_laid_out_by_a_rule(name: Any) -> None:
 def test_matrices_and_kernels_decay_by_rate_times_weight_decay(name: Any) -> None:
     """Without a gradient nothing else moves a weight, and momentum has nothing to keep."""
     model = network()
-    optimizer = optimizer_of(model, replace(SPEC, optimizer=name, lr=0.5, weight_decay=0.1))
+    optimizer = make_optimizer(model, replace(SPEC, optimizer=name, lr=0.5, weight_decay=0.1))
     before = [w.detach().clone() for w in model.parameters()]
     steps = 3 if name == "soap" else 2  # SOAP only looks at the first gradient
     for _ in range(steps):
@@ -115,7 +116,7 @@ def test_sgd_is_heavy_ball() -> None:
     weight = nn.Parameter(torch.zeros(1))
     model = nn.Module()
     model.weight = weight
-    sgd = optimizer_of(model, replace(SPEC, optimizer="sgd", lr=1.0, momentum=0.5))
+    sgd = make_optimizer(model, replace(SPEC, optimizer="sgd", lr=1.0, momentum=0.5))
     path = []
     for _ in range(3):
         weight.grad = torch.ones(1)
@@ -128,7 +129,7 @@ def test_sgd_is_heavy_ball() -> None:
 def test_a_frozen_weight_stays(name: Any) -> None:
     model = network()
     frozen = next(model.parameters()).requires_grad_(False)
-    optimizer = optimizer_of(model, replace(SPEC, optimizer=name))
+    optimizer = make_optimizer(model, replace(SPEC, optimizer=name))
     held = [w for group in optimizer.param_groups for w in group["params"]]
     assert len(held) == 8
     assert all(w is not frozen for w in held)
@@ -136,7 +137,7 @@ def test_a_frozen_weight_stays(name: Any) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_first_order_steps_are_fused(name: Any) -> None:
-    optimizer = optimizer_of(network(), replace(SPEC, optimizer=name))
+    optimizer = make_optimizer(network(), replace(SPEC, optimizer=name))
     assert all(group["fused"] for group in optimizer.param_groups)
 
 
@@ -150,7 +151,7 @@ def test_soap_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(MissingDependency, match=r"pip install 'kdcache\[soap\]'"):
-        optimizer_of(network(), replace(SPEC, optimizer="soap"))
+        make_optimizer(network(), replace(SPEC, optimizer="soap"))
 
 
 def test_warm_up_is_a_share_or_a_number_of_steps() -> None:
@@ -174,6 +175,6 @@ def test_a_warm_up_longer_than_the_run_is_refused() -> None:
 def test_a_student_that_cannot_learn_is_refused() -> None:
     frozen = network().requires_grad_(False)
     with pytest.raises(UsageError, match="the student has no weight that learns"):
-        optimizer_of(frozen, SPEC)
+        make_optimizer(frozen, SPEC)
     frozen[7].requires_grad_(True)
-    assert optimizer_of(frozen, SPEC)
+    assert make_optimizer(frozen, SPEC)

@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache import console
-from kdcache.dataset import Dataset
+from kdcache.cache.cache import LogitCache
+from kdcache.cli import output
+from kdcache.data.beton import Dataset
 from kdcache.errors import UsageError
-from kdcache.tape import Tape
 from tests import processes
 from tests.conftest import TEACHER, linear_teacher
 from tests.processes import Job, contents
@@ -89,7 +89,7 @@ def test_of_two_specs_one_is_refused(whole: Job, tmp_path: Path) -> None:
         running = [job.start(), replace(job, views=2).start()]
         codes = [processes.ended(p) for p in running]
         assert sorted(codes) == [0, 2]
-        tape = Tape.open(job.out)
+        tape = LogitCache.open(job.out)
         assert tape.spec.views == (3 if codes[0] == 0 else 2)
         assert tape.missing() == []
         assert len(job.computed()) == len(tape.places())
@@ -120,7 +120,7 @@ def test_a_part_leaves_the_others_alone(whole: Job, tmp_path: Path) -> None:
     job = Job(whole.data, tmp_path / "t", tmp_path / "log", part=(1, 3))
     job.run()
     assert job.computed() == whole.computed()[7:14]
-    missing = Tape.open(job.out).missing()
+    missing = LogitCache.open(job.out).missing()
     assert missing == whole.computed()[:7] + whole.computed()[14:]
 
 
@@ -175,7 +175,7 @@ def test_a_rank_that_fails_ends_all_with_its_error(digits_test: Dataset, tmp_pat
     words = f"kdcache: the teacher {LAST_FAILS} gave NaN or infinity for sample"
     assert len([x for x in done.stderr.splitlines() if x.startswith(words)]) == 1
     assert done.stdout == ""
-    assert set(Tape.open(tmp_path / "t").missing()) >= {(2, 0), (3, 0)}
+    assert set(LogitCache.open(tmp_path / "t").missing()) >= {(2, 0), (3, 0)}
 
 
 class _LastRankFails(nn.Module):
@@ -230,12 +230,12 @@ def test_ranks_share_the_gpus_of_a_machine(
     if local is not None:
         for name, value in (("RANK", local), ("WORLD_SIZE", "2"), ("LOCAL_RANK", local)):
             monkeypatch.setenv(name, value)
-    assert console.device_of(asked) == given
+    assert output.device_of(asked) == given
 
 
 def test_ranks_that_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "first")
-    assert console.rank() == (0, 1)
+    assert output.rank() == (0, 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="RANK and WORLD_SIZE must be numbers"):
-        console.rank()
+        output.rank()

@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdcache import checkpoint, models, targets
-from kdcache.dataset import Dataset
-from kdcache.errors import TapeMismatch
+from kdcache.batch import TargetSource
+from kdcache.data.beton import Dataset
+from kdcache.errors import CacheMismatch
 from kdcache.kernels import ops
-from kdcache.loss import distillation_loss
-from kdcache.precompute import precompute, tape_spec
-from kdcache.records import TargetSource
-from kdcache.spec import TrainSpec, ViewSpec
-from kdcache.train import State, set_determinism, train
+from kdcache.losses.distillation import distillation_loss
+from kdcache.models import load
+from kdcache.teacher import targets
+from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.training import checkpoint
+from kdcache.training.loop import State, set_determinism, train
+from kdcache.training.spec import TrainSpec
+from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER
 
 VIEW = ViewSpec(8, min_area=0.4, mixup=1.0, seed=5)
@@ -38,7 +41,7 @@ def weights_after(
         seed=3,
     )
     set_determinism(spec)
-    student = models.load(
+    student = load.load_model(
         "python:tests.conftest:convolutional_student", "student", num_classes=10, size_px=8
     )
     train(spec, dataset, student, source, workers=1, on_step=lambda s: losses.append(s.loss))
@@ -46,12 +49,12 @@ def weights_after(
 
 
 def test_a_tape_of_other_views_is_refused(digits: Dataset, tmp_path: Path) -> None:
-    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
-    spec = tape_spec(digits, teacher, VIEW, views=1, top_k=None, dtype="float32")
+    teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
+    spec = make_cache_spec(digits, teacher, VIEW, views=1, top_k=None, dtype="float32")
     tape = precompute(digits, teacher, spec, tmp_path / "t.zarr")
-    with pytest.raises(TapeMismatch, match="seed: 6 here, 5 there"):
+    with pytest.raises(CacheMismatch, match="seed: 6 here, 5 there"):
         targets.CachedTargets(tape, digits.fingerprint, replace(VIEW, seed=6))
-    with pytest.raises(TapeMismatch, match="was made from other data"):
+    with pytest.raises(CacheMismatch, match="was made from other data"):
         targets.CachedTargets(tape, "0" * 16, VIEW)
 
 
@@ -59,9 +62,9 @@ def test_a_tape_of_other_views_is_refused(digits: Dataset, tmp_path: Path) -> No
 def test_cached_equals_online_to_the_bit(
     digits: Dataset, tmp_path: Path, temperature: float
 ) -> None:
-    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
     torch.set_num_threads(1)
-    spec = tape_spec(digits, teacher, VIEW, views=VIEWS, top_k=None, dtype="float32")
+    spec = make_cache_spec(digits, teacher, VIEW, views=VIEWS, top_k=None, dtype="float32")
     tape = precompute(digits, teacher, spec, tmp_path / "t.zarr", batch_size=128, workers=1)
     losses: tuple[list[float], list[float]] = ([], [])
     online = weights_after(digits, targets.OnlineTargets(teacher), "online", temperature, losses[0])
@@ -78,12 +81,12 @@ def test_one_may_go_on_with_what_the_other_began(
 ) -> None:
     """A run that stops in the middle of an epoch and goes on with the other source of targets ends
     with the weights of one that was online from beginning to end."""
-    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
     torch.set_num_threads(1)
     tape = precompute(
         digits,
         teacher,
-        tape_spec(digits, teacher, VIEW, views=VIEWS, dtype="float32"),
+        make_cache_spec(digits, teacher, VIEW, views=VIEWS, dtype="float32"),
         tmp_path / "t.zarr",
         batch_size=128,
         workers=1,
@@ -106,7 +109,7 @@ def test_one_may_go_on_with_what_the_other_began(
     def fresh() -> State:
         set_determinism(spec)
         name = "python:tests.conftest:convolutional_student"
-        return State(spec, models.load(name, "student", num_classes=10, size_px=8))
+        return State(spec, load.load_model(name, "student", num_classes=10, size_px=8))
 
     def play(state: State, source: str, last: int = 99) -> State:
         def after(state: State) -> None:
@@ -141,9 +144,9 @@ def test_one_may_go_on_with_what_the_other_began(
 
 def test_the_parity_test_can_fail(digits: Dataset, tmp_path: Path) -> None:
     """With another view seed on the tape, the same comparison must not hold."""
-    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
     other = ViewSpec(8, min_area=0.4, mixup=1.0, seed=6)
-    spec = tape_spec(digits, teacher, other, views=VIEWS, top_k=None, dtype="float32")
+    spec = make_cache_spec(digits, teacher, other, views=VIEWS, top_k=None, dtype="float32")
     tape = precompute(digits, teacher, spec, tmp_path / "t.zarr", batch_size=128)
     online = weights_after(digits, targets.OnlineTargets(teacher), "online", 1.0, [])
     replay = targets.CachedTargets(tape, digits.fingerprint, other)
@@ -154,8 +157,8 @@ def test_the_parity_test_can_fail(digits: Dataset, tmp_path: Path) -> None:
 def test_training_with_the_fused_loss_has_the_curve_of_the_reference(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
-    spec = tape_spec(digits, teacher, VIEW, views=VIEWS, top_k=3, dtype="float16")
+    teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
+    spec = make_cache_spec(digits, teacher, VIEW, views=VIEWS, top_k=3, dtype="float16")
     tape = precompute(digits, teacher, spec, tmp_path / "t.zarr", batch_size=128)
     replay = targets.CachedTargets(tape, digits.fingerprint, VIEW)
     curves: dict[bool, list[float]] = {True: [], False: []}
@@ -165,7 +168,7 @@ def test_training_with_the_fused_loss_has_the_curve_of_the_reference(
         curves[ops.HAS_NUMBA].append(loss.item())
         return loss
 
-    monkeypatch.setattr("kdcache.train.distillation_loss", recorded)
+    monkeypatch.setattr("kdcache.training.loop.distillation_loss", recorded)
     for fused in (True, False):
         monkeypatch.setattr(ops, "HAS_NUMBA", fused)
         weights_after(digits, replay, "cached", 2.0, [])

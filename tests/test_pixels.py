@@ -13,11 +13,16 @@ import pytest
 import torch
 from ffcv.reader import Reader
 
-from kdcache import pixels, views
-from kdcache.dataset import Dataset, convert
-from kdcache.loader import Loader
-from kdcache.sources import Source
-from kdcache.spec import ViewSpec
+from kdcache.data import render
+from kdcache.data.beton import Dataset
+from kdcache.data.convert import convert
+from kdcache.data.loader import Loader
+from kdcache.data.sources import Source
+from kdcache.views.crops import crop_boxes
+from kdcache.views.flips import flip_draws
+from kdcache.views.mixing import mix_pairs, pair_mix_weights
+from kdcache.views.order import view_order
+from kdcache.views.spec import ViewSpec
 
 WHOLE = ViewSpec(8, crop="center", min_area=1.0, flip=False, mixup=0)
 # May change only together with the view spec's version.
@@ -46,7 +51,7 @@ def stored_images(dataset: Dataset) -> list[np.ndarray]:
     for entry, (_, start, size) in zip(reader.metadata["f0"], reader.alloc_table, strict=True):
         height, width = int(entry["height"]), int(entry["width"])
         payload = file[int(start) : int(start + size)]
-        if entry["mode"] == pixels.JPEG_MODE:
+        if entry["mode"] == render.JPEG_MODE:
             image = np.zeros((height, width, 3), np.uint8)
             assert ffcv.libffcv.imdecode(payload, image, height, width, height, width) == 0
         else:
@@ -61,17 +66,17 @@ def by_the_definition(
     n = len(images)
     samples = np.arange(n)
     heights, widths = zip(*[image.shape[:2] for image in images], strict=True)
-    boxes = views.crop_boxes(spec, view, samples, heights, widths)
-    flips = views.flips(spec, view, samples)
+    boxes = crop_boxes(spec, view, samples, heights, widths)
+    flips = flip_draws(spec, view, samples)
     side = (spec.size_px, spec.size_px)
     shown = []
-    for sample in views.order(spec, view, n):
+    for sample in view_order(spec, view, n):
         top, left, h, w = boxes[sample]
         crop = np.ascontiguousarray(images[sample][top : top + h, left : left + w])
         small = cv2.resize(crop, side, interpolation=cv2.INTER_AREA)
         shown.append(small[:, ::-1] if flips[sample] else small)
     own = np.stack(shown).astype(np.int64)
-    weights = views.pair_weights(spec, view, samples, n)
+    weights = pair_mix_weights(spec, view, samples, n)
     out = own.copy()
     for p in range(n // 2 * 2):
         out[p] = own[p] + (int(weights[p]) * (own[p ^ 1] - own[p]) + 127) // 256
@@ -130,7 +135,7 @@ def test_jpegs_are_rendered_by_the_definition(
 
 
 def test_whole_small_images_are_shown_as_stored(digits_test: Dataset) -> None:
-    order = views.order(WHOLE, 0, len(digits_test))
+    order = view_order(WHOLE, 0, len(digits_test))
     stored = np.stack(stored_images(digits_test))
     assert (rendered(digits_test, WHOLE, 0) == stored[order]).all()
 
@@ -141,7 +146,7 @@ def test_two_images_are_mixes_of_each_other(pair: Dataset) -> None:
     for view in range(5):
         x, y = rendered(pair, plain, view).astype(int)
         mixed = rendered(pair, spec, view)
-        w = int(views.pair_weights(spec, view, [0], 2)[0])
+        w = int(pair_mix_weights(spec, view, [0], 2)[0])
         assert 0 < w <= 128
         assert (mixed[0] == x + (w * (y - x) + 127) // 256).all()
         assert (mixed[1] == y + (w * (x - y) + 127) // 256).all()
@@ -152,7 +157,7 @@ def test_mirroring_works_at_odd_and_even_sizes(pair: Dataset) -> None:
         spec = replace(WHOLE, size_px=size_px, flip=True)
         for view in range(4):
             plain = rendered(pair, replace(spec, flip=False), view)
-            flips = views.flips(spec, view, views.order(spec, view, 2))
+            flips = flip_draws(spec, view, view_order(spec, view, 2))
             wanted = [x[:, ::-1] if f else x for x, f in zip(plain, flips, strict=True)]
             assert (rendered(pair, spec, view) == np.stack(wanted)).all()
 
@@ -163,14 +168,14 @@ def test_mixing_rows_equals_mix_pairs(rows: int, size_px: int) -> None:
     """On rows as the kernel leaves them: with a trailer, not to be read or written."""
     spec = replace(WHOLE, size_px=size_px)
     random = np.random.default_rng(rows)
-    memory = random.integers(0, 256, (rows, pixels.row_bytes(spec)), dtype=np.uint8)
+    memory = random.integers(0, 256, (rows, render.row_bytes(spec)), dtype=np.uint8)
     before = memory.copy()
-    images, _, _ = pixels.split_rows(memory, size_px)
+    images, _, _ = render.split_rows(memory, size_px)
     weights = random.integers(0, 129, rows).astype(np.int16)
     weights[1::2] = weights[: rows // 2 * 2 : 2]
     weights[rows // 2 * 2 :] = 0
-    mixed = pixels.mix_rows(images, weights)
-    expected = views.mix_pairs(torch.from_numpy(images.copy()), torch.from_numpy(weights))
+    mixed = render.mix_rows(images, weights)
+    expected = mix_pairs(torch.from_numpy(images.copy()), torch.from_numpy(weights))
     assert (mixed == expected.numpy()).all()
     assert (memory == before).all()
     assert not np.shares_memory(mixed, memory)
@@ -181,15 +186,15 @@ def test_mixing_rows_takes_every_pair_of_values_by_every_weight() -> None:
     images = np.stack([np.repeat(values, 256), np.tile(values, 256)]).reshape(2, 256, 256, 1)
     for weight in range(129):
         weights = np.full(2, weight, np.int16)
-        expected = views.mix_pairs(torch.from_numpy(images), torch.from_numpy(weights)).numpy()
-        assert (pixels.mix_rows(images, weights) == expected).all()
+        expected = mix_pairs(torch.from_numpy(images), torch.from_numpy(weights)).numpy()
+        assert (render.mix_rows(images, weights) == expected).all()
 
 
 def test_rows_split_into_images_checksums_and_statuses() -> None:
-    rows = np.zeros((2, pixels.row_bytes(replace(WHOLE, size_px=2))), np.uint8)
+    rows = np.zeros((2, render.row_bytes(replace(WHOLE, size_px=2))), np.uint8)
     rows[:, :12] = np.arange(24).reshape(2, 12)
     rows[:, 12:] = np.array([[1, 2], [3, 4]], "<u4").view(np.uint8)
-    images, checksums, statuses = pixels.split_rows(rows, 2)
+    images, checksums, statuses = render.split_rows(rows, 2)
     assert images.reshape(-1).tolist() == list(range(24))
     assert np.shares_memory(images, rows)
     assert (checksums.tolist(), statuses.tolist()) == ([1, 3], [2, 4])

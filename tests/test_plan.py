@@ -11,12 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdcache import codec, models, plan, shards
-from kdcache.dataset import Dataset
-from kdcache.models import Classifier
-from kdcache.plan import Recording, Steps
-from kdcache.precompute import precompute, tape_spec
-from kdcache.spec import TapeSpec, ViewSpec
+from kdcache.cache import layout
+from kdcache.cache.codecs import top_k
+from kdcache.cache.spec import CacheSpec
+from kdcache.data.beton import Dataset
+from kdcache.models import load
+from kdcache.models.classifier import Classifier
+from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.training import planning
+from kdcache.training.planning import Recording, Steps
+from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER, Result
 
 STUDENT = "python:tests.conftest:convolutional_student"
@@ -32,12 +36,12 @@ KINDS = {
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "BLOCK_S", 0.01)
+    monkeypatch.setattr(planning, "BLOCK_S", 0.01)
 
 
 @pytest.fixture
 def teacher() -> Classifier:
-    return models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    return load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -46,9 +50,9 @@ def test_the_tape_is_as_large_as_planned(
 ) -> None:
     options = KINDS[kind]
     views = 1 if "average" in options else 3
-    spec = tape_spec(digits, teacher, ViewSpec(8, mixup=0), views=views, **options)
-    recording = plan.record_some(digits, teacher, spec, batch_size=128, workers=1)
-    found = plan.plan_of(spec, recording)
+    spec = make_cache_spec(digits, teacher, ViewSpec(8, mixup=0), views=views, **options)
+    recording = planning.record_some(digits, teacher, spec, batch_size=128, workers=1)
+    found = planning.make_plan(spec, recording)
     tape = precompute(digits, teacher, spec, tmp_path / "t", batch_size=128)
     sizes = {key: n for key, n in tape.store.sizes().items() if not key.startswith(".")}
     assert found.shards == len(tape.places())
@@ -63,53 +67,57 @@ def test_the_tape_is_as_large_as_planned(
 def test_bytes_come_from_whole_chunks_where_a_shard_is_large(
     digits: Dataset, teacher: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 1024)
-    monkeypatch.setattr(shards, "SHARD_BYTES", 4096)
-    spec = tape_spec(digits, teacher, ViewSpec(8), views=2, top_k=2)
-    recording = plan.record_some(digits, teacher, spec, batch_size=200, workers=1)
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 1024)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 4096)
+    spec = make_cache_spec(digits, teacher, ViewSpec(8), views=2, top_k=2)
+    recording = planning.record_some(digits, teacher, spec, batch_size=200, workers=1)
     assert len(recording.records) < 1500
-    found = plan.plan_of(spec, recording)
+    found = planning.make_plan(spec, recording)
     tape = precompute(digits, teacher, spec, tmp_path / "t")
     assert found.shards == len(tape.places()) > 2
     assert found.bytes + 1000 == pytest.approx(tape.stored_bytes(), rel=0.1)
 
 
 def test_hours_are_those_of_every_pass_of_the_teacher(digits: Dataset, teacher: Classifier) -> None:
-    spec = tape_spec(digits, teacher, ViewSpec(8, mixup=0), top_k=2, order="sample", average=2)
-    two = plan.record_some(digits, teacher, spec, batch_size=128, workers=1)
-    many = plan.record_some(digits, teacher, replace(spec, average=200), batch_size=128, workers=1)
+    spec = make_cache_spec(
+        digits, teacher, ViewSpec(8, mixup=0), top_k=2, order="sample", average=2
+    )
+    two = planning.record_some(digits, teacher, spec, batch_size=128, workers=1)
+    many = planning.record_some(
+        digits, teacher, replace(spec, average=200), batch_size=128, workers=1
+    )
     assert 20 < many.seconds / two.seconds < 500
 
 
-def of(spec: TapeSpec, seconds: float, packed_s: float = 0.0) -> Recording:
-    return Recording(codec.encode(torch.zeros(2, 100), 5, "float16"), seconds, packed_s, 30.0)
+def of(spec: CacheSpec, seconds: float, packed_s: float = 0.0) -> Recording:
+    return Recording(top_k.encode(torch.zeros(2, 100), 5, "float16"), seconds, packed_s, 30.0)
 
 
-SPEC = TapeSpec(36, 1000, 100, 5, "float16", "d", "t", ViewSpec(8))
+SPEC = CacheSpec(36, 1000, 100, 5, "float16", "d", "t", ViewSpec(8))
 
 
 def test_the_formula() -> None:
-    found = plan.plan_of(SPEC, of(SPEC, 0.1))
+    found = planning.make_plan(SPEC, of(SPEC, 0.1))
     assert found.hours == pytest.approx(1.0)
     steps = Steps(online_s=0.3, cached_s=0.2)
-    assert plan.break_even(SPEC, of(SPEC, 0.1), steps) == pytest.approx(36)
+    assert planning.break_even(SPEC, of(SPEC, 0.1), steps) == pytest.approx(36)
     for students, wins in ((1, False), (2, True)):
-        row = plan.compare(SPEC, found, steps, students=students, epochs=30)
+        row = planning.compare(SPEC, found, steps, students=students, epochs=30)
         assert row.online == pytest.approx(students * 2.5)
         assert row.cached == pytest.approx(1 + students * 30 * 1000 * 0.2 / 3600)
         assert (row.cached < row.online) is wins
-    assert plan.break_even(SPEC, of(SPEC, 0.1), Steps(0.2, 0.2)) == math.inf
-    assert plan.break_even(SPEC, of(SPEC, 0.1), Steps(0.1, 0.2)) == math.inf
+    assert planning.break_even(SPEC, of(SPEC, 0.1), Steps(0.2, 0.2)) == math.inf
+    assert planning.break_even(SPEC, of(SPEC, 0.1), Steps(0.1, 0.2)) == math.inf
 
 
 def test_packing_counts_where_it_takes_longer() -> None:
-    found = plan.plan_of(SPEC, of(SPEC, 0.1, packed_s=0.2))
+    found = planning.make_plan(SPEC, of(SPEC, 0.1, packed_s=0.2))
     assert (found.hours, found.packing_hours) == (pytest.approx(2), pytest.approx(2))
 
 
 def test_room_on_the_disk(tmp_path: Path) -> None:
-    assert (plan.free_bytes(str(tmp_path / "none" / "t.zarr")) or 0) > 0
-    assert plan.free_bytes("s3://bucket/t.zarr") is None
+    assert (planning.free_bytes(str(tmp_path / "none" / "t.zarr")) or 0) > 0
+    assert planning.free_bytes("s3://bucket/t.zarr") is None
 
 
 # --- the command -----------------------------------------------------------------------------
@@ -164,7 +172,7 @@ def test_plan_in_words(kdcache: Command, digits: Dataset) -> None:
 def test_too_small_a_disk_is_said(
     kdcache: Command, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "free_bytes", lambda out: 1000)
+    monkeypatch.setattr(planning, "free_bytes", lambda out: 1000)
     result = kdcache("plan", "--data", digits.path, "--teacher", TEACHER, "--out", tmp_path / "t")
     assert result.code == 0
     assert f"{tmp_path / 't'} has room for 1 kB, the tape takes" in result.err

@@ -12,16 +12,19 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache import codec, models, shards
-from kdcache import precompute as recording
-from kdcache import store as stores
-from kdcache.dataset import Dataset
-from kdcache.errors import NonFinite, StorageError, TapeMismatch, UsageError
-from kdcache.loader import Loader
-from kdcache.models import Classifier
-from kdcache.precompute import precompute, tape_spec
-from kdcache.spec import TapeSpec, ViewSpec
-from kdcache.tape import Tape
+from kdcache.cache import layout
+from kdcache.cache import store as stores
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import top_k as codec
+from kdcache.cache.spec import CacheSpec
+from kdcache.data.beton import Dataset
+from kdcache.data.loader import Loader
+from kdcache.errors import CacheMismatch, NonFinite, StorageError, UsageError
+from kdcache.models import load
+from kdcache.models.classifier import Classifier
+from kdcache.teacher import precompute as recording
+from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.views.spec import ViewSpec
 from tests import processes
 from tests.conftest import TEACHER, linear_teacher
 
@@ -30,17 +33,17 @@ VIEW = ViewSpec(8, min_area=0.5, seed=3)
 
 @pytest.fixture
 def teacher() -> Classifier:
-    return models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    return load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 512)
-    monkeypatch.setattr(shards, "SHARD_BYTES", 2048)
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 512)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 2048)
 
 
-def spec_of(dataset: Dataset, teacher: Classifier, top_k: int | None = None) -> TapeSpec:
-    return tape_spec(dataset, teacher, VIEW, views=2, top_k=top_k, dtype="float32")
+def spec_of(dataset: Dataset, teacher: Classifier, top_k: int | None = None) -> CacheSpec:
+    return make_cache_spec(dataset, teacher, VIEW, views=2, top_k=top_k, dtype="float32")
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -148,7 +151,7 @@ def test_another_teacher_does_not_write_on_the_tape(
     precompute(digits_test, teacher, spec_of(digits_test, teacher), tmp_path / "t")
     with torch.no_grad():
         teacher.network[1].bias[0] += 1e-3
-    with pytest.raises(TapeMismatch, match=r"another tape \(teacher: \w{16} here, \w{16} there\)"):
+    with pytest.raises(CacheMismatch, match=r"another tape \(teacher: \w{16} here, \w{16} there\)"):
         precompute(digits_test, teacher, spec_of(digits_test, teacher), tmp_path / "t")
 
 
@@ -167,7 +170,7 @@ def test_nan_names_its_sample_and_its_view_and_is_not_recorded(
     expected = rf"spoilt gave NaN or infinity for sample {batch.samples_B[1]} in view 1: a teacher"
     with pytest.raises(NonFinite, match=expected):
         precompute(digits_test, spoilt, spec, tmp_path / "t", batch_size=32)
-    made = Tape.open(tmp_path / "t")
+    made = LogitCache.open(tmp_path / "t")
     bad = 201 // made.layout.shard_rows
     assert made.missing()[0] == (1, bad)
 
@@ -194,7 +197,7 @@ def test_a_write_that_fails_is_one_line_and_the_next_run_finishes(
         with pytest.raises(StorageError, match=r"view 0 shard \d: .*No space left") as caught:
             precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=32, workers=1)
     assert "\n" not in str(caught.value)
-    assert 0 < len(Tape.open(tmp_path / "t").missing()) < 2 * whole.shards_per_view
+    assert 0 < len(LogitCache.open(tmp_path / "t").missing()) < 2 * whole.shards_per_view
     precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=32, workers=1)
     assert contents(tmp_path / "t") == contents(tmp_path / "whole")
 
@@ -203,7 +206,7 @@ def test_a_write_that_fails_is_one_line_and_the_next_run_finishes(
 def test_a_write_that_fails_stops_the_teacher_at_once_and_frees_the_shards(
     digits_test: Dataset, teacher: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, ask, asked = stores._write_file, recording.ask, []
+    real, ask, asked = stores._write_file, recording.teacher_logits, []
 
     def full(path: Path, data: bytes) -> None:
         if "seals" in path.parts and path.name != "zarr.json":
@@ -220,13 +223,13 @@ def test_a_write_that_fails_stops_the_teacher_at_once_and_frees_the_shards(
     spec = spec_of(digits_test, teacher)
     with pytest.raises(StorageError, match=r"view 0 shard 0: .*No space left"):
         precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=1, workers=1)
-    rows = Tape.open(tmp_path / "t").layout.shard_rows
+    rows = LogitCache.open(tmp_path / "t").layout.shard_rows
     assert rows <= len(asked) < 2 * rows - 5
     assert processes.run(_claim_all, tmp_path / "t") == 0
 
 
 def _claim_all(path: Path) -> None:
-    tape = Tape.open(path)
+    tape = LogitCache.open(path)
     assert all(tape.claim(*place) for place in tape.places())
 
 

@@ -18,15 +18,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import distributed, nn
+from torch import distributed as torch_distributed
+from torch import nn
 
-from kdcache import checkpoint, cli, models, processes, runs
-from kdcache.dataset import Dataset, open_dataset
-from kdcache.errors import KDCacheError, ProcessLost, UsageError
-from kdcache.evaluate import evaluate
-from kdcache.processes import ALONE, World, is_lost
-from kdcache.spec import TrainSpec, ViewSpec
-from kdcache.views import order
+from kdcache.cli import app
+from kdcache.data.beton import Dataset, open_dataset
+from kdcache.errors import KDCacheError, PeerFailed, UsageError
+from kdcache.evaluation.evaluate import evaluate
+from kdcache.models import load
+from kdcache.training import checkpoint, distributed, run_folder
+from kdcache.training.distributed import SINGLE_PROCESS, World, is_peer_failure
+from kdcache.training.spec import TrainSpec
+from kdcache.views.order import view_order
+from kdcache.views.spec import ViewSpec
 from tests import ranks
 from tests.conftest import TEACHER, Result, linear_teacher
 from tests.test_loader import damaged_copy, everything
@@ -58,7 +62,7 @@ def training(data: Path, out: Path, *options: object, mode: str = "labels") -> l
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / models.WEIGHTS_FILE)
+    return load_file(run / load.WEIGHTS_FILE)
 
 
 def assert_same(found: Path, expected: Path, steps: int) -> None:
@@ -66,7 +70,7 @@ def assert_same(found: Path, expected: Path, steps: int) -> None:
     torch.testing.assert_close(weights(found), weights(expected), rtol=1e-3, atol=1e-4)
     logs = []
     for run in (found, expected):
-        rows = [json.loads(line) for line in (run / runs.LOG_FILE).read_text().splitlines()]
+        rows = [json.loads(line) for line in (run / run_folder.LOG_FILE).read_text().splitlines()]
         logs.append([row for row in rows if "loss" in row])
     assert [row["step"] for row in logs[0]] == list(range(1, steps + 1))
     for name in ("step", "epoch", "loss", "agreement", "lr"):
@@ -217,8 +221,8 @@ def test_the_result_of_one_process(
 
 def measure(data: Path, out: Path, rank: int, count: int) -> None:
     dataset = open_dataset(data)
-    network = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
-    judge = models.load(
+    network = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
+    judge = load.load_model(
         "python:tests.test_processes:other_teacher", "teacher", num_classes=10, size_px=8
     )
     with World(rank, count) as world:
@@ -282,8 +286,8 @@ def test_one_process_asks_nobody() -> None:
         world.wait()
         network = nn.Linear(2, 2)
         assert world.parallel(network) is network
-    assert not distributed.is_initialized()
-    assert ALONE.first
+    assert not torch_distributed.is_initialized()
+    assert SINGLE_PROCESS.first
 
 
 # --- ends ------------------------------------------------------------------------------------
@@ -291,7 +295,7 @@ def test_one_process_asks_nobody() -> None:
 
 def log_reaches(run: Path, step: int, commands: ranks.Commands) -> None:
     end = time.monotonic() + 60
-    log = run / runs.LOG_FILE
+    log = run / run_folder.LOG_FILE
     while not log.exists() or log.read_text().count("\n") < step:
         assert time.monotonic() < end
         assert all(p.is_alive() for p in commands.ranks.running), commands()
@@ -323,7 +327,7 @@ def test_a_sigterm_to_one_stops_all_at_one_step_and_others_go_on(
     commands.ranks.kill(rank, signal.SIGTERM)
     found = commands()
     assert [r.code for r in found] == [128 + signal.SIGTERM] * 2
-    [kept] = runs.checkpoints(out)
+    [kept] = run_folder.checkpoints(out)
     step = checkpoint.load(kept)["step"]
     assert 5 <= step < STEPS
     said = f"kdcache: stopped after step {step}, which is kept; the same command with --resume"
@@ -365,7 +369,7 @@ def test_checkpoints_by_the_clock_of_any_process(digits_test: Dataset, tmp_path:
 
 
 def sample_of(dataset: Dataset, position: int) -> int:
-    return int(order(ViewSpec(8), 0, len(dataset))[position])
+    return int(view_order(ViewSpec(8), 0, len(dataset))[position])
 
 
 def test_a_damaged_sample_of_one_process_ends_all_and_is_named_once(
@@ -412,8 +416,10 @@ def test_nan_in_one_process_stops_all_and_keeps_no_such_checkpoint(
     assert found[0].code == 2, found
     said = "kdcache: the loss is not finite at step 5: lower --lr or raise --warmup; the checkpoint"
     assert [text[: len(said)] for text in lines_of(found)] == [said]
-    assert [checkpoint.load(f)["step"] for f in runs.checkpoints(out)] == [3, 4]
-    assert [json.loads(x)["step"] for x in (out / runs.LOG_FILE).read_text().splitlines()] == [3]
+    assert [checkpoint.load(f)["step"] for f in run_folder.checkpoints(out)] == [3, 4]
+    assert [
+        json.loads(x)["step"] for x in (out / run_folder.LOG_FILE).read_text().splitlines()
+    ] == [3]
 
 
 def test_an_error_of_the_first_process_ends_all(digits_test: Dataset, tmp_path: Path) -> None:
@@ -487,12 +493,12 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
 
-@pytest.mark.parametrize("error", [distributed.DistNetworkError, RuntimeError])
+@pytest.mark.parametrize("error", [torch_distributed.DistNetworkError, RuntimeError])
 def test_nobody_to_meet(monkeypatch: pytest.MonkeyPatch, error: type[RuntimeError]) -> None:
     def unmet(backend: str) -> None:
         raise error("the client socket has timed out\nmore")
 
-    monkeypatch.setattr(processes.distributed, "init_process_group", unmet)
+    monkeypatch.setattr(distributed.distributed, "init_process_group", unmet)
     monkeypatch.setenv("MASTER_ADDR", "node0")
     monkeypatch.setenv("MASTER_PORT", "29500")
     line = "process 1 of 2 has not met the others at node0:29500: the client socket has timed out$"
@@ -504,21 +510,21 @@ def test_nobody_to_meet(monkeypatch: pytest.MonkeyPatch, error: type[RuntimeErro
     ("error", "lost"),
     [
         (RuntimeError("[third_party/gloo/transport/tcp/pair.cc:5] Connection closed"), True),
-        (distributed.DistBackendError("NCCL error"), True),
+        (torch_distributed.DistBackendError("NCCL error"), True),
         (RuntimeError("CUDA out of memory"), False),
         (UsageError("gloo"), False),
         (None, False),
     ],
 )
 def test_what_a_process_meets_when_another_has_ended(error: Any, lost: bool) -> None:
-    assert is_lost(error) is lost
+    assert is_peer_failure(error) is lost
 
 
 def test_a_lost_process_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("init_process_group", "destroy_process_group"):
-        monkeypatch.setattr(processes.distributed, name, lambda *_: None)
+        monkeypatch.setattr(distributed.distributed, name, lambda *_: None)
     line = "process 0 of 2 ended because another one did; that one's own message says why"
-    with pytest.raises(ProcessLost, match=line), World(0, 2):
+    with pytest.raises(PeerFailed, match=line), World(0, 2):
         raise RuntimeError("gloo: Connection closed by peer")
 
 
@@ -526,9 +532,9 @@ def test_a_lost_process_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     ("rank", "error", "waits_s"),
     [
         ("0", UsageError("x"), []),
-        ("1", UsageError("x"), [cli.AFTER_S]),
-        ("0", ProcessLost("x"), [cli.LOST_S]),
-        ("1", ProcessLost("x"), [cli.LOST_S]),
+        ("1", UsageError("x"), [app.AFTER_S]),
+        ("0", PeerFailed("x"), [app.LOST_S]),
+        ("1", PeerFailed("x"), [app.LOST_S]),
     ],
 )
 def test_the_one_that_knows_why_speaks_first(
@@ -544,12 +550,12 @@ def test_the_one_that_knows_why_speaks_first(
     waited: list[float] = []
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(cli, "app", fail)
-    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(app, "app", fail)
+    monkeypatch.setattr(app.time, "sleep", waited.append)
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        app.main()
     assert (end.value.code, waited) == (2, waits_s)
-    assert cli.AFTER_S < cli.LOST_S
+    assert app.AFTER_S < app.LOST_S
 
 
 # --- torchrun --------------------------------------------------------------------------------
@@ -591,12 +597,12 @@ def test_torchrun_hands_a_sigterm_on(digits_test: Dataset, tmp_path: Path) -> No
     out = tmp_path / "run"
     line = training(digits_test.path, out, "--epochs", 3000, "--log-every", 1)
     agent = torchrun("--standalone", "--nproc-per-node", 2, "-m", "kdcache", *line)
-    while not (out / runs.LOG_FILE).exists() and agent.poll() is None:
+    while not (out / run_folder.LOG_FILE).exists() and agent.poll() is None:
         time.sleep(0.05)
     agent.send_signal(signal.SIGTERM)
     _, err = agent.communicate(timeout=60)
     assert agent.returncode == 1  # its own, whatever the processes give
-    [kept] = runs.checkpoints(out)
+    [kept] = run_folder.checkpoints(out)
     said = f"kdcache: stopped after step {checkpoint.load(kept)['step']}, which is kept"
     assert [text[: len(said)] for text in err.splitlines() if "kdcache:" in text] == [said]
 

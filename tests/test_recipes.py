@@ -18,18 +18,21 @@ from typing import Any
 import pytest
 import typer
 
-from kdcache import codec, recipes
+from kdcache.cache.codecs import top_k
+from kdcache.cache.spec import CacheSpec
 from kdcache.cli import app
-from kdcache.console import given_view, top_k_of
-from kdcache.dataset import Dataset
+from kdcache.cli.output import given_view, top_k_of
+from kdcache.cli.recipes import command_of, duration, table
+from kdcache.data.beton import Dataset
 from kdcache.errors import UsageError
-from kdcache.networks import SIZES
-from kdcache.optimizers import learning_rate, warmup_steps
-from kdcache.recipe_commands import command_of, duration, table
-from kdcache.recipes import NAMES, Recipe, cost_of, decay_of, recipe_of
-from kdcache.setups import plain_view
-from kdcache.spec import TapeSpec, TrainSpec, ViewSpec
-from kdcache.train import steps_of
+from kdcache.models.resnet import SIZES
+from kdcache.training import recipes
+from kdcache.training.loop import num_steps
+from kdcache.training.optim import learning_rate, warmup_steps
+from kdcache.training.recipes import NAMES, Recipe, cost_of, get_recipe, to_pytorch_weight_decay
+from kdcache.training.spec import TrainSpec
+from kdcache.views.settings import make_view_spec
+from kdcache.views.spec import ViewSpec
 from tests.conftest import Result
 
 Run = Callable[..., Result]
@@ -66,13 +69,13 @@ DATA = {
 
 def test_these_are_the_recipes() -> None:
     assert set(NAMES) == {*PAPER, "fashion-mnist"}
-    assert [recipe_of(name).name for name in NAMES] == list(NAMES)
+    assert [get_recipe(name).name for name in NAMES] == list(NAMES)
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_numbers(name: str) -> None:
     size, batch, epochs, temperature, lr, wd, warmup, decay = PAPER[name]
-    recipe = recipe_of(name)
+    recipe = get_recipe(name)
     if name.startswith("flowers"):
         batch = 510  # of 1,020 images: two whole batches
     view = ViewSpec(size, "inception", min_area=0.05, flip=True, mixup=1.0)
@@ -98,7 +101,9 @@ def test_the_papers_numbers(name: str) -> None:
 def test_decay_shrinks_a_weight_as_the_papers_does() -> None:
     """Theirs, written out: without a gradient w -= s * wd * w, at every point of the schedule."""
     lr, wd, weight, steps = 0.003, 1e-4, 1.0, 40
-    spec = replace(recipe_of("pet-long").spec, lr=lr, warmup=10, weight_decay=decay_of(wd, lr))
+    spec = replace(
+        get_recipe("pet-long").spec, lr=lr, warmup=10, weight_decay=to_pytorch_weight_decay(wd, lr)
+    )
     ours = weight
     for step in range(steps):
         rate = learning_rate(spec, step, steps)
@@ -110,7 +115,7 @@ def test_decay_shrinks_a_weight_as_the_papers_does() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_can_be_run(name: str) -> None:
-    recipe = recipe_of(name)
+    recipe = get_recipe(name)
     steps = cost_of(recipe).steps
     assert 0 < warmup_steps(recipe.spec, steps) <= steps / 4
     assert recipe.spec.batch_size % 2 == 0  # whole pairs
@@ -123,15 +128,15 @@ def test_a_recipe_can_be_run(name: str) -> None:
 
 def test_the_papers_own_teacher_is_timms() -> None:
     timm = pytest.importorskip("timm")
-    teacher = recipe_of("imagenet-r50-long").teacher
+    teacher = get_recipe("imagenet-r50-long").teacher
     assert teacher is not None
     assert teacher.removeprefix("timm:") in timm.list_pretrained()
-    assert recipe_of("pet-fast").teacher is None
+    assert get_recipe("pet-fast").teacher is None
 
 
 def test_longer_is_longer() -> None:
     for family in DATA:
-        costs = [cost_of(recipe_of(f"{family}-{length}")) for length in ("fast", "medium", "long")]
+        costs = [cost_of(get_recipe(f"{family}-{length}")) for length in ("fast", "medium", "long")]
         assert costs == sorted(costs, key=lambda cost: cost.steps)
         assert costs[0].steps < costs[2].steps
         assert costs[0].tape_bytes < costs[2].tape_bytes
@@ -139,39 +144,39 @@ def test_longer_is_longer() -> None:
 
 def test_an_unknown_recipe_is_refused_with_the_list() -> None:
     with pytest.raises(UsageError, match=r"unknown recipe 'x': there are fashion-mnist, .*-long$"):
-        recipe_of("x")
+        get_recipe("x")
     with pytest.raises(UsageError, match=r"; did you mean fashion-mnist\?$"):
-        recipe_of("fashion-mist")
+        get_recipe("fashion-mist")
 
 
 # --- costs -----------------------------------------------------------------------------------
 
 
 def test_costs_follow_from_data_and_codec() -> None:
-    cost = cost_of(recipe_of("food-fast"))
+    cost = cost_of(get_recipe("food-fast"))
     assert cost.steps == 133 * 100  # 68,175 images fill 133 batches of 512
     assert cost.views == 100
     assert (cost.top_k, cost.record_bytes) == (16, 16 * (2 + 2) + 3 * 2)
     assert cost.tape_bytes == 100 * 68_175 * 70
-    few = cost_of(recipe_of("food-fast"), samples=1030, classes=10)
+    few = cost_of(get_recipe("food-fast"), samples=1030, classes=10)
     assert (few.steps, few.top_k, few.record_bytes) == (200, 10, 20)
     assert few.tape_bytes == 100 * 1030 * 20
-    cycled = recipe_of("food-fast")
+    cycled = get_recipe("food-fast")
     cycled = replace(cycled, spec=replace(cycled.spec, views=7))
     assert cost_of(cycled).tape_bytes == 7 * 68_175 * 70
 
 
 def test_costs_have_the_defaults_of_precompute() -> None:
     assert top_k_of(None, 1000) == recipes.TOP_K
-    assert codec.effective_top_k(1000, recipes.TOP_K, recipes.DTYPE) == recipes.TOP_K
-    spec = TapeSpec(1, 1, 1000, recipes.TOP_K, recipes.DTYPE, "data", "teacher", ViewSpec(8))
-    layout = pytest.importorskip("kdcache.shards")
-    assert layout.record_bytes(spec) == cost_of(recipe_of("imagenet-r50-fast")).record_bytes
+    assert top_k.effective_top_k(1000, recipes.TOP_K, recipes.DTYPE) == recipes.TOP_K
+    spec = CacheSpec(1, 1, 1000, recipes.TOP_K, recipes.DTYPE, "data", "teacher", ViewSpec(8))
+    layout = pytest.importorskip("kdcache.cache.layout")
+    assert layout.record_bytes(spec) == cost_of(get_recipe("imagenet-r50-fast")).record_bytes
 
 
 def test_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipes, "MEASURE_S", 0)
-    assert 0 < recipes.seconds_per_image(recipe_of("fashion-mnist"), 10, "cpu") < 10
+    assert 0 < recipes.seconds_per_image(get_recipe("fashion-mnist"), 10, "cpu") < 10
 
 
 # --- the command -----------------------------------------------------------------------------
@@ -206,9 +211,9 @@ def test_one_recipe_in_full(kdcache: Run) -> None:
     assert "--momentum" not in command
     assert "--seed" not in command
     found = json.loads(kdcache("recipes", "sun-long", "--no-measure", "--json").out)
-    assert found["spec"] == recipe_of("sun-long").spec.to_json()
+    assert found["spec"] == get_recipe("sun-long").spec.to_json()
     assert found["hours"] is None
-    assert found["command"] == command_of(recipe_of("sun-long"))
+    assert found["command"] == command_of(get_recipe("sun-long"))
     refused = kdcache("recipes", "sun", "--no-measure")
     assert refused.code == 2
     assert "unknown recipe 'sun'" in refused.err
@@ -226,7 +231,7 @@ def spec_of(arguments: list[str]) -> TrainSpec:
     train = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
     given: dict[str, Any] = train.make_context("train", arguments[1:]).params
     options = ("view_seed", "size", "crop", "min_area", "flip", "mixup")
-    view = plain_view(given_view(*(given[name] for name in options)), 999)
+    view = make_view_spec(given_view(*(given[name] for name in options)), 999)
     named = {f.name: given[f.name] for f in fields(TrainSpec) if f.name in given}
     return TrainSpec(view=view, **{name: value for name, value in named.items() if value})
 
@@ -235,12 +240,12 @@ def spec_of(arguments: list[str]) -> TrainSpec:
 def test_the_printed_command_can_be_pasted_and_says_all_of_it(name: str, kdcache: Run) -> None:
     out = kdcache("recipes", name, "--no-measure").out
     arguments = pasted(out.partition("\nthe same as\n")[2])
-    assert ["kdcache", *arguments] == command_of(recipe_of(name))
-    assert spec_of(arguments) == recipe_of(name).spec
+    assert ["kdcache", *arguments] == command_of(get_recipe(name))
+    assert spec_of(arguments) == get_recipe(name).spec
 
 
 def test_what_differs_from_the_defaults_is_said() -> None:
-    recipe = recipe_of("pet-fast")
+    recipe = get_recipe("pet-fast")
     view = ViewSpec(16, "random", min_area=0.05, flip=False, mixup=0.5, seed=4)
     spec = replace(
         recipe.spec,
@@ -261,7 +266,7 @@ def test_costs_on_other_data(digits: Dataset, kdcache: Run) -> None:
     options = ("--data", digits.path, "--no-measure", "--json")
     found = json.loads(kdcache("recipes", "pet-fast", *options).out)
     assert (found["samples"], found["classes"], found["steps"]) == (1500, 10, 2 * 1000)
-    assert found["steps"] == steps_of(recipe_of("pet-fast").spec, digits)[1]
+    assert found["steps"] == num_steps(get_recipe("pet-fast").spec, digits)[1]
 
 
 def test_a_batch_above_the_images_makes_no_steps(
@@ -309,7 +314,7 @@ def test_the_list_needs_no_ffcv() -> None:
     code = (
         "import sys; sys.modules['ffcv'] = None\n"
         "sys.argv = ['kdcache', 'recipes', '--no-measure']\n"
-        "from kdcache.cli import main; main()"
+        "from kdcache.cli.app import main; main()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -320,7 +325,7 @@ def test_the_list_needs_no_ffcv() -> None:
 
 
 def page_table() -> str:
-    chosen = [recipe_of(name) for name in NAMES]
+    chosen = [get_recipe(name) for name in NAMES]
     lines = table(chosen, [cost_of(one) for one in chosen], [None] * len(chosen))
     return "".join(line.rstrip() + "\n" for line in lines)
 

@@ -13,15 +13,21 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache import models, pixels, recompute, sampling
-from kdcache.dataset import Dataset, convert
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import sampled
+from kdcache.cache.spec import CacheSpec
+from kdcache.cache.verify import read, sample
+from kdcache.data import render
+from kdcache.data.beton import Dataset
+from kdcache.data.convert import convert
 from kdcache.errors import UsageError
-from kdcache.models import Classifier
-from kdcache.precompute import precompute, tape_spec
-from kdcache.recompute import Measure, identify, require_recomputable
-from kdcache.spec import Precision, TapeSpec, ViewSpec
-from kdcache.tape import Tape
-from kdcache.verify import read, sample
+from kdcache.models import load
+from kdcache.models.classifier import Classifier
+from kdcache.spec import Precision
+from kdcache.teacher import recompute
+from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.teacher.recompute import Measure, identify, require_recomputable
+from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER, Result, linear_teacher, photo_source
 
 Run = Callable[..., Result]
@@ -49,31 +55,31 @@ def linear_of(seed: int, **norm: Any) -> Classifier:
         with torch.no_grad():
             network[1].reset_parameters()
             network[1].weight.mul_(4)
-    mean = norm.get("mean", models.IMAGENET_MEAN)
-    teacher = Classifier(network, "linear", mean, norm.get("std", models.IMAGENET_STD))
+    mean = norm.get("mean", load.IMAGENET_MEAN)
+    teacher = Classifier(network, "linear", mean, norm.get("std", load.IMAGENET_STD))
     return teacher.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def teacher() -> Classifier:
-    return models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    return load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
 
 
 def recorded(
     dataset: Dataset, teacher: Classifier, out: Path, *, view: ViewSpec = VIEW, **kind: Any
-) -> Tape:
-    spec = tape_spec(dataset, teacher, view, **{"views": 2, "dtype": "float16", **kind})
+) -> LogitCache:
+    spec = make_cache_spec(dataset, teacher, view, **{"views": 2, "dtype": "float16", **kind})
     return precompute(dataset, teacher, spec, out)
 
 
 @pytest.fixture(scope="module")
 def tapes(
     digits_test: Dataset, teacher: Classifier, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Tape]:
+) -> Callable[[str], LogitCache]:
     """The tape of each kind, made when it is first asked for."""
     folder, made = tmp_path_factory.mktemp("tapes"), {}
 
-    def tape(kind: str) -> Tape:
+    def tape(kind: str) -> LogitCache:
         if kind not in made:
             made[kind] = recorded(digits_test, teacher, folder / str(len(made)), **KINDS[kind])
         return made[kind]
@@ -82,7 +88,12 @@ def tapes(
 
 
 def judged(
-    tape: Tape, dataset: Dataset, teacher: Classifier, *, count: int = 100, batch_size: int = 64
+    tape: LogitCache,
+    dataset: Dataset,
+    teacher: Classifier,
+    *,
+    count: int = 100,
+    batch_size: int = 64,
 ) -> dict[str, Measure]:
     faults, picked = read(tape, sample(tape.spec, count))
     assert faults == []
@@ -98,9 +109,9 @@ def failed(found: dict[str, Measure]) -> set[str]:
     return {name for name, measure in found.items() if not measure.ok}
 
 
-def under(tape: Tape, out: Path, **spec: Any) -> Tape:
+def under(tape: LogitCache, out: Path, **spec: Any) -> LogitCache:
     """The same records on a tape that says another spec."""
-    other = Tape.create(out, replace(tape.spec, **spec), tape.info, None)
+    other = LogitCache.create(out, replace(tape.spec, **spec), tape.info, None)
     for view, shard in other.places():
         other.write(view, shard, tape.read_shard(view, shard))
     return other
@@ -112,7 +123,7 @@ def under(tape: Tape, out: Path, **spec: Any) -> Tape:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_the_teacher_of_the_tape_passes(
-    tapes: Callable[[str], Tape], digits_test: Dataset, kind: str, precision: Precision
+    tapes: Callable[[str], LogitCache], digits_test: Dataset, kind: str, precision: Precision
 ) -> None:
     here = linear_of(7)
     here.precision = precision
@@ -127,7 +138,7 @@ def test_the_teacher_of_the_tape_passes(
 @pytest.mark.parametrize("batch_size", [1, 7, 297])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_batches_and_threads_do_not_matter(
-    tapes: Callable[[str], Tape], digits_test: Dataset, batch_size: int, threads: int
+    tapes: Callable[[str], LogitCache], digits_test: Dataset, batch_size: int, threads: int
 ) -> None:
     torch.set_num_threads(threads)
     tape = tapes("uint8, top 3")
@@ -159,7 +170,7 @@ class Half(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_smaller_copy_passes_on_the_records_and_is_named(
-    tapes: Callable[[str], Tape], digits_test: Dataset, dtype: torch.dtype
+    tapes: Callable[[str], LogitCache], digits_test: Dataset, dtype: torch.dtype
 ) -> None:
     copy = linear_of(7)
     copy.network = Half(copy.network, dtype).requires_grad_(False)
@@ -171,7 +182,7 @@ def test_a_smaller_copy_passes_on_the_records_and_is_named(
 
 @pytest.mark.parametrize("mixup", [0.0, 1.0])
 def test_photos_of_an_odd_count_pass(photos: Dataset, tmp_path: Path, mixup: float) -> None:
-    here = models.load(TEACHER, "teacher", num_classes=2, size_px=8)
+    here = load.load_model(TEACHER, "teacher", num_classes=2, size_px=8)
     tape = recorded(photos, here, tmp_path / "t", view=ViewSpec(8, mixup=mixup), top_k=None)
     assert failed(judged(tape, photos, here, count=1000)) == set()
     assert all(measure.ok for measure in identify(tape, photos, here))
@@ -194,7 +205,7 @@ def restless(seed: int) -> Classifier:
         layers += [nn.Linear(192, 192), nn.Tanh()]
         nn.init.normal_(layers[-2].weight, std=2 / 192**0.5)
     network = nn.Sequential(*layers, nn.Linear(192, 10))
-    norm = models.IMAGENET_MEAN, models.IMAGENET_STD
+    norm = load.IMAGENET_MEAN, load.IMAGENET_STD
     return Classifier(network, "restless", *norm).eval().requires_grad_(False)
 
 
@@ -223,7 +234,7 @@ def test_a_teacher_with_noisy_arithmetic_passes_and_another_does_not(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_teacher_fails(
-    tapes: Callable[[str], Tape], digits_test: Dataset, kind: str
+    tapes: Callable[[str], LogitCache], digits_test: Dataset, kind: str
 ) -> None:
     found = judged(tapes(kind), digits_test, linear_of(8))
     assert failed(found) == set(found)
@@ -233,9 +244,9 @@ def test_another_teacher_fails(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_normalisation_fails(
-    tapes: Callable[[str], Tape], digits_test: Dataset, kind: str
+    tapes: Callable[[str], LogitCache], digits_test: Dataset, kind: str
 ) -> None:
-    other = linear_of(7, mean=models.OWN_MEAN, std=models.OWN_STD)
+    other = linear_of(7, mean=load.OWN_MEAN, std=load.OWN_STD)
     found = judged(tapes(kind), digits_test, other)
     assert failed(found) & {"gap", "reach"}, found
     assert failed(found) & {"kl", "drawn"}, found
@@ -244,7 +255,7 @@ def test_another_normalisation_fails(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_crop_range_fails(
-    tapes: Callable[[str], Tape], digits_test: Dataset, tmp_path: Path, kind: str
+    tapes: Callable[[str], LogitCache], digits_test: Dataset, tmp_path: Path, kind: str
 ) -> None:
     """All fingerprints agree: only the records can tell."""
     tape = tapes(kind)
@@ -256,7 +267,7 @@ def test_another_crop_range_fails(
 
 
 def test_one_wrong_view_fails_and_is_named(
-    tapes: Callable[[str], Tape], digits_test: Dataset, tmp_path: Path
+    tapes: Callable[[str], LogitCache], digits_test: Dataset, tmp_path: Path
 ) -> None:
     tape = tapes("uint8, top 3")
     other = under(tape, tmp_path / "t", views=2, teacher="0" * 16)
@@ -291,9 +302,9 @@ def test_another_decoder_fails(
     photos: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It differs by one level in some pixels: too little for the teacher, enough for the digest."""
-    here = models.load(TEACHER, "teacher", num_classes=2, size_px=8)
+    here = load.load_model(TEACHER, "teacher", num_classes=2, size_px=8)
     tape = recorded(photos, here, tmp_path / "t", top_k=None)
-    real = pixels.split_rows
+    real = render.split_rows
 
     def other_rounding(rows: Any, size_px: int) -> Any:
         images, *rest = real(rows, size_px)
@@ -301,7 +312,7 @@ def test_another_decoder_fails(
         images[..., ::3, ::3, 0] ^= 1
         return images, *rest
 
-    monkeypatch.setattr(pixels, "split_rows", other_rounding)
+    monkeypatch.setattr(render, "split_rows", other_rounding)
     found = {measure.name: measure for measure in identify(tape, photos, here)}
     assert failed(found) == {"pixels"}
     assert (
@@ -310,7 +321,7 @@ def test_another_decoder_fails(
 
 
 def test_data_encoded_again_fails(photos: Dataset, tmp_path: Path) -> None:
-    here = models.load(TEACHER, "teacher", num_classes=2, size_px=8)
+    here = load.load_model(TEACHER, "teacher", num_classes=2, size_px=8)
     tape = recorded(photos, here, tmp_path / "t", top_k=None)
     again = convert(photo_source(), tmp_path / "p.beton", quality=80)[0]
     found = {measure.name: measure for measure in identify(tape, again, here)}
@@ -319,15 +330,15 @@ def test_data_encoded_again_fails(photos: Dataset, tmp_path: Path) -> None:
 
 
 def test_other_data_is_not_compared_row_by_row(
-    tapes: Callable[[str], Tape], digits: Dataset, teacher: Classifier
+    tapes: Callable[[str], LogitCache], digits: Dataset, teacher: Classifier
 ) -> None:
     with pytest.raises(UsageError, match=r"has 1500 samples, .* was made from 297"):
         judged(tapes("unmixed"), digits, teacher)
 
 
 def test_an_imported_tape_cannot_be_recomputed(tmp_path: Path) -> None:
-    spec = TapeSpec(1, 20, 4, 2, "float16", "0" * 16, "0" * 16, None, order="sample")
-    tape = Tape.create(tmp_path / "t", spec, {"teacher": "someone's"})
+    spec = CacheSpec(1, 20, 4, 2, "float16", "0" * 16, "0" * 16, None, order="sample")
+    tape = LogitCache.create(tmp_path / "t", spec, {"teacher": "someone's"})
     with pytest.raises(UsageError, match="was imported, and its views are not of kdcache's making"):
         require_recomputable(tape)
 
@@ -337,30 +348,30 @@ def test_a_draw_lies_on_its_class_or_as_far_from_it_as_the_logits_moved(temperat
     random = torch.Generator().manual_seed(2)
     logits = 3 * torch.randn(50, 40, generator=random)
     key: dict[str, Any] = {"seed": 4, "view": 1, "rows_B": np.arange(50) * 3}
-    records = sampling.encode(logits, 30, temperature, **key)
-    own = sampling.distances(records, logits, temperature, **key)
+    records = sampled.encode(logits, 30, temperature, **key)
+    own = sampled.distances(records, logits, temperature, **key)
     assert own.shape == (50, 30)
     assert float(own.max()) < 1e-9
     for error in (1e-3, 1e-2, 1e-1):
         moved = logits + error * (2 * torch.rand(50, 40, generator=random) - 1)
-        found = sampling.distances(records, moved, temperature, **key)
+        found = sampled.distances(records, moved, temperature, **key)
         assert float(found.max()) <= error / temperature / 2
     assert float(found.max()) > 0
-    other = sampling.distances(records, logits.flip(1), temperature, **key)
+    other = sampled.distances(records, logits.flip(1), temperature, **key)
     assert float(other.mean()) > 0.1
 
 
 # --- the command -----------------------------------------------------------------------------
 
 
-def verified(kdcache: Run, tape: Tape, data: Dataset, *options: object) -> Result:
+def verified(kdcache: Run, tape: LogitCache, data: Dataset, *options: object) -> Result:
     return kdcache(
         "verify", tape.url, "--data", data.path, "--teacher", TEACHER, "--samples", 60, *options
     )
 
 
 def test_verify_shows_each_measure(
-    kdcache: Run, tapes: Callable[[str], Tape], digits_test: Dataset
+    kdcache: Run, tapes: Callable[[str], LogitCache], digits_test: Dataset
 ) -> None:
     result = verified(kdcache, tapes("float16, top 3"), digits_test)
     assert (result.code, result.err) == (0, "")
@@ -377,14 +388,16 @@ def test_verify_shows_each_measure(
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_verify_takes_a_precision(
-    kdcache: Run, tapes: Callable[[str], Tape], digits_test: Dataset, precision: str
+    kdcache: Run, tapes: Callable[[str], LogitCache], digits_test: Dataset, precision: str
 ) -> None:
     tape = tapes("draws")
     result = verified(kdcache, tape, digits_test, "--precision", precision, "--batch-size", 5)
     assert (result.code, result.err) == (0, "")
 
 
-def test_verify_in_json(kdcache: Run, tapes: Callable[[str], Tape], digits_test: Dataset) -> None:
+def test_verify_in_json(
+    kdcache: Run, tapes: Callable[[str], LogitCache], digits_test: Dataset
+) -> None:
     result = verified(kdcache, tapes("averaged"), digits_test, "--json")
     assert (result.code, result.err) == (0, "")
     found = json.loads(result.out)
@@ -403,7 +416,7 @@ def another_teacher(num_classes: int) -> nn.Module:
 
 
 def test_verify_of_another_teacher_exits_with_1(
-    kdcache: Run, tapes: Callable[[str], Tape], digits_test: Dataset
+    kdcache: Run, tapes: Callable[[str], LogitCache], digits_test: Dataset
 ) -> None:
     line = ("--teacher", "python:tests.test_recompute:another_teacher")
     result = verified(kdcache, tapes("uint8, all"), digits_test, *line)
@@ -416,7 +429,11 @@ def test_verify_of_another_teacher_exits_with_1(
 
 @pytest.mark.parametrize("kind", ["averaged", "draws", "sample order"])
 def test_every_kind_of_record_is_drawn(
-    kdcache: Run, tapes: Callable[[str], Tape], digits_test: Dataset, tmp_path: Path, kind: str
+    kdcache: Run,
+    tapes: Callable[[str], LogitCache],
+    digits_test: Dataset,
+    tmp_path: Path,
+    kind: str,
 ) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "v.png"
@@ -427,7 +444,7 @@ def test_every_kind_of_record_is_drawn(
 
 
 def test_verify_with_other_data_exits_with_1(
-    kdcache: Run, tapes: Callable[[str], Tape], digits: Dataset
+    kdcache: Run, tapes: Callable[[str], LogitCache], digits: Dataset
 ) -> None:
     result = verified(kdcache, tapes("unmixed"), digits)
     assert (result.code, result.err) == (1, "")
@@ -438,8 +455,8 @@ def test_verify_with_other_data_exits_with_1(
 def test_verify_of_an_imported_tape_with_data_is_refused(
     kdcache: Run, digits_test: Dataset, tmp_path: Path
 ) -> None:
-    spec = TapeSpec(1, 297, 10, 2, "float16", "0" * 16, "0" * 16, None, order="sample")
-    tape = Tape.create(tmp_path / "t", spec, {"teacher": "someone's"})
+    spec = CacheSpec(1, 297, 10, 2, "float16", "0" * 16, "0" * 16, None, order="sample")
+    tape = LogitCache.create(tmp_path / "t", spec, {"teacher": "someone's"})
     result = verified(kdcache, tape, digits_test)
     assert (result.code, result.out) == (2, "")
     assert "leave out --data and --teacher to check its shards" in result.err

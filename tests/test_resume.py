@@ -21,14 +21,18 @@ from typing import Any
 import pytest
 import torch
 
-from kdcache import checkpoint, cli, models, runs, session, targets
-from kdcache.dataset import Dataset, open_dataset
-from kdcache.keeper import Schedule, Stopped
-from kdcache.precompute import precompute, tape_spec
-from kdcache.session import Job
-from kdcache.spec import TrainSpec, ViewSpec
-from kdcache.tape import Tape
-from kdcache.train import State, set_determinism, train
+from kdcache.cache.cache import LogitCache
+from kdcache.cli import app
+from kdcache.data.beton import Dataset, open_dataset
+from kdcache.models import load as models
+from kdcache.teacher import targets
+from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.training import checkpoint, run_folder, session
+from kdcache.training.keeper import Schedule, Stopped
+from kdcache.training.loop import State, set_determinism, train
+from kdcache.training.session import TrainingRun
+from kdcache.training.spec import TrainSpec
+from kdcache.views.spec import ViewSpec
 from tests import processes
 from tests.conftest import TEACHER, Result
 from tests.test_checkpoint import same
@@ -53,24 +57,24 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def tape(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
-    spec = tape_spec(digits_test, teacher, VIEW, views=2, top_k=None, dtype="float32")
+    teacher = models.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
+    spec = make_cache_spec(digits_test, teacher, VIEW, views=2, top_k=None, dtype="float32")
     out = tmp_path_factory.mktemp("tape") / "t.zarr"
     precompute(digits_test, teacher, spec, out, batch_size=64, workers=1)
     return out
 
 
-def job(dataset: Dataset, tape: Path, spec: TrainSpec, val: bool = True) -> Job:
+def job(dataset: Dataset, tape: Path, spec: TrainSpec, val: bool = True) -> TrainingRun:
     set_determinism(spec)
-    student = models.load(STUDENT, "student", num_classes=10, size_px=8)
-    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    student = models.load_model(STUDENT, "student", num_classes=10, size_px=8)
+    teacher = models.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
     labels = targets.LabelTargets(10)
     source: Any = labels
     if spec.mode == "online":
         source = targets.OnlineTargets(teacher)
     if spec.mode == "cached":
-        source = targets.CachedTargets(Tape.open(tape), dataset.fingerprint, spec.view)
-    return Job(
+        source = targets.CachedTargets(LogitCache.open(tape), dataset.fingerprint, spec.view)
+    return TrainingRun(
         spec, dataset, student, source, labels=labels, val=dataset if val else None, judge=teacher
     )
 
@@ -264,7 +268,7 @@ def test_a_run_that_dies_after_its_last_step_ends_the_same(
             schedule = replace(SCHEDULE, eval_every=None)
         else:
             schedule = SCHEDULE
-            write = runs._write
+            write = run_folder._write
 
             def write_or_die(path: Path, record: dict[str, Any]) -> None:
                 if path == tmp_path / "r" / "run.json":
@@ -272,9 +276,9 @@ def test_a_run_that_dies_after_its_last_step_ends_the_same(
                 write(path, record)
 
             if time == "before weights":
-                patch.setattr(runs.Run, "finish", die)
+                patch.setattr(run_folder.RunFolder, "finish", die)
             else:
-                patch.setattr(runs, "_write", write_or_die)
+                patch.setattr(run_folder, "_write", write_or_die)
         with pytest.raises(Killed):
             go(tmp_path / "r", spec, schedule=schedule)
     go(tmp_path / "r", spec)
@@ -294,7 +298,7 @@ def test_a_run_that_dies_while_it_evaluates_ends_the_same(
     module, name = {
         "model": (session, "_evaluated"),
         "weights": (models, "save_weights"),
-        "run.json": (runs, "_write"),
+        "run.json": (run_folder, "_write"),
     }[place]
     real = getattr(module, name)
 
@@ -318,7 +322,7 @@ def test_a_signal_keeps_the_step_before_its_evaluation(go: Go, whole: Any, tmp_p
         asked = iter([0] * (step - (5 if step > 5 else 0) - 1) + [signal.SIGTERM])
         with pytest.raises(Stopped, match=f"stopped by signal 15 after step {step}"):
             go(tmp_path / "r", spec, signal=lambda asked=asked: next(asked))
-        assert max(int(p.stem) for p in runs.checkpoints(tmp_path / "r")) == step
+        assert max(int(p.stem) for p in run_folder.checkpoints(tmp_path / "r")) == step
     go(tmp_path / "r", spec)
     assert outcome(tmp_path / "r") == whole
 
@@ -515,7 +519,7 @@ def test_a_signal_keeps_the_step_and_exits_as_schedulers_expect(
     with begun(tmp_path, *words) as wait:
         os.kill(wait.process.pid, number)
         result: Result = wait()
-    step = max(int(p.stem) for p in runs.checkpoints(tmp_path / "r"))
+    step = max(int(p.stem) for p in run_folder.checkpoints(tmp_path / "r"))
     said = f"kdcache: stopped after step {step}, which is kept; the same command with --resume"
     assert (result.code, result.out) == (code, "")
     assert without_wrap(result.err) == f"{said} goes on from there\n"
@@ -574,7 +578,7 @@ def test_a_real_command_in_a_shell(digits_test: Dataset, tape: Path, tmp_path: P
             assert "Traceback" not in said
             codes.append(run.returncode)
     assert codes == [143, -9, 0]
-    assert models.run_record(tmp_path / "r")["epochs"] == 100
+    assert models.read_run_json(tmp_path / "r")["epochs"] == 100
 
 
 def slow_teacher(num_classes: int) -> torch.nn.Module:
@@ -634,7 +638,7 @@ def _main(*words: object) -> tuple[int, str]:
     sys.argv = ["kdcache", *map(str, words)]
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         try:
-            cli.main()
+            app.main()
         except SystemExit as end:
             return int(end.code or 0), said.getvalue()
     return 0, said.getvalue()
@@ -664,7 +668,7 @@ def _on_a_full_disk(disk: Path, words: list[object], kib: int) -> None:
     assert code == 2, said
     assert len(said.splitlines()) == 1, said
     assert "No space left on device" in said, said
-    kept = [checkpoint.load(path) for path in runs.checkpoints(disk / "r")]
+    kept = [checkpoint.load(path) for path in run_folder.checkpoints(disk / "r")]
     processes.mount("-o", "remount,size=4m", disk)
     code, said = _main(*words, "--out", disk / "r")
     assert code == 0, said

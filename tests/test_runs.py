@@ -15,14 +15,16 @@ import torch
 from torch import nn
 
 import kdcache
-from kdcache import checkpoint, models, runs
-from kdcache.dataset import Dataset
+from kdcache.data.beton import Dataset
 from kdcache.errors import CheckpointCorrupt, MissingDependency, StorageError, UsageError
-from kdcache.evaluate import evaluate
-from kdcache.models import Classifier
-from kdcache.runs import Run, identity, run_record
-from kdcache.spec import TrainSpec, ViewSpec
-from kdcache.train import set_determinism
+from kdcache.evaluation.evaluate import evaluate
+from kdcache.models import load
+from kdcache.models.classifier import Classifier
+from kdcache.training import checkpoint, run_folder
+from kdcache.training.loop import set_determinism
+from kdcache.training.run_folder import RunFolder, identity, make_run_json
+from kdcache.training.spec import TrainSpec
+from kdcache.views.spec import ViewSpec
 
 STUDENT = "python:tests.conftest:convolutional_student"
 SPEC = TrainSpec("labels", ViewSpec(8), epochs=1, batch_size=8)
@@ -31,7 +33,7 @@ IDENTITY = {"lr": 0.1, "view": {"seed": 0, "size_px": 8}, "student": "s", "tape"
 
 def student() -> Classifier:
     set_determinism(SPEC)
-    return models.load(STUDENT, "student", num_classes=10, size_px=8)
+    return load.load_model(STUDENT, "student", num_classes=10, size_px=8)
 
 
 def state(step: int) -> dict[str, Any]:
@@ -49,10 +51,10 @@ def names(folder: Path) -> set[str]:
 def finished(digits_test: Dataset, tmp_path: Path) -> tuple[Classifier, Path]:
     made, out = student(), tmp_path / "runs" / "a"
     result = evaluate(made, digits_test, size_px=8)
-    with Run(out, identity(SPEC, digits_test, made)) as run:
+    with RunFolder(out, identity(SPEC, digits_test, made)) as run:
         run.log({"step": 1})
         run.save(state(1))
-        record = run_record(SPEC, digits_test, made, result, teacher="someone", seconds=1.5)
+        record = make_run_json(SPEC, digits_test, made, result, teacher="someone", seconds=1.5)
         run.finish(record, made)
     return made, out
 
@@ -79,7 +81,7 @@ def test_a_run_says_how_it_was_made(
 def test_a_spec_says_all_that_decides_a_run(digits_test: Dataset, tmp_path: Path) -> None:
     made = student()
     this = identity(SPEC, digits_test, made, tape="t" * 16, teacher="u" * 16)
-    with Run(tmp_path / "r", this) as run:
+    with RunFolder(tmp_path / "r", this) as run:
         run.log({"step": 1})
     said = json.loads((tmp_path / "r" / "spec.json").read_text())
     assert said == this
@@ -96,7 +98,7 @@ def test_a_spec_says_all_that_decides_a_run(digits_test: Dataset, tmp_path: Path
 def test_a_runs_weights_come_back_as_they_were(finished: tuple[Classifier, Path]) -> None:
     made, folder = finished
     for role, name in (("teacher", str(folder)), ("student", STUDENT)):
-        again = models.load(str(folder), role, num_classes=10, size_px=8)  # type: ignore[arg-type]
+        again = load.load_model(str(folder), role, num_classes=10, size_px=8)  # type: ignore[arg-type]
         assert again.fingerprint() == made.fingerprint()
         assert again.name == name
 
@@ -106,8 +108,8 @@ def test_weights_that_share_memory_are_saved(digits_test: Dataset, tmp_path: Pat
     layer = nn.Linear(192, 192)
     network = nn.Sequential(nn.Flatten(), layer, layer, nn.Linear(192, 10))
     tied = Classifier(network, "tied", (0.5,) * 3, (0.5,) * 3)
-    with Run(tmp_path / "r", IDENTITY) as run:
-        run.finish(run_record(SPEC, digits_test, tied, None), tied)
+    with RunFolder(tmp_path / "r", IDENTITY) as run:
+        run.finish(make_run_json(SPEC, digits_test, tied, None), tied)
     assert (tmp_path / "r" / "run.json").exists()
 
 
@@ -122,15 +124,15 @@ def test_what_a_run_leaves_has_the_rights_of_any_new_file(
 
 def test_the_best_weights_are_a_run_of_their_own(digits_test: Dataset, tmp_path: Path) -> None:
     made = student()
-    with Run(tmp_path / "r", IDENTITY) as run:
+    with RunFolder(tmp_path / "r", IDENTITY) as run:
         run.log({"step": 1})
         for _ in range(2):
-            run.keep_best(run_record(SPEC, digits_test, made, None), made)
-    best = models.load(str(tmp_path / "r" / "best"), "teacher", num_classes=10, size_px=8)
+            run.keep_best(make_run_json(SPEC, digits_test, made, None), made)
+    best = load.load_model(str(tmp_path / "r" / "best"), "teacher", num_classes=10, size_px=8)
     assert best.fingerprint() == made.fingerprint()
     assert names(tmp_path / "r" / "best") == {"run.json", "student.safetensors"}
     with pytest.raises(UsageError, match=r"r is not a finished run: it has no run\.json"):
-        models.load(str(tmp_path / "r"), "teacher", num_classes=10, size_px=8)
+        load.load_model(str(tmp_path / "r"), "teacher", num_classes=10, size_px=8)
 
 
 def test_a_log_for_tensorboard(tmp_path: Path) -> None:
@@ -138,7 +140,7 @@ def test_a_log_for_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for steps in ((1, 2), (3,)):
-        with Run(tmp_path / "r", IDENTITY, resume=True, tensorboard=True) as run:
+        with RunFolder(tmp_path / "r", IDENTITY, resume=True, tensorboard=True) as run:
             for step in steps:
                 run.log({"step": step, "steps": 3, "loss": 1 / step, "agreement": 0.5})
             run.log({"step": step, "evaluation": {"top1": 0.25, "top5": None}})
@@ -154,7 +156,7 @@ def test_a_log_for_tensorboard(tmp_path: Path) -> None:
 def test_tensorboard_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingDependency, match=r"pip install 'kdcache\[tensorboard\]'"):
-        Run(tmp_path / "r", IDENTITY, tensorboard=True)
+        RunFolder(tmp_path / "r", IDENTITY, tensorboard=True)
     assert not (tmp_path / "r").exists()
 
 
@@ -163,11 +165,11 @@ def test_tensorboard_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, [40]), (2, [30, 40]), (9, [9, 10, 30, 40])])
 def test_the_last_checkpoints_are_kept(tmp_path: Path, keep: int, kept: list[int]) -> None:
-    with Run(tmp_path / "r", IDENTITY, keep=keep) as run:
+    with RunFolder(tmp_path / "r", IDENTITY, keep=keep) as run:
         for step in (9, 10, 30, 40):
             run.save(state(step))
-    assert [int(p.stem) for p in runs.checkpoints(tmp_path / "r")] == kept
-    with Run(tmp_path / "r", IDENTITY, resume=True) as run:
+    assert [int(p.stem) for p in run_folder.checkpoints(tmp_path / "r")] == kept
+    with RunFolder(tmp_path / "r", IDENTITY, resume=True) as run:
         assert run.resumed is not None
         assert run.resumed["step"] == 40
         assert run.resumed["x"].tolist() == [40] * 3
@@ -175,7 +177,7 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path, keep: int, kept: list[int
 
 def test_none_is_too_few(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="keep must be at least 1 checkpoint, not 0"):
-        Run(tmp_path / "r", IDENTITY, keep=0)
+        RunFolder(tmp_path / "r", IDENTITY, keep=0)
 
 
 def test_the_log_is_cut_to_what_came_before_the_checkpoint(tmp_path: Path) -> None:
@@ -186,7 +188,7 @@ def test_the_log_is_cut_to_what_came_before_the_checkpoint(tmp_path: Path) -> No
         {"step": 10, "evaluation": {}},
         {"step": 15, "loss": 3},
     ]
-    with Run(tmp_path / "r", IDENTITY) as run:
+    with RunFolder(tmp_path / "r", IDENTITY) as run:
         for line in lines[:3]:
             run.log(line)
         run.save(state(10))
@@ -195,16 +197,16 @@ def test_the_log_is_cut_to_what_came_before_the_checkpoint(tmp_path: Path) -> No
     log = tmp_path / "r" / "log.jsonl"
     for end in ("", '{"step": 10, "lo', "\n\x00\x00\n", "[1]\n", '{"step": "3"}\n'):
         log.write_text(log.read_text() + end)
-        with Run(tmp_path / "r", IDENTITY, resume=True):
+        with RunFolder(tmp_path / "r", IDENTITY, resume=True):
             pass
         assert [json.loads(x) for x in log.read_text().splitlines()] == lines[:3]
 
 
 def test_what_a_kill_left_is_swept_away(digits_test: Dataset, tmp_path: Path) -> None:
     made = student()
-    with Run(tmp_path / "r", IDENTITY) as run:
+    with RunFolder(tmp_path / "r", IDENTITY) as run:
         run.save(state(1))
-        run.keep_best(run_record(SPEC, digits_test, made, None), made)
+        run.keep_best(make_run_json(SPEC, digits_test, made, None), made)
     before = names(tmp_path / "r")
     for name in (
         "checkpoints/0000000002.safetensors.partial",
@@ -213,7 +215,7 @@ def test_what_a_kill_left_is_swept_away(digits_test: Dataset, tmp_path: Path) ->
         "spec.json.partial",
     ):
         (tmp_path / "r" / name).write_text("x")
-    with Run(tmp_path / "r", IDENTITY, resume=True) as run:
+    with RunFolder(tmp_path / "r", IDENTITY, resume=True) as run:
         assert run.resumed is not None
     assert names(tmp_path / "r") == before
 
@@ -224,8 +226,8 @@ def test_checkpoints_that_outlived_their_run_are_removed(
     """A kill came after run.json."""
     made, folder = finished
     before = names(folder)
-    checkpoint.save(runs.checkpoint_path(folder, 1), state(1))
-    with Run(folder, identity(SPEC, digits_test, made), resume=True) as run:
+    checkpoint.save(run_folder.checkpoint_path(folder, 1), state(1))
+    with RunFolder(folder, identity(SPEC, digits_test, made), resume=True) as run:
         assert run.finished
     assert names(folder) == before
 
@@ -237,15 +239,15 @@ def test_checkpoints_that_outlived_their_run_are_removed(
 def test_a_run_refuses_a_path_that_exists(tmp_path: Path, make: Any) -> None:
     make(tmp_path / "r")
     with pytest.raises(UsageError, match=r"r exists; choose another --out, or remove it$"):
-        Run(tmp_path / "r", IDENTITY)
+        RunFolder(tmp_path / "r", IDENTITY)
 
 
 def test_a_run_that_was_begun_is_gone_on_with_only_if_asked_to(tmp_path: Path) -> None:
-    with Run(tmp_path / "r", IDENTITY) as run:
+    with RunFolder(tmp_path / "r", IDENTITY) as run:
         run.log({"step": 1})
     words = r"r exists; .*, or remove it, or give --resume to go on with the run in it$"
     with pytest.raises(UsageError, match=words):
-        Run(tmp_path / "r", IDENTITY)
+        RunFolder(tmp_path / "r", IDENTITY)
 
 
 @pytest.mark.parametrize("left", [None, "spec.json.partial"])
@@ -253,7 +255,7 @@ def test_resume_begins_where_nothing_was_begun(tmp_path: Path, left: str | None)
     if left:
         (tmp_path / "r").mkdir()
         (tmp_path / "r" / left).write_text('{"lr"')
-    with Run(tmp_path / "r", IDENTITY, resume=True) as run:
+    with RunFolder(tmp_path / "r", IDENTITY, resume=True) as run:
         assert run.resumed is None
         run.log({"step": 1})
     assert names(tmp_path / "r") == {"spec.json", "log.jsonl"}
@@ -262,9 +264,9 @@ def test_resume_begins_where_nothing_was_begun(tmp_path: Path, left: str | None)
 def test_resume_does_not_touch_what_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "thesis").write_text("mine")
     with pytest.raises(UsageError, match=r"holds no run to go on with \(no spec.json\)"):
-        Run(tmp_path, IDENTITY, resume=True)
+        RunFolder(tmp_path, IDENTITY, resume=True)
     with pytest.raises(UsageError, match="thesis exists; choose another --out, or remove it"):
-        Run(tmp_path / "thesis", IDENTITY, resume=True)
+        RunFolder(tmp_path / "thesis", IDENTITY, resume=True)
     assert names(tmp_path) == {"thesis"}
 
 
@@ -284,17 +286,17 @@ def test_another_run_is_refused_by_its_differences(
     tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
     other = {**IDENTITY, **change}
-    with Run(tmp_path / "r", IDENTITY) as run:
+    with RunFolder(tmp_path / "r", IDENTITY) as run:
         run.save(state(3))
     with pytest.raises(UsageError, match=words):
-        Run(tmp_path / "r", other, resume=True)
+        RunFolder(tmp_path / "r", other, resume=True)
     # Its checkpoint in this run's folder is found too.
-    with Run(tmp_path / "s", other) as run:
+    with RunFolder(tmp_path / "s", other) as run:
         run.log({"step": 1})
     os.renames(tmp_path / "r" / "checkpoints", tmp_path / "s" / "checkpoints")
     at = words[words.index("(") - 1 : words.index(")") + 1]
     with pytest.raises(UsageError, match=rf"0000000003.* is a checkpoint of another run {at}: rem"):
-        Run(tmp_path / "s", other, resume=True)
+        RunFolder(tmp_path / "s", other, resume=True)
 
 
 def test_each_thing_that_decides_a_run_is_part_of_it(digits_test: Dataset, digits: Dataset) -> None:
@@ -316,11 +318,11 @@ def test_each_thing_that_decides_a_run_is_part_of_it(digits_test: Dataset, digit
 
 @pytest.mark.parametrize("text", ["", "{", "\x00", "[]", "null"])
 def test_a_damaged_spec(tmp_path: Path, text: str) -> None:
-    with Run(tmp_path / "r", IDENTITY) as run:
+    with RunFolder(tmp_path / "r", IDENTITY) as run:
         run.log({"step": 1})
     (tmp_path / "r" / "spec.json").write_text(text)
     with pytest.raises(UsageError, match=r"spec.json is damaged: .*; choose another --out"):
-        Run(tmp_path / "r", IDENTITY, resume=True)
+        RunFolder(tmp_path / "r", IDENTITY, resume=True)
 
 
 def _truncate(path: Path) -> None:
@@ -350,16 +352,16 @@ def _older(path: Path) -> None:
 def test_a_checkpoint_that_is_not_what_was_written(
     tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
-    with Run(tmp_path / "r", IDENTITY) as run:
+    with RunFolder(tmp_path / "r", IDENTITY) as run:
         run.save(state(5))
         run.save(state(6))
-    newest = runs.checkpoints(tmp_path / "r")[-1]
+    newest = run_folder.checkpoints(tmp_path / "r")[-1]
     damage(newest)
     words = "0000000006.safetensors.* remove it, and --resume goes on from the checkpoint before"
     with pytest.raises(CheckpointCorrupt, match=words):
-        Run(tmp_path / "r", IDENTITY, resume=True)
+        RunFolder(tmp_path / "r", IDENTITY, resume=True)
     newest.rmdir() if newest.is_dir() else newest.unlink()
-    with Run(tmp_path / "r", IDENTITY, resume=True) as run:
+    with RunFolder(tmp_path / "r", IDENTITY, resume=True) as run:
         assert run.resumed is not None
         assert run.resumed["step"] == 5
 
@@ -370,27 +372,27 @@ def test_a_checkpoint_that_is_not_what_was_written(
 def test_a_run_below_a_file_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"cannot write .*Not a directory"):
-        Run(tmp_path / "file" / "r", IDENTITY)
+        RunFolder(tmp_path / "file" / "r", IDENTITY)
 
 
 @pytest.mark.parametrize("logged", [False, True])
 def test_a_run_that_fails_before_its_first_line_leaves_nothing(
     tmp_path: Path, logged: bool
 ) -> None:
-    def fail(run: Run) -> None:
+    def fail(run: RunFolder) -> None:
         if logged:
             run.log({"step": 1})
         raise KeyError
 
-    with pytest.raises(KeyError), Run(tmp_path / "r", IDENTITY) as run:
+    with pytest.raises(KeyError), RunFolder(tmp_path / "r", IDENTITY) as run:
         fail(run)
     assert (tmp_path / "r").exists() == logged
 
 
 def test_a_run_that_goes_on_and_fails_leaves_what_there_was(tmp_path: Path) -> None:
-    with Run(tmp_path / "r", IDENTITY) as run:
+    with RunFolder(tmp_path / "r", IDENTITY) as run:
         run.log({"step": 1})
-    with pytest.raises(KeyError), Run(tmp_path / "r", IDENTITY, resume=True):
+    with pytest.raises(KeyError), RunFolder(tmp_path / "r", IDENTITY, resume=True):
         raise KeyError
     assert (tmp_path / "r" / "spec.json").exists()
 
@@ -399,13 +401,13 @@ def test_a_log_that_cannot_be_written_is_one_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Closing a file tries once more to write what did not fit."""
-    with Run(tmp_path / "r", IDENTITY) as run:
+    with RunFolder(tmp_path / "r", IDENTITY) as run:
         run.save(state(1))
     (tmp_path / "r" / "log.jsonl").unlink()
     (tmp_path / "r" / "log.jsonl").symlink_to("/dev/full")
-    monkeypatch.setattr(Run, "_cut_log", lambda self, step: None)
+    monkeypatch.setattr(RunFolder, "_cut_log", lambda self, step: None)
     with pytest.raises(StorageError, match=r"cannot write .*log.jsonl: No space left on device"):
-        with Run(tmp_path / "r", IDENTITY, resume=True) as run:
+        with RunFolder(tmp_path / "r", IDENTITY, resume=True) as run:
             run.log({"step": 2})
 
 
@@ -414,12 +416,12 @@ def test_two_do_not_train_in_one_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
 ) -> None:
     out = tmp_path / "r"
-    with Run(out, IDENTITY) as first:
+    with RunFolder(out, IDENTITY) as first:
         if at_once:  # the second one, too, found nothing there
             monkeypatch.setattr(Path, "iterdir", lambda path: iter(()))
         with pytest.raises(UsageError, match=r"another process trains in .*r: wait for it, or"):
-            Run(out, IDENTITY, resume=True)
+            RunFolder(out, IDENTITY, resume=True)
         monkeypatch.undo()
         first.log({"step": 1})
-    with Run(out, IDENTITY, resume=True):
+    with RunFolder(out, IDENTITY, resume=True):
         assert names(out) == {"spec.json", "log.jsonl"}

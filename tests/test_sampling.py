@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache import sampling
-from kdcache.codec import Records
-from kdcache.errors import TapeCorrupt
+from kdcache.cache.codecs import sampled
+from kdcache.cache.records import Records
+from kdcache.errors import CacheCorrupt
 from kdcache.kernels import reference
-from kdcache.loss import distillation_loss
+from kdcache.losses.distillation import distillation_loss
 
 CLASSES = 12
 
@@ -29,12 +29,12 @@ def draws_of(
     first: int = 0,
 ) -> Records:
     rows = np.arange(first, first + len(logits_BC))
-    return sampling.encode(logits_BC, draws, T, seed=seed, view=view, rows_B=rows)
+    return sampled.encode(logits_BC, draws, T, seed=seed, view=view, rows_B=rows)
 
 
 def dense(records: Records, draws: int, classes: int, T: float = 1.0) -> torch.Tensor:
     """The estimate as probabilities [B, C]."""
-    target = sampling.decode(records, draws, T, classes)
+    target = sampled.decode(records, draws, T, classes)
     out = torch.zeros(len(records), classes)
     return out.scatter_add(1, target.classes_BK, target.log_p_BK.exp())
 
@@ -58,7 +58,7 @@ def test_the_top_k_would_be_biased_and_the_gradient_is_not() -> None:
     exact = torch.softmax(z, 0) - torch.softmax(teacher, 0)
     count, n = 40_000, 5
     student = rows_of(z, count).clone().requires_grad_()
-    target = sampling.decode(draws_of(rows_of(teacher, count), n), n, 1.0, CLASSES)
+    target = sampled.decode(draws_of(rows_of(teacher, count), n), n, 1.0, CLASSES)
     distillation_loss(student, target, tail="none", reduction="sum").backward()
     assert student.grad is not None
     found = student.grad.mean(0)
@@ -120,10 +120,10 @@ def test_a_sure_teacher_is_one_class() -> None:
 
 def test_what_no_draws_can_have_given_is_corrupt() -> None:
     records = draws_of(torch.zeros(2, 3), 4)
-    with pytest.raises(TapeCorrupt, match="a record does not hold 5 draws"):
-        sampling.decode(records, 5, 1.0, 3)
-    with pytest.raises(TapeCorrupt, match="a record names class 2 of 2"):
-        sampling.decode(records[:1], 4, 1.0, 2)
+    with pytest.raises(CacheCorrupt, match="a record does not hold 5 draws"):
+        sampled.decode(records, 5, 1.0, 3)
+    with pytest.raises(CacheCorrupt, match="a record names class 2 of 2"):
+        sampled.decode(records[:1], 4, 1.0, 2)
 
 
 @pytest.mark.parametrize("tail", ["none", "bucket"])
@@ -131,6 +131,6 @@ def test_the_loss_takes_it_whatever_the_tail(tail: reference.Tail) -> None:
     """Draws leave no tail, so all tails are one loss but the renormalised, which is it too."""
     torch.manual_seed(4)
     z, teacher = torch.randn(20, CLASSES), torch.randn(20, CLASSES)
-    target = sampling.decode(draws_of(teacher, 6, 2.0), 6, 2.0, CLASSES)
+    target = sampled.decode(draws_of(teacher, 6, 2.0), 6, 2.0, CLASSES)
     losses = [distillation_loss(z, target, temperature=2.0, tail=t) for t in (tail, "renormalise")]
     torch.testing.assert_close(losses[0], losses[1])

@@ -11,30 +11,32 @@ from typing import Any
 import pytest
 import torch
 
-from kdcache import checkpoint, models, runs, session
-from kdcache.dataset import Dataset
+from kdcache.batch import Batch, Target
+from kdcache.data.beton import Dataset
 from kdcache.errors import NonFinite, StorageError, UsageError
-from kdcache.evaluate import evaluate
-from kdcache.keeper import Schedule
-from kdcache.records import Batch, Target
-from kdcache.session import Job
-from kdcache.spec import TrainSpec, ViewSpec
-from kdcache.targets import LabelTargets
-from kdcache.train import Step, set_determinism
+from kdcache.evaluation.evaluate import evaluate
+from kdcache.models import load
+from kdcache.teacher.targets import LabelTargets
+from kdcache.training import checkpoint, run_folder, session
+from kdcache.training.keeper import Schedule
+from kdcache.training.loop import Step, set_determinism
+from kdcache.training.session import TrainingRun
+from kdcache.training.spec import TrainSpec
+from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER
 
 STUDENT = "python:tests.conftest:convolutional_student"
 SPEC = TrainSpec("labels", ViewSpec(8, mixup=0), epochs=2, batch_size=64, deterministic=True)
 
 
-def job(dataset: Dataset, spec: TrainSpec = SPEC, **options: Any) -> Job:
+def job(dataset: Dataset, spec: TrainSpec = SPEC, **options: Any) -> TrainingRun:
     set_determinism(spec)
-    student = models.load(STUDENT, "student", num_classes=10, size_px=8)
-    return Job(spec, dataset, student, options.pop("targets", LabelTargets(10)), **options)
+    student = load.load_model(STUDENT, "student", num_classes=10, size_px=8)
+    return TrainingRun(spec, dataset, student, options.pop("targets", LabelTargets(10)), **options)
 
 
 def test_a_run_ends_with_what_run_json_says(digits_test: Dataset, tmp_path: Path) -> None:
-    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
     this = job(digits_test, val=digits_test, judge=teacher, about={"teacher": "t", "cache": None})
     told: list[Step] = []
     started: list[tuple[int, int]] = []
@@ -49,7 +51,7 @@ def test_a_run_ends_with_what_run_json_says(digits_test: Dataset, tmp_path: Path
     assert record == json.loads((tmp_path / "r" / "run.json").read_text())
     assert started == [(0, 8)]
     assert [s.step for s in told] == [3, 6, 8]
-    again = models.load(str(tmp_path / "r"), "teacher", num_classes=10, size_px=8)
+    again = load.load_model(str(tmp_path / "r"), "teacher", num_classes=10, size_px=8)
     found = evaluate(again, digits_test, size_px=8, teacher=teacher)
     assert record["evaluation"] == json.loads(json.dumps(found.__dict__))
     assert (record["teacher"], record["cache"]) == ("t", None)
@@ -62,7 +64,7 @@ def test_the_average_is_what_the_run_gives(digits_test: Dataset, tmp_path: Path)
     for ema in (0.0, 0.9):
         this = job(digits_test, replace(SPEC, ema=ema), val=digits_test)
         records[ema] = session.run(this, tmp_path / str(ema), workers=1)
-        given = models.load(str(tmp_path / str(ema)), "teacher", num_classes=10, size_px=8)
+        given = load.load_model(str(tmp_path / str(ema)), "teacher", num_classes=10, size_px=8)
         assert records[ema]["ema"] == ema
         assert records[ema]["weights"] == given.fingerprint()
         assert records[ema]["evaluation"]["top1"] == evaluate(given, digits_test, size_px=8).top1
@@ -83,7 +85,7 @@ def test_seconds_are_of_all_its_lives(digits_test: Dataset, tmp_path: Path) -> N
         session.run(
             job(digits_test), out, schedule=Schedule(1), signal=lambda: next(calls), workers=1
         )
-    (newest,) = runs.checkpoints(out)[-1:]
+    (newest,) = run_folder.checkpoints(out)[-1:]
     state = checkpoint.load(newest)
     assert (state["step"], state["best"]) == (3, -1.0)
     checkpoint.save(newest, {**state, "seconds": 1000.0})
@@ -108,8 +110,8 @@ def test_a_loss_that_is_nan_leaves_the_last_good_checkpoint(
         session.run(
             job(digits_test, targets=targets), tmp_path / "r", schedule=Schedule(2), workers=1
         )
-    assert [int(p.stem) for p in runs.checkpoints(tmp_path / "r")] == [2, 4]
-    for path in runs.checkpoints(tmp_path / "r"):
+    assert [int(p.stem) for p in run_folder.checkpoints(tmp_path / "r")] == [2, 4]
+    for path in run_folder.checkpoints(tmp_path / "r"):
         assert all(w.isfinite().all() for w in checkpoint.load(path)["student"].values())
     assert not (tmp_path / "r" / "run.json").exists()
 
@@ -160,7 +162,7 @@ def test_nor_is_a_run_lost_that_has_no_room_for_its_weights(
 
     out = tmp_path / "r"
     with monkeypatch.context() as patch:
-        patch.setattr(models, "save_tensors", full)
+        patch.setattr(load, "save_tensors", full)
         words = "cannot write .*No space left on device.*; with room for it, --resume goes on"
         with pytest.raises(StorageError, match=words):
             session.run(job(digits_test), out, workers=1)

@@ -18,17 +18,21 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache import picture, setups, views
-from kdcache.classifier import Classifier
-from kdcache.dataset import Dataset
-from kdcache.errors import TapeMismatch, UsageError
-from kdcache.loader import Loader
-from kdcache.precompute import precompute, tape_spec
-from kdcache.records import Batch, Target, TargetSource
-from kdcache.setups import SETUPS, Setup, cached_view, other_seed, setup_name, setup_of, tape_setup
-from kdcache.spec import MILD_AREA, TapeSpec, ViewSpec
-from kdcache.tape import Tape
-from kdcache.targets import AverageTargets, CachedTargets, FixedTargets, OnlineTargets
+from kdcache.batch import Batch, Target, TargetSource
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.setting import cache_setting_name, cached_view_spec
+from kdcache.cache.spec import CacheSpec
+from kdcache.cli import plots
+from kdcache.data.beton import Dataset
+from kdcache.data.loader import Loader
+from kdcache.errors import CacheMismatch, UsageError
+from kdcache.models.classifier import Classifier
+from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.teacher.targets import AverageTargets, CachedTargets, FixedTargets, OnlineTargets
+from kdcache.views import settings
+from kdcache.views.order import view_order, view_positions
+from kdcache.views.settings import SETTINGS, Setting, get_setting, other_seed, setting_name
+from kdcache.views.spec import EVAL_SCALE, ViewSpec
 from tests.conftest import TEACHER, Result
 from tests.test_pixels import by_the_definition, stored_images
 
@@ -48,10 +52,10 @@ class Definition:
     teacher_views: Callable[[int], list[int]] = lambda e: [e]
 
 
-MILD = ViewSpec(SIZE, "random", MILD_AREA, mixup=0, seed=SEED)
+MILD = ViewSpec(SIZE, "random", EVAL_SCALE, mixup=0, seed=SEED)
 INCEPTION = ViewSpec(SIZE, "inception", 0.05, mixup=0, seed=SEED)
 WHOLE = ViewSpec(SIZE, "whole", 1.0, flip=False, mixup=0, seed=SEED)
-CENTER = ViewSpec(SIZE, "center", MILD_AREA, flip=False, mixup=0, seed=SEED)
+CENTER = ViewSpec(SIZE, "center", EVAL_SCALE, flip=False, mixup=0, seed=SEED)
 MIXED = replace(INCEPTION, mixup=1.0)
 DEFINITIONS = {
     "fixed-whole": Definition("fix/rs", WHOLE, WHOLE, lambda e: [0]),
@@ -104,7 +108,7 @@ def stored(photos: Dataset) -> list[np.ndarray]:
 def by_sample(cv2: ModuleType, stored: list[np.ndarray], spec: ViewSpec, view: int) -> np.ndarray:
     """The pixels of each sample in a view, in sample order."""
     out = np.zeros((len(stored), spec.size_px, spec.size_px, 3), np.uint8)
-    order = views.order(spec, view, len(stored))
+    order = view_order(spec, view, len(stored))
     out[order] = by_the_definition(cv2, stored, spec, view)
     return out
 
@@ -114,7 +118,7 @@ def images_of(batch: Batch) -> np.ndarray:
 
 
 def online_source(
-    setup: Setup, teacher: Classifier, dataset: Dataset, student: ViewSpec
+    setup: Setting, teacher: Classifier, dataset: Dataset, student: ViewSpec
 ) -> TargetSource:
     if setup.average:
         seen = setup.tape_view(student)
@@ -122,20 +126,22 @@ def online_source(
     return OnlineTargets(teacher)
 
 
-def recorded(setup: Setup, teacher: Classifier, dataset: Dataset, out: Path, **given: Any) -> Tape:
+def recorded(
+    setup: Setting, teacher: Classifier, dataset: Dataset, out: Path, **given: Any
+) -> LogitCache:
     """The tape that `precompute --setup NAME` makes, of all classes as float32."""
     count = 1 if setup.fixed else EPOCHS
     view, order, average = setup.tape_fields(
         {**GIVEN, **given}, SIZE, views=count, average=AVERAGE if setup.average else 0
     )
-    spec = tape_spec(
+    spec = make_cache_spec(
         dataset, teacher, view, views=count, dtype="float32", order=order, average=average
     )
     return precompute(dataset, teacher, spec, out, batch_size=BATCH, workers=1, class_names=())
 
 
 def played(
-    setup: Setup, dataset: Dataset, student: ViewSpec, size_px: int | None = None
+    setup: Setting, dataset: Dataset, student: ViewSpec, size_px: int | None = None
 ) -> list[Batch]:
     """All batches of the first epochs, with what a live teacher sees."""
     seen = setup.teacher_view(student, size_px=size_px)
@@ -143,9 +149,9 @@ def played(
         return [batch for epoch in range(EPOCHS) for batch in loader.batches(epoch)]
 
 
-@pytest.mark.parametrize("setup", SETUPS, ids=lambda s: s.name)
+@pytest.mark.parametrize("setup", SETTINGS, ids=lambda s: s.name)
 def test_online_both_sides_see_what_the_paper_says(
-    photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], setup: Setup
+    photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], setup: Setting
 ) -> None:
     wanted = DEFINITIONS[setup.name]
     student = setup.student_view(GIVEN, 999)
@@ -165,31 +171,31 @@ def test_online_both_sides_see_what_the_paper_says(
             assert (pixels == expected).all()
 
 
-@pytest.mark.parametrize("setup", SETUPS, ids=lambda s: s.name)
+@pytest.mark.parametrize("setup", SETTINGS, ids=lambda s: s.name)
 def test_a_tape_is_of_what_the_paper_says(
-    photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], setup: Setup, tmp_path: Path
+    photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], setup: Setting, tmp_path: Path
 ) -> None:
     wanted, n = DEFINITIONS[setup.name], len(photos)
     teacher, spy = spy_teacher()
     tape = recorded(setup, teacher, photos, tmp_path / "t")
-    assert tape.info["setup"] == tape_setup(tape.spec) == setup.name
+    assert tape.info["setup"] == cache_setting_name(tape.spec) == setup.name
     seen, expected = np.concatenate(spy.seen), []
     consistent = setup.name.startswith(("consistent", "function"))
     for epoch in range(tape.spec.views):
         shown = {v: by_sample(cv2, stored, wanted.teacher, v) for v in wanted.teacher_views(epoch)}
-        rows = views.order(wanted.teacher, epoch, n) if consistent else np.arange(n)
+        rows = view_order(wanted.teacher, epoch, n) if consistent else np.arange(n)
         for start in range(0, n, BATCH):
             expected += [pixels[rows[start : start + BATCH]] for pixels in shown.values()]
     assert (seen == np.concatenate(expected)).all()
 
 
-@pytest.mark.parametrize("setup", SETUPS, ids=lambda s: s.name)
-def test_cached_equals_online_to_the_bit(photos: Dataset, setup: Setup, tmp_path: Path) -> None:
+@pytest.mark.parametrize("setup", SETTINGS, ids=lambda s: s.name)
+def test_cached_equals_online_to_the_bit(photos: Dataset, setup: Setting, tmp_path: Path) -> None:
     teacher, _ = spy_teacher()
     tape = recorded(setup, teacher, photos, tmp_path / "t")
-    name, student = cached_view(None, tape.spec, tape.url, {}, 999)
+    name, student = cached_view_spec(None, tape.spec, tape.url, {}, 999)
     assert (name, student) == (setup.name, setup.student_view(GIVEN, 999))
-    assert cached_view(setup, tape.spec, tape.url, GIVEN, 999) == (name, student)
+    assert cached_view_spec(setup, tape.spec, tape.url, GIVEN, 999) == (name, student)
     kind = CachedTargets if tape.spec.order == "position" else FixedTargets
     cached = kind(tape, photos.fingerprint, student)
     online = online_source(setup, teacher, photos, student)
@@ -204,15 +210,15 @@ def test_cached_equals_online_to_the_bit(photos: Dataset, setup: Setup, tmp_path
     half = len(answers) // 2
     by_epoch = [torch.cat(answers[:half]), torch.cat(answers[half:])]
     assert len(by_epoch[0].unique(dim=0)) > 35
-    orders = [torch.from_numpy(views.position(student, e, len(photos))) for e in (0, 1)]
+    orders = [torch.from_numpy(view_positions(student, e, len(photos))) for e in (0, 1)]
     moved = by_epoch[0][orders[0]] != by_epoch[1][orders[1]]
     assert bool(moved.any(1).float().mean() > 0.9) == (not setup.fixed)
     assert bool(moved.any()) == (not setup.fixed)
 
 
-@pytest.mark.parametrize("setup", SETUPS, ids=lambda s: s.name)
+@pytest.mark.parametrize("setup", SETTINGS, ids=lambda s: s.name)
 def test_a_bigger_teacher_sees_the_same_boxes(
-    photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], setup: Setup, tmp_path: Path
+    photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], setup: Setting, tmp_path: Path
 ) -> None:
     """The paper's T384 to S224: only the number of pixels differs, online and on a tape."""
     wanted, big = DEFINITIONS[setup.name], 24
@@ -232,15 +238,15 @@ def test_a_bigger_teacher_sees_the_same_boxes(
             assert (seen == expected).all()
     teacher, _ = spy_teacher(big)
     tape = recorded(setup, teacher, photos, tmp_path / "t", size_px=big)
-    name, seen_by_student = cached_view(None, tape.spec, tape.url, {"size_px": SIZE}, 999)
+    name, seen_by_student = cached_view_spec(None, tape.spec, tape.url, {"size_px": SIZE}, 999)
     assert (name, seen_by_student) == (setup.name, student)
-    with pytest.raises(TapeMismatch, match="size_px: 16 here, 24 there"):
+    with pytest.raises(CacheMismatch, match="size_px: 16 here, 24 there"):
         setup.require_tape(tape.spec, tape.url, student)
     setup.require_tape(tape.spec, tape.url, student, resized=True)
     if tape.spec.order == "position":
-        with pytest.raises(TapeMismatch, match="size_px: 16 here, 24 there"):
+        with pytest.raises(CacheMismatch, match="size_px: 16 here, 24 there"):
             CachedTargets(tape, photos.fingerprint, student)
-        with pytest.raises(TapeMismatch, match="seed: 1 here, 9 there"):
+        with pytest.raises(CacheMismatch, match="seed: 1 here, 9 there"):
             tape.require_plays(photos.fingerprint, replace(student, seed=1), resized=True)
         source = CachedTargets(tape, photos.fingerprint, student, resized=True)
         for batch in played(setup, photos, student, big):
@@ -250,22 +256,22 @@ def test_a_bigger_teacher_sees_the_same_boxes(
 
 
 def test_names_and_papers_names() -> None:
-    assert {s.name: s.paper for s in SETUPS} == {n: d.paper for n, d in DEFINITIONS.items()}
-    assert setups.DEFAULT.name == "function-matching"
-    for setup in SETUPS:
-        assert setup_of(setup.name) is setup_of(setup.paper) is setup
+    assert {s.name: s.paper for s in SETTINGS} == {n: d.paper for n, d in DEFINITIONS.items()}
+    assert settings.DEFAULT_SETTING.name == "function-matching"
+    for setup in SETTINGS:
+        assert get_setting(setup.name) is get_setting(setup.paper) is setup
         assert "\n" not in setup.sees
         view = setup.student_view(GIVEN, 999)
         if not setup.average:
-            assert setup_name(view, setup.teacher_view(view)) == setup.name
-            assert setup_name(view, setup.teacher_view(view, size_px=24)) == setup.name
+            assert setting_name(view, setup.teacher_view(view)) == setup.name
+            assert setting_name(view, setup.teacher_view(view, size_px=24)) == setup.name
     words = r"unknown set-up '': a set-up is one of fixed-whole, .*, function-matching$"
     with pytest.raises(UsageError, match=words):
-        setup_of("")
+        get_setting("")
     with pytest.raises(UsageError, match=r", function-matching; did you mean consistent-mild\?$"):
-        setup_of("consistant-mild")
-    assert setup_name(replace(MILD, mixup=1.0)) == setup_name(CENTER) == "custom"
-    assert setup_name(MILD, replace(CENTER, min_area=0.5)) == "custom"
+        get_setting("consistant-mild")
+    assert setting_name(replace(MILD, mixup=1.0)) == setting_name(CENTER) == "custom"
+    assert setting_name(MILD, replace(CENTER, min_area=0.5)) == "custom"
 
 
 def test_the_teachers_seed_is_a_bijection() -> None:
@@ -298,16 +304,16 @@ def test_options_that_make_another_setup_are_refused(
     name: str, given: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UsageError, match=words):
-        setup_of(name).student_view(given, SIZE)
+        get_setting(name).student_view(given, SIZE)
 
 
 def test_options_that_leave_the_setup_as_it_is_are_taken() -> None:
     given = {"size_px": 20, "min_area": 0.3, "flip": False, "seed": 4, "mixup": 0.2}
-    assert setup_of("function-matching").student_view(given, SIZE) == ViewSpec(
+    assert get_setting("function-matching").student_view(given, SIZE) == ViewSpec(
         20, "inception", 0.3, False, 0.2, 4
     )
-    view = setup_of("fixed-center").student_view({"min_area": 0.5}, SIZE)
-    assert setup_of("fixed-center").teacher_view(view) == ViewSpec(SIZE, "center", 0.5, False, 0)
+    view = get_setting("fixed-center").student_view({"min_area": 0.5}, SIZE)
+    assert get_setting("fixed-center").teacher_view(view) == ViewSpec(SIZE, "center", 0.5, False, 0)
 
 
 @pytest.mark.parametrize(
@@ -323,23 +329,25 @@ def test_tapes_that_a_setup_does_not_need_are_refused(
     name: str, options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UsageError, match=words):
-        setup_of(name).tape_fields({}, SIZE, **options)
+        get_setting(name).tape_fields({}, SIZE, **options)
 
 
-def tape_of(name: str, views: int = 1, **given: Any) -> TapeSpec:
-    view, order, average = setup_of(name).tape_fields({**GIVEN, **given}, SIZE, views=views)
-    return TapeSpec(views, 41, 5, 5, "float32", "0" * 16, "1" * 16, view, order, average)
+def tape_of(name: str, views: int = 1, **given: Any) -> CacheSpec:
+    view, order, average = get_setting(name).tape_fields(
+        {**GIVEN, **given}, SIZE, views=views
+    )
+    return CacheSpec(views, 41, 5, 5, "float32", "0" * 16, "1" * 16, view, order, average)
 
 
 def test_a_tape_serves_its_own_setup_only() -> None:
-    for setup in SETUPS:
+    for setup in SETTINGS:
         spec = tape_of(setup.name)
-        for other in SETUPS:
+        for other in SETTINGS:
             if other is setup:
-                assert cached_view(other, spec, "t", {}, 999)[0] == setup.name
+                assert cached_view_spec(other, spec, "t", {}, 999)[0] == setup.name
                 continue
-            with pytest.raises(TapeMismatch) as caught:
-                cached_view(other, spec, "t", {}, 999)
+            with pytest.raises(CacheMismatch) as caught:
+                cached_view_spec(other, spec, "t", {}, 999)
             assert str(caught.value) == (
                 f"t was made for {setup.name}, not for {other.name}: train with --setup "
                 f"{setup.name}, or precompute a tape with --setup {other.name}"
@@ -347,18 +355,20 @@ def test_a_tape_serves_its_own_setup_only() -> None:
 
 
 def test_a_tape_of_other_views_is_refused() -> None:
-    fixed, independent = setup_of("fixed-center"), setup_of("independent-mild")
+    fixed, independent = get_setting("fixed-center"), get_setting("independent-mild")
     for setup, given, words in (
         (fixed, {"min_area": 0.5}, r"holds other views .* fixed-center \(min_area: 0.5 here"),
-        (setup_of("consistent-mild"), {"seed": 2}, r"\(seed: 2 here, 9 there\)"),
+        (get_setting("consistent-mild"), {"seed": 2}, r"\(seed: 2 here, 9 there\)"),
         (independent, {"seed": other_seed(SEED)}, "has the student's own seed"),
         (independent, {"flip": False}, "flip: False here, True there"),
     ):
-        with pytest.raises(TapeMismatch, match=words):
-            cached_view(setup, tape_of(setup.name), "t", given, 999)
+        with pytest.raises(CacheMismatch, match=words):
+            cached_view_spec(setup, tape_of(setup.name), "t", given, 999)
     # A fixed teacher serves students of any seed, independent noise those of any other seed.
-    assert cached_view(fixed, tape_of("fixed-center"), "t", {"seed": 2}, 9)[1].seed == 2
-    assert cached_view(independent, tape_of("independent-mild"), "t", {"seed": 2}, 9)[1].seed == 2
+    assert cached_view_spec(fixed, tape_of("fixed-center"), "t", {"seed": 2}, 9)[1].seed == 2
+    assert (
+        cached_view_spec(independent, tape_of("independent-mild"), "t", {"seed": 2}, 9)[1].seed == 2
+    )
 
 
 def test_tapes_of_no_setup() -> None:
@@ -368,37 +378,37 @@ def test_tapes_of_no_setup() -> None:
         (custom, "t was made for no set-up of kdcache, not for fixed-center: leave --setup out"),
         (imported, "t was imported, and its views are not of kdcache's making: leave --setup out"),
     ):
-        assert tape_setup(spec) == "custom"
-        with pytest.raises(TapeMismatch, match=words):
-            cached_view(setup_of("fixed-center"), spec, "t", {}, 999)
+        assert cache_setting_name(spec) == "custom"
+        with pytest.raises(CacheMismatch, match=words):
+            cached_view_spec(get_setting("fixed-center"), spec, "t", {}, 999)
         given = {"crop": "random", "size_px": 20}
-        assert cached_view(None, spec, "t", given, 999) == (
+        assert cached_view_spec(None, spec, "t", given, 999) == (
             "custom",
-            ViewSpec(20, "random", MILD_AREA, mixup=0),
+            ViewSpec(20, "random", EVAL_SCALE, mixup=0),
         )
     # Options that contradict the set-up of a tape make one's own of it.
     given = {"crop": "inception"}
-    assert cached_view(None, tape_of("fixed-center"), "t", given, 8) == (
+    assert cached_view_spec(None, tape_of("fixed-center"), "t", given, 8) == (
         "custom",
         ViewSpec(8, mixup=0),
     )
     changed = {"crop": "random", "min_area": 0.5}
-    assert cached_view(None, tape_of("function-matching"), "t", changed, 8)[0] == "custom"
+    assert cached_view_spec(None, tape_of("function-matching"), "t", changed, 8)[0] == "custom"
 
 
 def test_several_fixed_views_are_no_setup() -> None:
-    assert tape_setup(replace(tape_of("fixed-center"), views=2)) == "custom"
-    assert tape_setup(replace(tape_of("independent-mild"), views=2)) == "independent-mild"
+    assert cache_setting_name(replace(tape_of("fixed-center"), views=2)) == "custom"
+    assert cache_setting_name(replace(tape_of("independent-mild"), views=2)) == "independent-mild"
 
 
 # --- the command line ------------------------------------------------------------------------
 
 
-def made(kdcache: Run, dataset: Dataset, out: Path, *options: object) -> Tape:
+def made(kdcache: Run, dataset: Dataset, out: Path, *options: object) -> LogitCache:
     line = ("--data", dataset.path, "--teacher", TEACHER, "--out", out, *options)
     result = kdcache("precompute", *line)
     assert result.code == 0, result.err
-    return Tape.open(out)
+    return LogitCache.open(out)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +430,7 @@ def test_precompute_by_name(
     kdcache: Run, digits_test: Dataset, tmp_path: Path, options: list[object], name: str
 ) -> None:
     tape = made(kdcache, digits_test, tmp_path / "t", *options)
-    assert tape.info["setup"] == tape_setup(tape.spec) == name
+    assert tape.info["setup"] == cache_setting_name(tape.spec) == name
     if name == "independent-mild":
         assert tape.spec.view is not None
         assert (tape.spec.view.seed, tape.spec.views) == (HIGH + 3, 2)
@@ -460,7 +470,7 @@ def test_several_teachers(kdcache: Run, digits_test: Dataset, tmp_path: Path) ->
         "float32",
     )
     assert tape.code == 0
-    p_2 = Tape.open(tmp_path / "3").target(0, rows).log_p_BK.exp()
+    p_2 = LogitCache.open(tmp_path / "3").target(0, rows).log_p_BK.exp()
     torch.testing.assert_close(
         both.target(0, rows).log_p_BK.exp(), (p_1 + p_2) / 2, rtol=1e-4, atol=1e-6
     )
@@ -482,7 +492,7 @@ def test_another_domain(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> N
         "give --other-domain"
     ) in result.err
     assert kdcache(*line, "--other-domain", "--top-k", "all").code == 0
-    tape = Tape.open(tmp_path / "t")
+    tape = LogitCache.open(tmp_path / "t")
     assert (tape.spec.classes, tape.spec.top_k) == (7, 7)
     assert (tape.info["class_names"], tape.info["other_domain"]) == ([], True)
     # Labels of other classes tell nothing of such a tape.
@@ -522,7 +532,10 @@ def test_a_run_from_a_tape_is_the_run_with_a_live_teacher(
     for mode, options in (
         ("cached", ["--cache", tmp_path / "t"]),
         ("cached", ["--cache", tmp_path / "t", "--setup", name]),
-        ("online", ["--teacher", TEACHER, "--setup", name, "--view-seed", 5, *average, *views]),
+        (
+            "online",
+            ["--teacher", TEACHER, "--setup", name, "--view-seed", 5, *average, *views],
+        ),
     ):
         out = tmp_path / f"run{len(weights)}"
         result = kdcache(
@@ -547,8 +560,8 @@ def test_a_run_from_a_tape_is_the_run_with_a_live_teacher(
         assert record["setup"] == name
         weights.append(record["weights"])
     assert len(set(weights)) == 1
-    with pytest.raises(TapeMismatch, match=f"was made for {name}, not for fixed-center"):
-        cached_view(setup_of("fixed-center"), tape.spec, tape.url, {}, 8)
+    with pytest.raises(CacheMismatch, match=f"was made for {name}, not for fixed-center"):
+        cached_view_spec(get_setting("fixed-center"), tape.spec, tape.url, {}, 8)
 
 
 def test_refusals_are_one_line(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
@@ -607,9 +620,9 @@ def seven_classes(num_classes: int | None) -> nn.Module:
 def test_the_picture_shows_what_either_side_sees(
     photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], tmp_path: Path
 ) -> None:
-    for setup in SETUPS:
+    for setup in SETTINGS:
         wanted = DEFINITIONS[setup.name]
-        shown = picture._seen(setup, photos, 7, SIZE, SEED)
+        shown = plots._seen(setup, photos, 7, SIZE, SEED)
         assert len(shown) == 3
         for epoch, (teacher, student) in enumerate(shown):
             assert (student == by_sample(cv2, stored, wanted.student, epoch)[7]).all()
@@ -624,5 +637,5 @@ def test_the_picture_shows_what_either_side_sees(
 
 def test_the_picture_is_a_picture(photos: Dataset, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    picture.draw_setups(photos, tmp_path / "x.png", sample=7, size_px=SIZE)
+    plots.draw_setups(photos, tmp_path / "x.png", sample=7, size_px=SIZE)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -12,9 +12,9 @@ import PIL.Image
 import pytest
 import torchvision.datasets as tvd
 
-from kdcache import sources
+from kdcache.data import sources
+from kdcache.data.sources import DEBIAN_FASHION_MNIST, FASHION_CLASSES, open_source
 from kdcache.errors import StorageError, UsageError
-from kdcache.sources import DEBIAN_FASHION_MNIST, FASHION_CLASSES, open_source
 
 
 def put(path: Path, value: int = 0) -> Path:

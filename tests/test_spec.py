@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-from kdcache import rng, spec
+from kdcache.cache.spec import CACHE_VERSION, CacheSpec
 from kdcache.errors import KDCacheError, UsageError
-from kdcache.spec import TapeSpec, ViewSpec, canonical_json, differences, evaluation_views
+from kdcache.spec import canonical_json, differences
+from kdcache.views import philox
+from kdcache.views.spec import MAX_VIEWS, VIEW_VERSION, ViewSpec, evaluation_view_spec
 
 VIEW = ViewSpec(32, "random", 0.5, False, 0.2, 7)
-TAPE = TapeSpec(3, 1000, 100, 10, "float16", "0123456789abcdef", "fedcba9876543210", VIEW)
+TAPE = CacheSpec(3, 1000, 100, 10, "float16", "0123456789abcdef", "fedcba9876543210", VIEW)
 
 VIEW_CHANGES: dict[str, Any] = {
     "size_px": 33,
@@ -83,7 +85,7 @@ def test_a_tape_spec_says_what_is_wrong(change: dict[str, Any], message: str) ->
 
 
 def test_views_fit_into_the_draws() -> None:
-    assert 1 << rng.VIEW_BITS == spec.MAX_VIEWS
+    assert 1 << philox.VIEW_BITS == MAX_VIEWS
 
 
 def test_specs_are_frozen_and_their_errors_are_value_errors() -> None:
@@ -102,7 +104,7 @@ def test_canonical_json_is_sorted_and_tight_and_has_no_nan() -> None:
 
 def test_digests_are_those_of_version_1() -> None:
     """They lie in tapes: they may change only together with VIEW_VERSION or TAPE_VERSION."""
-    assert (spec.VIEW_VERSION, spec.TAPE_VERSION) == (1, 1)
+    assert (VIEW_VERSION, CACHE_VERSION) == (1, 1)
     assert ViewSpec(224).digest == "9ad7b6578af24170"
     assert TAPE.digest == "932fa267bb22b9af"
 
@@ -143,7 +145,7 @@ def test_a_tape_that_cannot_be_is_refused(change: dict[str, Any], message: str) 
 
 def test_no_field_is_forgotten_here() -> None:
     assert {f.name for f in fields(ViewSpec)} == {*VIEW_CHANGES, "version"}
-    assert {f.name for f in fields(TapeSpec)} == {*TAPE_CHANGES, "version"}
+    assert {f.name for f in fields(CacheSpec)} == {*TAPE_CHANGES, "version"}
 
 
 def test_equal_specs_have_one_digest_and_one_text() -> None:
@@ -155,21 +157,21 @@ def test_equal_specs_have_one_digest_and_one_text() -> None:
     assert canonical_json(tapes[0].to_json()) == canonical_json(tapes[1].to_json())
 
 
-@pytest.mark.parametrize("view", [VIEW, ViewSpec(1, seed=(1 << 64) - 1), evaluation_views(224)])
+@pytest.mark.parametrize("view", [VIEW, ViewSpec(1, seed=(1 << 64) - 1), evaluation_view_spec(224)])
 def test_a_tape_spec_survives_json(view: ViewSpec) -> None:
     tape = replace(TAPE, view=view)
-    again = TapeSpec.from_json(json.loads(json.dumps(tape.to_json())))
+    again = CacheSpec.from_json(json.loads(json.dumps(tape.to_json())))
     assert again == tape
     assert again.digest == tape.digest
     foreign = replace(TAPE, view=None, order="sample")
-    assert TapeSpec.from_json(json.loads(json.dumps(foreign.to_json()))) == foreign
+    assert CacheSpec.from_json(json.loads(json.dumps(foreign.to_json()))) == foreign
 
 
 def test_unknown_and_missing_fields_are_not_a_spec() -> None:
     with pytest.raises(TypeError):
-        TapeSpec.from_json({**TAPE.to_json(), "colour": "red"})
+        CacheSpec.from_json({**TAPE.to_json(), "colour": "red"})
     with pytest.raises(KeyError):
-        TapeSpec.from_json({k: v for k, v in TAPE.to_json().items() if k != "view"})
+        CacheSpec.from_json({k: v for k, v in TAPE.to_json().items() if k != "view"})
 
 
 def test_only_k_equal_to_c_is_dense() -> None:
@@ -188,5 +190,5 @@ def test_differences_names_each_field_and_both_values() -> None:
 
 
 def test_evaluation_shows_small_images_whole_and_crops_the_centre_of_large_ones() -> None:
-    assert evaluation_views(64) == ViewSpec(64, "center", 1.0, False, 0)
-    assert evaluation_views(65) == ViewSpec(65, "center", (7 / 8) ** 2, False, 0)
+    assert evaluation_view_spec(64) == ViewSpec(64, "center", 1.0, False, 0)
+    assert evaluation_view_spec(65) == ViewSpec(65, "center", (7 / 8) ** 2, False, 0)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache import staging
-from kdcache.records import Batch
+from kdcache.batch import Batch
+from kdcache.data import prefetch
 
 GPU = torch.device("cuda:0")
 
@@ -63,7 +63,7 @@ def test_a_batch_is_made_before_the_one_ahead_of_it_is_given_out(events: list[st
             events.append(f"made {view}")
             yield batch_of(view, teacher=False)
 
-    for batch in staging.ahead(batches(), GPU):
+    for batch in prefetch.prefetch_to_device(batches(), GPU):
         events.append(f"main: step {batch.view}")
     holds = ["main: waits for event", "main: holds 96", *["main: holds 2"] * 3]
     made = [["side (", f"made {view}", "side: event", ")"] for view in range(3)]
@@ -84,7 +84,7 @@ def test_a_batch_is_made_before_the_one_ahead_of_it_is_given_out(events: list[st
 
 
 def test_what_the_teacher_sees_is_held_too(events: list[str]) -> None:
-    list(staging.ahead((batch_of(0, teacher=True) for _ in "."), GPU))
+    list(prefetch.prefetch_to_device((batch_of(0, teacher=True) for _ in "."), GPU))
     assert "main: holds 384" in events
 
 
@@ -100,23 +100,23 @@ def test_leaving_early_and_errors_close_what_makes_the_batches() -> None:
         finally:
             closed.append(True)
 
-    running: Any = staging.ahead(batches(), GPU)
+    running: Any = prefetch.prefetch_to_device(batches(), GPU)
     next(running)
     running.close()
     assert closed == [True]
     with pytest.raises(ValueError, match="the third"):
-        list(staging.ahead(batches(), GPU))
+        list(prefetch.prefetch_to_device(batches(), GPU))
     assert closed == [True, True]
 
 
 @pytest.mark.usefixtures("events")
 def test_no_batches() -> None:
-    assert list(staging.ahead((batch_of(0, teacher=False) for _ in ""), GPU)) == []
+    assert list(prefetch.prefetch_to_device((batch_of(0, teacher=False) for _ in ""), GPU)) == []
 
 
 def test_on_the_cpu_arrays_are_taken_as_they_are() -> None:
     array = np.arange(5)
-    tensor = staging.to_device(array, torch.device("cpu"))
+    tensor = prefetch.to_device(array, torch.device("cpu"))
     array[0] = 9
     assert tensor.tolist() == [9, 1, 2, 3, 4]
 
@@ -139,7 +139,7 @@ def test_copies_to_a_gpu_go_by_pinned_memory_and_do_not_wait(
     monkeypatch.setattr(torch, "empty", pinned)
     monkeypatch.setattr(torch.Tensor, "to", to)
     rows = np.arange(24, dtype=np.uint8).reshape(4, 6)[:, :4]  # as the loader's: with a gap
-    found = staging.to_device(rows, GPU)
+    found = prefetch.to_device(rows, GPU)
     assert found.is_contiguous()
     assert (found.numpy() == rows).all()
     assert made == [{"shape": (4, 4), "pin_memory": True}]

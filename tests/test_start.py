@@ -10,9 +10,10 @@ import safetensors.torch
 import torch
 import torchvision
 
-from kdcache import models
-from kdcache.classifier import Classifier
 from kdcache.errors import UsageError
+from kdcache.models import load
+from kdcache.models.classifier import Classifier
+from kdcache.models.weights import load_initial_weights, save_weights
 from tests.test_models import STUDENT, run_folder, write_run
 from tests.test_zoo import build, give_weights
 
@@ -22,7 +23,7 @@ Weights = dict[str, torch.Tensor]
 
 def student(seed: int, classes: int = 10) -> Classifier:
     torch.manual_seed(seed)
-    return models.load(STUDENT, "student", num_classes=classes, size_px=8)
+    return load.load_model(STUDENT, "student", num_classes=classes, size_px=8)
 
 
 def write(path: Path, weights: Weights) -> str:
@@ -33,7 +34,7 @@ def write(path: Path, weights: Weights) -> str:
 def refusal(model: Classifier, source: str) -> str:
     before = model.fingerprint()
     with pytest.raises(UsageError) as caught:
-        models.start_from(model, source)
+        load_initial_weights(model, source)
     assert "\n" not in str(caught.value)
     assert model.fingerprint() == before
     return str(caught.value)
@@ -41,9 +42,9 @@ def refusal(model: Classifier, source: str) -> str:
 
 def test_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    models.save_weights(student(1), path)
+    save_weights(student(1), path)
     model = student(2)
-    assert models.start_from(model, str(path)) == []
+    assert load_initial_weights(model, str(path)) == []
     assert model.fingerprint() == student(1).fingerprint()
     assert model.training
     assert model.name == STUDENT
@@ -51,7 +52,7 @@ def test_from_a_file(tmp_path: Path) -> None:
 
 def test_from_a_finished_run(run_folder: Path) -> None:
     model = student(2)
-    assert models.start_from(model, str(run_folder)) == []
+    assert load_initial_weights(model, str(run_folder)) == []
     assert model.fingerprint() == json.loads((run_folder / "run.json").read_text())["weights"]
 
 
@@ -107,7 +108,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_a_damaged_run(run_folder: Path) -> None:
-    models.save_weights(student(5), run_folder / "student.safetensors")
+    save_weights(student(5), run_folder / "student.safetensors")
     assert "is damaged" in refusal(student(2), str(run_folder))
 
 
@@ -123,9 +124,9 @@ def test_from_torchvisions_weights(
     # As torchvision's oldest files are: they lack what torch did not keep then.
     given = {k: w for k, w in weights.items() if not k.endswith("num_batches_tracked")}
     give_weights(monkeypatch, given)
-    model = models.load("torchvision:resnet18", "student", num_classes=classes, size_px=32)
+    model = load.load_model("torchvision:resnet18", "student", num_classes=classes, size_px=32)
     before = {key: value.clone() for key, value in model.network.state_dict().items()}
-    assert models.start_from(model, "pretrained") == fresh
+    assert load_initial_weights(model, "pretrained") == fresh
     for key, value in model.network.state_dict().items():
         assert torch.equal(value, before[key] if key in fresh else weights[key]), key
 
@@ -133,7 +134,7 @@ def test_from_torchvisions_weights(
 def test_pretrained_weights_must_fit_but_for_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = build("resnet18").state_dict()
     give_weights(monkeypatch, {k: w for k, w in weights.items() if k != "fc.bias"})
-    model = models.load("torchvision:resnet18", "student", num_classes=10, size_px=32)
+    model = load.load_model("torchvision:resnet18", "student", num_classes=10, size_px=32)
     assert refusal(model, "pretrained") == (
         "the pretrained torchvision:resnet18 does not fit torchvision:resnet18: "
         "expected fc.bias of shape [10], found none"
@@ -147,7 +148,7 @@ def test_pretrained_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) 
         raise OSError("no network\nat all")
 
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", fail)
-    model = models.load("torchvision:resnet18", "student", num_classes=10, size_px=32)
+    model = load.load_model("torchvision:resnet18", "student", num_classes=10, size_px=32)
     assert refusal(model, "pretrained") == (
         "the weights of torchvision:resnet18 cannot be had: no network"
     )

@@ -17,18 +17,20 @@ import fsspec
 import pytest
 import torch
 
-from kdcache import cli, codec
-from kdcache import store as stores
-from kdcache.dataset import Dataset
+from kdcache.cache import store as stores
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import top_k
+from kdcache.cache.spec import CacheSpec
+from kdcache.cache.store import FolderStore, ObjectStore, open_store
+from kdcache.cli import app
+from kdcache.data.beton import Dataset
 from kdcache.errors import MissingDependency, StorageError, UsageError
-from kdcache.spec import TapeSpec, ViewSpec
-from kdcache.store import FolderStore, ObjectStore, open_store
-from kdcache.tape import Tape
+from kdcache.views.spec import ViewSpec
 from tests import processes
 from tests.conftest import TEACHER
 from tests.processes import Job, contents
 
-SPEC = TapeSpec(2, 50, 30, 4, "float16", "data", "teacher", ViewSpec(8))
+SPEC = CacheSpec(2, 50, 30, 4, "float16", "data", "teacher", ViewSpec(8))
 STUDENT = "python:tests.conftest:convolutional_student"
 CANNOT = 77  # exit code: this machine does not allow what the test needs
 
@@ -41,11 +43,11 @@ def whole(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Job
     return job
 
 
-def write_all(tape: Tape) -> None:
+def write_all(tape: LogitCache) -> None:
     torch.manual_seed(0)
     for view, shard in tape.places():
         logits = torch.randn(tape.rows(shard), SPEC.classes)
-        tape.write(view, shard, codec.encode(logits, SPEC.top_k, SPEC.dtype))
+        tape.write(view, shard, top_k.encode(logits, SPEC.top_k, SPEC.dtype))
 
 
 # --- durable ---------------------------------------------------------------------------------
@@ -74,7 +76,7 @@ def test_what_counts_is_on_the_disk_first_and_the_seal_comes_last(
     monkeypatch.setattr(os, "replace", replaced)
     monkeypatch.setattr(os, "mkdir", made)
     out = tmp_path / "deep" / "t"
-    write_all(Tape.create(out, SPEC, {}))
+    write_all(LogitCache.create(out, SPEC, {}))
     named = [path.relative_to(out).as_posix() for what, path in events if what == "name"]
     assert sorted(named) == sorted(contents(out))
     assert named.index("zarr.json") == 4
@@ -120,7 +122,7 @@ def _on_a_full_disk(job: Job, disk: Path, pages: int) -> None:
     assert "No space left on device" in words, words
     assert len(words.splitlines()) == 1
     begun, before = (Path(job.out) / "zarr.json").exists(), len(job.computed())
-    missing = len(Tape.open(job.out).missing()) if begun else 21
+    missing = len(LogitCache.open(job.out).missing()) if begun else 21
     (disk / "ballast").unlink()
     assert _record(job) == ""
     assert len(job.computed()) - before == missing
@@ -166,9 +168,9 @@ def _main(*line: object) -> tuple[int, str]:
     words = io.StringIO()
     sys.argv = ["kdcache", *map(str, line)]
     with contextlib.redirect_stderr(words), contextlib.redirect_stdout(io.StringIO()):
-        cli.err_console.file = words
+        app.err_console.file = words
         try:
-            cli.main()
+            app.main()
         except SystemExit as end:
             return int(end.code or 0), words.getvalue()
     return 0, words.getvalue()
@@ -223,8 +225,8 @@ def test_a_folder_by_any_name(tmp_path: Path, name: str, monkeypatch: pytest.Mon
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     url = name.format(tmp_path)
-    write_all(Tape.create(url, SPEC, {}))
-    found = Tape.open(url)
+    write_all(LogitCache.create(url, SPEC, {}))
+    found = LogitCache.open(url)
     assert found.missing() == []
     assert found.store.sizes() == {k: len(v) for k, v in contents(Path(found.url)).items()}
     assert len(list(tmp_path.rglob("zarr.json"))) == 5
@@ -236,24 +238,24 @@ def test_a_tape_in_the_working_folder_itself(
     """Its own folder may be prepared (striping, a mount), so it is not replaced."""
     monkeypatch.chdir(tmp_path)
     before = tmp_path.stat().st_ino
-    tape = Tape.create(".", SPEC, {})
+    tape = LogitCache.create(".", SPEC, {})
     assert tape.claim(0, 0)
     write_all(tape)
     tape.store.forget_claims()
-    assert Tape.open(".").missing() == []
+    assert LogitCache.open(".").missing() == []
     assert tmp_path.stat().st_ino == before
     assert not list(tmp_path.glob(".c*"))
 
 
 @pytest.mark.parametrize("url", ["memory://bucket/t", "memory://bucket/deep/t/"])
 def test_an_object_store_keeps_the_same_bytes(tmp_path: Path, url: str) -> None:
-    write_all(Tape.create(tmp_path / "t", SPEC, {}))
-    tape = Tape.create(url, SPEC, {})
+    write_all(LogitCache.create(tmp_path / "t", SPEC, {}))
+    tape = LogitCache.create(url, SPEC, {})
     assert isinstance(tape.store, ObjectStore)
     write_all(tape)
     assert {k: tape.store.read(k) for k in tape.store.sizes()} == contents(tmp_path / "t")
     tape.discard(1, 0)
-    assert Tape.open(url).missing() == [(1, 0)]
+    assert LogitCache.open(url).missing() == [(1, 0)]
     tape.discard(1, 0)
     for key in tape.store.sizes():
         tape.store.delete(key)
@@ -263,16 +265,16 @@ def test_a_killed_creation_in_an_object_store_is_done_again() -> None:
     store = open_store("memory://bucket/killed")
     store.write("logits/zarr.json", b"{")
     with pytest.raises(UsageError, match="exists and is not a tape"):
-        Tape.open(store.url)
-    assert Tape.create(store.url, SPEC, {}).spec == SPEC
+        LogitCache.open(store.url)
+    assert LogitCache.create(store.url, SPEC, {}).spec == SPEC
     open_store("memory://bucket/other").write("thesis.txt", b"two years of work")
     with pytest.raises(UsageError, match="exists and is not a tape"):
-        Tape.create("memory://bucket/other", SPEC, {})
+        LogitCache.create("memory://bucket/other", SPEC, {})
 
 
 def test_a_store_that_nobody_knows() -> None:
     with pytest.raises(StorageError, match=r"cannot open odd://bucket/t: Protocol not known"):
-        Tape.open("odd://bucket/t")
+        LogitCache.open("odd://bucket/t")
 
 
 def _without_s3fs() -> None:
@@ -296,12 +298,12 @@ def test_the_users_settings_come_before_ours(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_file_that_cannot_be_read_is_an_error_and_not_a_missing_shard(tmp_path: Path) -> None:
-    write_all(Tape.create(tmp_path / "t", SPEC, {}))
+    write_all(LogitCache.create(tmp_path / "t", SPEC, {}))
     shard = tmp_path / "t/logits/c/0/0/0"
     shard.unlink()
     shard.mkdir()
     with pytest.raises(StorageError, match=rf"cannot read {shard}: Is a directory"):
-        Tape.open(tmp_path / "t").read(0, 0, 1)
+        LogitCache.open(tmp_path / "t").read(0, 0, 1)
 
 
 # --- claims ----------------------------------------------------------------------------------
@@ -332,12 +334,12 @@ def test_where_there_are_no_locks_all_is_done(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    tape = Tape.create(tmp_path / "t", SPEC, {})
+    tape = LogitCache.create(tmp_path / "t", SPEC, {})
     assert tape.claim(0, 0)
     write_all(tape)
     tape.release(0, 0)
     tape.store.forget_claims()
-    assert Tape.open(tmp_path / "t").missing() == []
+    assert LogitCache.open(tmp_path / "t").missing() == []
 
 
 def _create(folder: Path) -> None:

@@ -11,14 +11,29 @@ import PIL.Image
 import pytest
 import torch
 
-from kdcache import codec, models, sampling, shards, summary, views
-from kdcache.dataset import Dataset
-from kdcache.errors import MissingDependency, TapeCorrupt, UsageError
-from kdcache.picture import draw_views
-from kdcache.precompute import precompute, tape_spec
-from kdcache.spec import TapeSpec, ViewSpec
-from kdcache.summary import Accuracy, Distribution, Gap, coverage, entry, gaps, spans, summarise
-from kdcache.tape import Tape
+from kdcache.cache import layout, summary
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import sampled
+from kdcache.cache.codecs import top_k as codec
+from kdcache.cache.spec import CacheSpec
+from kdcache.cache.summary import (
+    Accuracy,
+    Distribution,
+    Gap,
+    coverage,
+    entry,
+    gaps,
+    spans,
+    summarise,
+)
+from kdcache.cli.plots import draw_views
+from kdcache.data.beton import Dataset
+from kdcache.errors import CacheCorrupt, MissingDependency, UsageError
+from kdcache.models import load
+from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.views.mixing import pair_mix_weights
+from kdcache.views.order import view_order, view_positions
+from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER, synthetic_tape
 
 
@@ -91,7 +106,7 @@ def test_other_types_come_close(tmp_path: Path, dtype: str) -> None:
 def test_a_damaged_tape_has_no_figures(tmp_path: Path) -> None:
     tape = synthetic_tape(tmp_path / "t", logits_of([0.5, 0.5]), top_k=2)
     (tmp_path / "t" / "logits/c/1/0/0").write_bytes(b"?" * 100)
-    with pytest.raises(TapeCorrupt, match="view 1"):
+    with pytest.raises(CacheCorrupt, match="view 1"):
         summarise(tape)
 
 
@@ -107,8 +122,8 @@ def test_quantiles_are_those_of_the_records(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 16)
-    monkeypatch.setattr(shards, "SHARD_BYTES", 32)
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 32)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -157,7 +172,7 @@ def test_coverage_is_said_in_few_words(tmp_path: Path) -> None:
 def test_accuracy_of_plain_views(tmp_path: Path) -> None:
     """The teacher names class `sample % 3` for every sample, whatever the view's order."""
     view = ViewSpec(8, mixup=0)
-    order = views.order(view, 0, 30)
+    order = view_order(view, 0, 30)
     logits = 5.0 * torch.nn.functional.one_hot(torch.from_numpy(order % 3))[None].float()
     tape = synthetic_tape(tmp_path / "t", logits, top_k=3, view=view)
     labels = np.arange(30) % 3
@@ -170,20 +185,20 @@ def test_accuracy_of_plain_views(tmp_path: Path) -> None:
 def test_accuracy_of_mixed_views_tells_own_class_from_the_partners(tmp_path: Path) -> None:
     """The teacher always names the partner, and the last sample, which has none."""
     view = ViewSpec(8, mixup=1)
-    order = views.order(view, 0, 31)
+    order = view_order(view, 0, 31)
     place = np.arange(31)
     said = order[np.minimum(place ^ 1, 30)]
     logits = 5.0 * torch.nn.functional.one_hot(torch.from_numpy(said), 31)[None].float()
     tape = synthetic_tape(tmp_path / "t", logits, top_k=3, view=view)
-    mixed = views.pair_weights(view, 0, place, 31) > 0
+    mixed = pair_mix_weights(view, 0, place, 31) > 0
     found = summarise(tape, np.arange(31)).accuracy
     assert found == Accuracy(pytest.approx(1 / 31), pytest.approx(mixed.mean()))
 
 
 def test_accuracy_in_sample_order(tmp_path: Path) -> None:
     logits = 5.0 * torch.eye(4)[None]
-    spec = TapeSpec(1, 4, 4, 4, "float32", "0" * 16, "0" * 16, None, order="sample")
-    tape = Tape.create(tmp_path / "t", spec, {"teacher": "someone's"})
+    spec = CacheSpec(1, 4, 4, 4, "float32", "0" * 16, "0" * 16, None, order="sample")
+    tape = LogitCache.create(tmp_path / "t", spec, {"teacher": "someone's"})
     tape.write(0, 0, codec.encode(logits[0], 4, "float32"))
     assert summarise(tape, np.array([0, 1, 2, 0])).accuracy == Accuracy(0.75, None)
 
@@ -195,32 +210,32 @@ def test_a_record_as_classes_with_names(tmp_path: Path) -> None:
     view = ViewSpec(8)
     p = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
     tape = synthetic_tape(tmp_path / "t", p.log().expand(2, 21, 5), top_k=2, view=view)
-    place = int(views.position(view, 1, 21)[7])
+    place = int(view_positions(view, 1, 21)[7])
     found = entry(tape, 7, 1, ["a", "b", "c", "d", "e"])
     assert (found.view, found.position, found.sample) == (1, place, 7)
     assert (found.classes, found.names) == ([1, 3], ["b", "d"])
     assert found.probabilities == pytest.approx([0.4, 0.3], rel=1e-4)
     assert found.tail == pytest.approx(0.3, rel=1e-4)
     assert found.temperature == 1
-    weight = int(views.pair_weights(view, 1, place, 21))
+    weight = int(pair_mix_weights(view, 1, place, 21))
     assert found.weight == weight / 256
-    assert found.partner == (int(views.order(view, 1, 21)[place ^ 1]) if weight else None)
+    assert found.partner == (int(view_order(view, 1, 21)[place ^ 1]) if weight else None)
     assert entry(tape, 7, 1).names == ["1", "3"]
 
 
 def test_the_last_of_an_odd_count_has_no_partner(tmp_path: Path) -> None:
     view = ViewSpec(8)
     tape = synthetic_tape(tmp_path / "t", logits_of([0.5, 0.5], 1, 21), top_k=2, view=view)
-    found = entry(tape, int(views.order(view, 0, 21)[20]), 0)
+    found = entry(tape, int(view_order(view, 0, 21)[20]), 0)
     assert (found.position, found.partner, found.weight) == (20, None, 0)
 
 
 def test_a_record_of_draws_names_what_was_drawn(tmp_path: Path) -> None:
-    spec = TapeSpec(1, 4, 6, 5, "uint8", "0" * 16, "0" * 16, ViewSpec(8), draws=5, temperature=2.0)
-    tape = Tape.create(tmp_path / "t", spec, {"teacher": "t", "class_names": list("abcdef")})
+    spec = CacheSpec(1, 4, 6, 5, "uint8", "0" * 16, "0" * 16, ViewSpec(8), draws=5, temperature=2.0)
+    tape = LogitCache.create(tmp_path / "t", spec, {"teacher": "t", "class_names": list("abcdef")})
     p = torch.tensor([0.0, 0.7, 0.0, 0.0, 0.3, 0.0]).log().clamp(min=-900).expand(4, 6)
     rows = np.arange(4)
-    tape.write(0, 0, sampling.encode(p, 5, 2.0, seed=0, view=0, rows_B=rows))
+    tape.write(0, 0, sampled.encode(p, 5, 2.0, seed=0, view=0, rows_B=rows))
     found = entry(tape, 2, 0)
     assert set(found.names) <= {"b", "e"}
     assert sum(found.probabilities) == pytest.approx(1)
@@ -241,10 +256,10 @@ def test_a_record_that_the_tape_has_not(tmp_path: Path, sample: int, view: int, 
 # --- the picture -----------------------------------------------------------------------------
 
 
-def recorded(dataset: Dataset, view: ViewSpec, out: Path, top_k: int | None = None) -> Tape:
+def recorded(dataset: Dataset, view: ViewSpec, out: Path, top_k: int | None = None) -> LogitCache:
     classes = len(dataset.classes)
-    teacher = models.load(TEACHER, "teacher", num_classes=classes, size_px=8)
-    spec = tape_spec(dataset, teacher, view, views=2, top_k=top_k, dtype="float32")
+    teacher = load.load_model(TEACHER, "teacher", num_classes=classes, size_px=8)
+    spec = make_cache_spec(dataset, teacher, view, views=2, top_k=top_k, dtype="float32")
     return precompute(dataset, teacher, spec, out)
 
 
@@ -271,7 +286,7 @@ def test_views_of_an_odd_dataset_are_drawn(photos: Dataset, tmp_path: Path) -> N
     """Among them the sample that has no partner; two classes, of which three cannot be shown."""
     pytest.importorskip("matplotlib")
     view = ViewSpec(8)
-    alone = int(views.order(view, 1, 41)[40])
+    alone = int(view_order(view, 1, 41)[40])
     tape = recorded(photos, view, tmp_path / "t")
     draw_views(tape, photos, tmp_path / "v.png", samples=[alone], views=[1])
     assert_picture(tmp_path / "v.png", 1, 1)

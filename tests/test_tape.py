@@ -15,24 +15,26 @@ import pytest
 import torch
 import zarr
 
-from kdcache import codec, shards
-from kdcache import store as stores
-from kdcache.codec import Records
+from kdcache.cache import layout as shards
+from kdcache.cache import store as stores
+from kdcache.cache.cache import NO_DIGEST, LogitCache
+from kdcache.cache.codecs import top_k as codec
+from kdcache.cache.layout import Layout
+from kdcache.cache.records import Records, ValueType
+from kdcache.cache.spec import CacheSpec
 from kdcache.errors import (
+    CacheCorrupt,
+    CacheIncomplete,
+    CacheMismatch,
     KDCacheError,
     StorageError,
-    TapeCorrupt,
-    TapeIncomplete,
-    TapeMismatch,
     UsageError,
 )
-from kdcache.shards import Layout
-from kdcache.spec import TapeSpec, ValueType, ViewSpec
-from kdcache.tape import NO_DIGEST, Tape
+from kdcache.views.spec import ViewSpec
 from tests.conftest import synthetic_tape
 
 VIEWS, SAMPLES, CLASSES = 2, 150, 30
-SPEC = TapeSpec(VIEWS, SAMPLES, CLASSES, 4, "float16", "data", "teacher", ViewSpec(8))
+SPEC = CacheSpec(VIEWS, SAMPLES, CLASSES, 4, "float16", "data", "teacher", ViewSpec(8))
 KINDS: list[tuple[int, ValueType]] = [
     (4, "float16"),
     (4, "float32"),
@@ -64,7 +66,7 @@ def equal(a: Records, b: Records) -> bool:
 
 def read_all(path: Path) -> list[Records]:
     """Every record as a user gets it: opened, read, decoded."""
-    found = Tape.open(path)
+    found = LogitCache.open(path)
     records = [found.read(v, 0, found.spec.samples) for v in range(found.spec.views)]
     for part in records:
         codec.decode(part, found.spec.classes)
@@ -89,7 +91,7 @@ def test_what_is_written_comes_back(
 ) -> None:
     made = synthetic_tape(tmp_path / "t", logits, top_k=top_k, dtype=dtype)
     assert made.shards_per_view > 2
-    found = Tape.open(tmp_path / "t")
+    found = LogitCache.open(tmp_path / "t")
     rows = made.layout.shard_rows
     for view in range(VIEWS):
         truth = codec.encode(logits[view], top_k, dtype)
@@ -117,7 +119,7 @@ def test_plain_zarr_reads_the_arrays_as_documented(
 
 
 def test_the_manifest_comes_first_and_says_what_the_tape_is(tmp_path: Path) -> None:
-    made = Tape.create(tmp_path / "t", SPEC, {"teacher": "somebody"}, "0123")
+    made = LogitCache.create(tmp_path / "t", SPEC, {"teacher": "somebody"}, "0123")
     text = (tmp_path / "t" / "zarr.json").read_text()
     manifest = json.loads(text)["attributes"]["kdcache"]
     arrays = {
@@ -140,14 +142,14 @@ def test_the_manifest_comes_first_and_says_what_the_tape_is(tmp_path: Path) -> N
 
 
 def test_a_tape_is_made_in_folders_that_do_not_exist_yet(tmp_path: Path) -> None:
-    assert Tape.create(tmp_path / "a" / "b" / "t", SPEC, {}).spec == SPEC
+    assert LogitCache.create(tmp_path / "a" / "b" / "t", SPEC, {}).spec == SPEC
     (tmp_path / "empty").mkdir()
-    assert Tape.create(tmp_path / "empty", SPEC, {}).spec == SPEC
+    assert LogitCache.create(tmp_path / "empty", SPEC, {}).spec == SPEC
 
 
 def test_what_a_killed_creation_left_does_not_matter(tmp_path: Path) -> None:
     """Whichever files it had come to."""
-    Tape.create(tmp_path / "whole", SPEC, {})
+    LogitCache.create(tmp_path / "whole", SPEC, {})
     names = sorted(stores.FolderStore(tmp_path / "whole").sizes())
     for count in range(len(names) - 1):
         left = tmp_path / str(count)
@@ -156,13 +158,13 @@ def test_what_a_killed_creation_left_does_not_matter(tmp_path: Path) -> None:
             (left / name).write_text("{")
         (left / "zarr.json.partial").write_text("{") if count else left.mkdir()
         (left / ".creating").touch()
-        assert Tape.create(left, SPEC, {}).spec == SPEC
+        assert LogitCache.create(left, SPEC, {}).spec == SPEC
         assert contents(left) == contents(tmp_path / "whole")
 
 
 @pytest.mark.usefixtures("small_shards")
 def test_missing_and_has_follow_the_shards(tmp_path: Path, logits: torch.Tensor) -> None:
-    made = Tape.create(tmp_path / "t", SPEC, {})
+    made = LogitCache.create(tmp_path / "t", SPEC, {})
     everything = [(v, s) for v in range(VIEWS) for s in range(made.shards_per_view)]
     assert made.missing() == everything
     start, stop = made.shard_range(1)
@@ -170,18 +172,18 @@ def test_missing_and_has_follow_the_shards(tmp_path: Path, logits: torch.Tensor)
     assert made.has(1, 1)
     assert not made.has(0, 1)
     assert made.missing() == [s for s in everything if s != (1, 1)]
-    with pytest.raises(TapeIncomplete, match=r"lacks 9 of 10 shards, the first is view 0 shard 0"):
+    with pytest.raises(CacheIncomplete, match=r"lacks 9 of 10 shards, the first is view 0 shard 0"):
         made.require_complete()
 
 
 def test_an_incomplete_tape_reads_what_it_has(tmp_path: Path, logits: torch.Tensor) -> None:
-    made = Tape.create(tmp_path / "t", SPEC, {})
+    made = LogitCache.create(tmp_path / "t", SPEC, {})
     truth = codec.encode(logits[0], 4, "float16")
     made.write(0, 0, truth)
     assert equal(made.read(0, 10, 20), truth[10:20])
-    with pytest.raises(TapeIncomplete, match="lacks view 1 shard 0"):
+    with pytest.raises(CacheIncomplete, match="lacks view 1 shard 0"):
         made.read(1, 0, 1)
-    with pytest.raises(TapeIncomplete, match="lacks view 2 shard 0"):
+    with pytest.raises(CacheIncomplete, match="lacks view 2 shard 0"):
         made.read(2, 0, 1)
 
 
@@ -191,11 +193,11 @@ def test_a_deleted_object_is_a_missing_shard(
 ) -> None:
     synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
     (tmp_path / "t" / shards.key(name, 1, 0)).unlink()
-    found = Tape.open(tmp_path / "t")
+    found = LogitCache.open(tmp_path / "t")
     assert found.missing() == [(1, 0)]
-    with pytest.raises(TapeIncomplete, match=r"view 1 shard 0.*run the same `kdcache precompute`"):
+    with pytest.raises(CacheIncomplete, match=r"view 1 shard 0.*run the same `kdcache precompute`"):
         found.require_complete()
-    with pytest.raises(TapeIncomplete, match="lacks view 1 shard 0"):
+    with pytest.raises(CacheIncomplete, match="lacks view 1 shard 0"):
         found.read(1, 0, 5)
 
 
@@ -218,10 +220,10 @@ def test_writing_again_gives_the_same_bytes(tmp_path: Path, logits: torch.Tensor
 
 
 def test_opening_another_spec_names_every_difference(tmp_path: Path) -> None:
-    Tape.create(tmp_path / "t", SPEC, {})
+    LogitCache.create(tmp_path / "t", SPEC, {})
     other = replace(SPEC, views=5, dtype="uint8", view=replace(SPEC.view, seed=3, mixup=0.5))
-    with pytest.raises(TapeMismatch) as caught:
-        Tape.create(tmp_path / "t", other, {})
+    with pytest.raises(CacheMismatch) as caught:
+        LogitCache.create(tmp_path / "t", other, {})
     assert "views: 5 here, 2 there" in str(caught.value)
     assert "dtype: uint8 here, float16 there" in str(caught.value)
     assert "mixup: 0.5 here, 1 there" in str(caught.value)
@@ -230,27 +232,27 @@ def test_opening_another_spec_names_every_difference(tmp_path: Path) -> None:
         "choose another path, or the same options; a tape cannot grow: another number of views "
         "needs another path"
     )
-    with pytest.raises(TapeMismatch, match=r"choose another path, or the same options$"):
-        Tape.create(tmp_path / "t", replace(SPEC, dtype="uint8"), {})
-    assert Tape.open(tmp_path / "t").spec == SPEC
+    with pytest.raises(CacheMismatch, match=r"choose another path, or the same options$"):
+        LogitCache.create(tmp_path / "t", replace(SPEC, dtype="uint8"), {})
+    assert LogitCache.open(tmp_path / "t").spec == SPEC
 
 
 def test_other_pixels_are_refused(tmp_path: Path) -> None:
-    Tape.create(tmp_path / "t", SPEC, {}, "0123")
-    assert Tape.create(tmp_path / "t", SPEC, {}, "0123").pixels == "0123"
-    with pytest.raises(TapeMismatch, match=r"other pixels \(0123\) than .* here \(4567\)"):
-        Tape.create(tmp_path / "t", SPEC, {}, "4567")
+    LogitCache.create(tmp_path / "t", SPEC, {}, "0123")
+    assert LogitCache.create(tmp_path / "t", SPEC, {}, "0123").pixels == "0123"
+    with pytest.raises(CacheMismatch, match=r"other pixels \(0123\) than .* here \(4567\)"):
+        LogitCache.create(tmp_path / "t", SPEC, {}, "4567")
 
 
 def test_the_same_spec_opens_what_is_there(tmp_path: Path, logits: torch.Tensor) -> None:
     synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16", dataset="data")
-    spec = Tape.open(tmp_path / "t").spec
-    assert Tape.create(tmp_path / "t", spec, {"teacher": "renamed"}).missing() == []
+    spec = LogitCache.open(tmp_path / "t").spec
+    assert LogitCache.create(tmp_path / "t", spec, {"teacher": "renamed"}).missing() == []
 
 
 def test_no_tape(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no tape at .*: make one with `kdcache precompute`"):
-        Tape.open(tmp_path / "none")
+        LogitCache.open(tmp_path / "none")
 
 
 def _a_file(path: Path) -> None:
@@ -277,17 +279,17 @@ def test_something_else_at_the_path_is_left_alone(tmp_path: Path, make: Any) -> 
     make(tmp_path / "t")
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
     with pytest.raises(UsageError, match=r"exists and is not a tape; choose another path$"):
-        Tape.create(tmp_path / "t", SPEC, {})
+        LogitCache.create(tmp_path / "t", SPEC, {})
     words = "exists and is not a tape; a tape is the folder that `kdcache precompute --out` or "
     with pytest.raises(UsageError, match=words):
-        Tape.open(tmp_path / "t")
+        LogitCache.open(tmp_path / "t")
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
 
 def test_a_tape_cannot_be_made_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match=r"cannot write .*File exists"):
-        Tape.create(tmp_path / "file" / "t", SPEC, {})
+        LogitCache.create(tmp_path / "file" / "t", SPEC, {})
 
 
 # --- damage ----------------------------------------------------------------------------------
@@ -306,7 +308,7 @@ def test_no_flipped_byte_of_a_shard_passes_in_silence(
         whole = file.read_bytes()
         place, value = dice.randrange(len(whole)), dice.randrange(1, 256)
         file.write_bytes(whole[:place] + bytes([whole[place] ^ value]) + whole[place + 1 :])
-        with pytest.raises(TapeCorrupt, match=r"\(positions \d+ to \d+\) is damaged") as caught:
+        with pytest.raises(CacheCorrupt, match=r"\(positions \d+ to \d+\) is damaged") as caught:
             read_all(tmp_path / "t")
         view, shard = file.relative_to(tmp_path / "t").parts[2:4]
         assert f"{tmp_path / 't'}: view {view} shard {shard} (" in str(caught.value)
@@ -319,7 +321,7 @@ def test_an_empty_object_is_a_missing_shard(tmp_path: Path, logits: torch.Tensor
     made = synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
     (tmp_path / "t" / "tail" / "c" / "0" / "0" / "0").write_bytes(b"")
     assert made.missing() == [(0, 0)]
-    with pytest.raises(TapeIncomplete, match="lacks view 0 shard 0"):
+    with pytest.raises(CacheIncomplete, match="lacks view 0 shard 0"):
         made.read(0, 0, 5)
 
 
@@ -328,8 +330,8 @@ def test_a_truncated_shard_is_corrupt(tmp_path: Path, logits: torch.Tensor, keep
     synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
     file = tmp_path / "t" / "classes" / "c" / "0" / "0" / "0"
     file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
-    with pytest.raises(TapeCorrupt, match=r"view 0 shard 0 \(positions 0 to 149\) is damaged"):
-        Tape.open(tmp_path / "t").read(0, 5, 10)
+    with pytest.raises(CacheCorrupt, match=r"view 0 shard 0 \(positions 0 to 149\) is damaged"):
+        LogitCache.open(tmp_path / "t").read(0, 5, 10)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -344,8 +346,8 @@ def test_no_flipped_byte_of_the_metadata_passes_in_silence(
     for place in dice.sample(range(len(whole)), 60):
         flipped = whole[place] ^ dice.randrange(1, 256)
         file.write_bytes(whole[:place] + bytes([flipped]) + whole[place + 1 :])
-        with pytest.raises((TapeCorrupt, UsageError)):
-            Tape.open(tmp_path / "t")
+        with pytest.raises((CacheCorrupt, UsageError)):
+            LogitCache.open(tmp_path / "t")
         file.write_bytes(whole)
 
 
@@ -368,9 +370,11 @@ def test_a_shard_of_another_place_is_refused(
                 made.store.write(shards.key(name, 1, 1), data)
             # The records of view 0 shard 1 are equal: only their place is another.
             if names == made._names and (source, at) in ((made, (0, 1)), (other, (1, 1))):
-                assert equal(Tape.open(tmp_path / "t").read_shard(1, 1), made.read_shard(0, 1))
+                assert equal(
+                    LogitCache.open(tmp_path / "t").read_shard(1, 1), made.read_shard(0, 1)
+                )
             else:
-                with pytest.raises(TapeCorrupt, match=r"view 1 shard 1 .* or is of another place"):
+                with pytest.raises(CacheCorrupt, match=r"view 1 shard 1 .* or is of another place"):
                     made.read_shard(1, 1)
             for name, data in whole.items():
                 assert data is not None
@@ -407,24 +411,24 @@ def test_these_flips_of_metadata_are_noticed(
 def test_a_missing_array_is_a_damaged_manifest(tmp_path: Path, logits: torch.Tensor) -> None:
     synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
     shutil.rmtree(tmp_path / "t" / "tail")
-    with pytest.raises(TapeCorrupt, match=r"the manifest of .* is damaged .*make the tape anew"):
-        Tape.open(tmp_path / "t")
+    with pytest.raises(CacheCorrupt, match=r"the manifest of .* is damaged .*make the tape anew"):
+        LogitCache.open(tmp_path / "t")
 
 
 def test_a_tape_of_a_later_version_says_so(tmp_path: Path) -> None:
-    Tape.create(tmp_path / "t", SPEC, {})
+    LogitCache.create(tmp_path / "t", SPEC, {})
     file = tmp_path / "t" / "zarr.json"
     manifest = json.loads(file.read_text())
     manifest["attributes"]["kdcache"]["spec"] |= {"version": 2, "a field of then": True}
     file.write_text(json.dumps(manifest))
     with pytest.raises(UsageError, match="reads tapes of version 1, the tape has version 2"):
-        Tape.open(tmp_path / "t")
+        LogitCache.open(tmp_path / "t")
 
 
 def test_a_full_disk_leaves_no_part_of_a_shard(
     tmp_path: Path, logits: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Tape.create(tmp_path / "t", SPEC, {})
+    made = LogitCache.create(tmp_path / "t", SPEC, {})
     whole = stores._write_file
 
     def full(path: Path, data: bytes) -> None:
@@ -459,7 +463,7 @@ def test_the_layout_of_a_tape_outlives_our_taste(
         made = synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
         before = [f.read_bytes() for f in shard_files(tmp_path / "t")]
     made.discard(1, 2)
-    again = Tape.create(tmp_path / "t", made.spec, {})
+    again = LogitCache.create(tmp_path / "t", made.spec, {})
     assert again.layout == made.layout != Layout.of(made.spec)
     rows = logits[1, slice(*again.shard_range(2))]
     again.write(1, 2, codec.encode(rows, 4, "float16"))
@@ -522,7 +526,7 @@ def test_targets_of_any_positions_at_any_temperature(
 @pytest.mark.parametrize("dense", [True, False])
 def test_layouts_are_whole_pairs_of_sane_size(samples: int, classes: int, dense: bool) -> None:
     k = classes if dense else min(16, classes - 1)
-    spec = TapeSpec(3, samples, classes, k, "float16", "d", "t", ViewSpec(8))
+    spec = CacheSpec(3, samples, classes, k, "float16", "d", "t", ViewSpec(8))
     layout = Layout.of(spec)
     row = shards.record_bytes(spec)
     assert layout.chunk_rows % 2 == 0
@@ -539,7 +543,7 @@ def test_shards_cover_every_position_once(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(shards, "CHUNK_BYTES", 256)
     monkeypatch.setattr(shards, "SHARD_BYTES", 1024)
     for samples in (1, 2, 31, 64, 65, 150):
-        made = Tape.create(tmp_path / str(samples), replace(SPEC, samples=samples), {})
+        made = LogitCache.create(tmp_path / str(samples), replace(SPEC, samples=samples), {})
         ranges = [range(*made.shard_range(s)) for s in range(made.shards_per_view)]
         assert [p for r in ranges for p in r] == list(range(samples))
 

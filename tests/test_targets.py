@@ -9,16 +9,20 @@ import pytest
 import torch
 from numpy.typing import ArrayLike
 
-from kdcache import codec, models, shards
-from kdcache.dataset import Dataset
-from kdcache.errors import NonFinite, TapeCorrupt, TapeIncomplete
-from kdcache.loader import Loader
-from kdcache.loss import distillation_loss
-from kdcache.precompute import precompute, tape_spec
-from kdcache.records import Batch, Target
-from kdcache.spec import ValueType, ViewSpec
-from kdcache.tape import Tape
-from kdcache.targets import AverageTargets, CachedTargets, LabelTargets, OnlineTargets
+from kdcache.batch import Batch, Target
+from kdcache.cache import layout
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import top_k as codec
+from kdcache.cache.records import ValueType
+from kdcache.data.beton import Dataset
+from kdcache.data.loader import Loader
+from kdcache.errors import CacheCorrupt, CacheIncomplete, NonFinite
+from kdcache.losses.distillation import distillation_loss
+from kdcache.models import load
+from kdcache.models.classifier import Classifier
+from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.teacher.targets import AverageTargets, CachedTargets, LabelTargets, OnlineTargets
+from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER, synthetic_tape
 
 VIEWS, SAMPLES, CLASSES = 3, 150, 30
@@ -45,17 +49,17 @@ def same(a: Target, b: Target) -> bool:
 @pytest.fixture(params=[(4, "float16"), (4, "uint8"), (CLASSES, "float32")])
 def recording(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Tape:
+) -> LogitCache:
     """A tape of many small blocks."""
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 256)
-    monkeypatch.setattr(shards, "SHARD_BYTES", 1024)
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 256)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 1024)
     torch.manual_seed(0)
     top_k, dtype = request.param
     logits = torch.randn(VIEWS, SAMPLES, CLASSES)
     return synthetic_tape(tmp_path / "t", logits, top_k=top_k, dtype=dtype)
 
 
-def rows_of(recording: Tape, view: int, positions: ArrayLike) -> Target:
+def rows_of(recording: LogitCache, view: int, positions: ArrayLike) -> Target:
     records = recording.read(view, 0, SAMPLES)[np.asarray(positions, np.int64)]
     return codec.decode(records, CLASSES)
 
@@ -76,7 +80,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_cached_targets_are_the_tapes_rows_in_any_order(recording: Tape, order: str) -> None:
+def test_cached_targets_are_the_tapes_rows_in_any_order(recording: LogitCache, order: str) -> None:
     assert recording.layout.chunk_rows < 40
     targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view)
     for view in (0, 2, 1):
@@ -86,7 +90,7 @@ def test_cached_targets_are_the_tapes_rows_in_any_order(recording: Tape, order: 
 
 
 @pytest.mark.parametrize("batch_size", [7, 64])
-def test_cached_targets_follow_a_training_run(recording: Tape, batch_size: int) -> None:
+def test_cached_targets_follow_a_training_run(recording: LogitCache, batch_size: int) -> None:
     """Views front to back, around the end to view 0 again."""
     targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view)
     truth = [recording.read(view, 0, SAMPLES) for view in range(VIEWS)]
@@ -97,25 +101,25 @@ def test_cached_targets_follow_a_training_run(recording: Tape, batch_size: int) 
             assert same(found, codec.decode(truth[view][start:stop], CLASSES))
 
 
-def test_reading_ahead_holds_a_bounded_number_of_shards(recording: Tape) -> None:
+def test_reading_ahead_holds_a_bounded_number_of_shards(recording: LogitCache) -> None:
     targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view)
     for start in range(0, SAMPLES, 10):
         targets(batch_of(1, np.arange(start, start + 10)))
         assert len(targets._shards) <= 10 // recording.layout.shard_rows + 3
 
 
-def test_an_incomplete_tape_is_refused_at_once(recording: Tape) -> None:
-    recording.store.delete(shards.key("logits", 1, 0))
-    with pytest.raises(TapeIncomplete, match="the first is view 1 shard 0"):
+def test_an_incomplete_tape_is_refused_at_once(recording: LogitCache) -> None:
+    recording.store.delete(layout.key("logits", 1, 0))
+    with pytest.raises(CacheIncomplete, match="the first is view 1 shard 0"):
         CachedTargets(recording, recording.spec.dataset, recording.spec.view)
 
 
-def test_a_damaged_shard_is_an_error_where_it_is_needed(recording: Tape) -> None:
-    key = shards.key("logits", 2, 0)
+def test_a_damaged_shard_is_an_error_where_it_is_needed(recording: LogitCache) -> None:
+    key = layout.key("logits", 2, 0)
     recording.store.write(key, (recording.store.read(key) or b"")[:-1] + b"?")
     targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view)
     targets(batch_of(0, np.arange(10)))
-    with pytest.raises(TapeCorrupt, match=r"view 2 shard 0 \(positions 0 to \d+\) is damaged"):
+    with pytest.raises(CacheCorrupt, match=r"view 2 shard 0 \(positions 0 to \d+\) is damaged"):
         targets(batch_of(2, np.arange(10)))
 
 
@@ -127,9 +131,9 @@ def test_the_tape_says_what_the_live_teacher_says(
     digits_test: Dataset, tmp_path: Path, dtype: ValueType
 ) -> None:
     """float32 to rounding, the others within the codec's bound."""
-    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
     view = ViewSpec(8, min_area=0.4)
-    spec = tape_spec(digits_test, teacher, view, views=2, top_k=None, dtype=dtype)
+    spec = make_cache_spec(digits_test, teacher, view, views=2, top_k=None, dtype=dtype)
     tape = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=64)
     cached = CachedTargets(tape, digits_test.fingerprint, tape.spec.view)
     online = OnlineTargets(teacher)
@@ -232,7 +236,7 @@ class Spoilt(torch.nn.Module):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_teachers_nan_is_never_a_silent_target(digits_test: Dataset, value: float) -> None:
     """Named at once where that costs nothing; elsewhere the loss becomes NaN, in any arithmetic."""
-    teacher = models.Classifier(Spoilt(value), "spoilt", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    teacher = Classifier(Spoilt(value), "spoilt", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     with Loader(digits_test, ViewSpec(8), 6) as loader:
         batch = next(iter(loader.batches(0)))
     source = OnlineTargets(teacher)
@@ -252,7 +256,7 @@ def test_a_teachers_nan_is_never_a_silent_target(digits_test: Dataset, value: fl
 
 
 def test_an_averaged_teachers_nan_too(digits_test: Dataset) -> None:
-    teacher = models.Classifier(Spoilt(float("inf")), "spoilt", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    teacher = Classifier(Spoilt(float("inf")), "spoilt", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     view = ViewSpec(8, mixup=0)
     with Loader(digits_test, view, 6) as loader:
         batch = next(iter(loader.batches(0)))

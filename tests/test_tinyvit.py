@@ -12,13 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache import models, saved_logits, shards, tinyvit, views
-from kdcache.dataset import Dataset, convert
-from kdcache.errors import TapeIncomplete, TapeMismatch, UsageError
-from kdcache.precompute import precompute, tape_spec
-from kdcache.sources import Source, open_source
-from kdcache.spec import TapeSpec, ValueType, ViewSpec
-from kdcache.tape import Tape
+from kdcache.cache import layout
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.records import ValueType
+from kdcache.cache.spec import CacheSpec
+from kdcache.data.beton import Dataset
+from kdcache.data.convert import convert
+from kdcache.data.sources import Source, open_source
+from kdcache.errors import CacheIncomplete, CacheMismatch, UsageError
+from kdcache.interop import tinyvit, tinyvit_reader
+from kdcache.models import load
+from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.views.order import view_order
+from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER, Result, synthetic_tape
 
 STUDENT = "python:tests.conftest:convolutional_student"
@@ -68,9 +74,11 @@ def save(
     return out
 
 
-def imported(folder: Path, dataset: Dataset, out: Path, **options: Any) -> Tape:
-    saved = saved_logits.open_saved(folder, dataset)
-    return tinyvit.import_tape(saved, dataset, tinyvit.tape_spec(saved, dataset, **options), out)
+def imported(folder: Path, dataset: Dataset, out: Path, **options: Any) -> LogitCache:
+    saved = tinyvit_reader.open_saved(folder, dataset)
+    return tinyvit.import_cache(
+        saved, dataset, tinyvit.make_cache_spec(saved, dataset, **options), out
+    )
 
 
 def as_tinyvit_trains(folder: Path, top_k: int, samples: int, classes: int) -> torch.Tensor:
@@ -83,7 +91,7 @@ def as_tinyvit_trains(folder: Path, top_k: int, samples: int, classes: int) -> t
     return targets
 
 
-def dense_p(tape: Tape, view: int) -> torch.Tensor:
+def dense_p(tape: LogitCache, view: int) -> torch.Tensor:
     """Probabilities [N, C] at T = 1, the tail spread evenly."""
     target = tape.target(view, np.arange(tape.spec.samples))
     left = max(1, tape.spec.classes - target.classes_BK.shape[1])
@@ -109,8 +117,8 @@ def logits_of(seed: int, samples: int = 60, classes: int = 10, scale: float = 3)
 def test_tinyvit_reads_what_the_tape_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: ValueType, top_k: int
 ) -> None:
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 64)
-    monkeypatch.setattr(shards, "SHARD_BYTES", 256)
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 256)
     logits = torch.stack([logits_of(v, 60, 40) for v in (1, 2)])
     tape = synthetic_tape(tmp_path / "t", logits, top_k=3, dtype=dtype, view=PLAIN)
     assert tape.shards_per_view > 3
@@ -119,7 +127,7 @@ def test_tinyvit_reads_what_the_tape_says(
     assert written == sum(p.stat().st_size for p in (tmp_path / "out").rglob("*.*"))
     for view in (0, 1):
         folder = tmp_path / "out" / f"logits_top{top_k}_epoch{view}"
-        order = views.order(PLAIN, view, 60)
+        order = view_order(PLAIN, view, 60)
         for position in (0, 17, 59):
             _, classes, p = tinyvit_reads(folder, top_k, str(order[position]))
             wanted = tape.target(view, [position])
@@ -145,8 +153,8 @@ def test_seeds_are_31_bits_and_differ_by_view_and_sample(tmp_path: Path) -> None
 
 
 def test_a_tape_in_sample_order_is_exported_by_sample(digits_test: Dataset, tmp_path: Path) -> None:
-    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
-    spec = tape_spec(digits_test, teacher, PLAIN, views=2, top_k=2, order="sample")
+    teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
+    spec = make_cache_spec(digits_test, teacher, PLAIN, views=2, top_k=2, order="sample")
     tape = precompute(digits_test, teacher, spec, tmp_path / "t")
     tinyvit.export(tape, tmp_path / "out", 2)
     for i in (0, 100, 296):
@@ -169,7 +177,7 @@ def test_what_the_layout_cannot_hold_is_refused(
     changes: dict[str, Any], top_k: int | None, words: str
 ) -> None:
     options = {"classes": 100, "top_k": 5, "dtype": "float16", "view": PLAIN} | changes
-    spec = TapeSpec(views=1, samples=9, dataset="d", teacher="t", **options)
+    spec = CacheSpec(views=1, samples=9, dataset="d", teacher="t", **options)
     with pytest.raises(UsageError) as caught:
         tinyvit.exported_top_k(spec, top_k)
     assert words in str(caught.value)
@@ -177,7 +185,7 @@ def test_what_the_layout_cannot_hold_is_refused(
 
 def test_the_k_that_is_exported() -> None:
     def k(classes: int, top_k: int) -> int:
-        spec = TapeSpec(1, 9, classes, top_k, "float16", "d", "t", PLAIN)
+        spec = CacheSpec(1, 9, classes, top_k, "float16", "d", "t", PLAIN)
         return tinyvit.exported_top_k(spec, None)
 
     assert k(1000, 16) == 16
@@ -188,7 +196,7 @@ def test_the_k_that_is_exported() -> None:
 
 def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     tape = synthetic_tape(tmp_path / "t", torch.zeros(2, 50, 5), top_k=2, view=PLAIN)
-    key = shards.key("logits", 1, 0)
+    key = layout.key("logits", 1, 0)
     data = tape.store.read(key) or b""
     tape.store.write(key, data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(Exception, match="view 1 shard 0"):
@@ -299,7 +307,7 @@ def test_padding_repeats_samples_and_the_first_rank_wins(tmp_path: Path) -> None
     assert sum(map(len, keys)) == 12
     double = next(k for k in keys[3] if any(k in rank for rank in keys[:3]))
     values = folder / "rank3-values.bin"
-    rows = np.fromfile(values, saved_logits.record_dtype(2)).copy()
+    rows = np.fromfile(values, tinyvit_reader.record_dtype(2)).copy()
     rows["values"][keys[3].index(double)] = [0.5, 0.25]
     rows.tofile(values)
     tape = imported(tmp_path / "in", data, tmp_path / "t", dtype="float32")
@@ -313,23 +321,25 @@ def test_names_stand_for_samples(tmp_path: Path) -> None:
     save(tmp_path / "a", logits_of(0, 20), 2)
     save(tmp_path / "b", logits_of(0, 20), 2, keys=names)
     by_index = imported(tmp_path / "a", data, tmp_path / "t")
-    saved = saved_logits.open_saved(tmp_path / "b", data, names)
-    by_name = tinyvit.import_tape(saved, data, tinyvit.tape_spec(saved, data), tmp_path / "u")
+    saved = tinyvit_reader.open_saved(tmp_path / "b", data, names)
+    by_name = tinyvit.import_cache(
+        saved, data, tinyvit.make_cache_spec(saved, data), tmp_path / "u"
+    )
     for name, array in by_index[0].arrays().items():
         assert np.array_equal(array, by_name[0].arrays()[name])
     with pytest.raises(UsageError, match=r"line 1: 'n\d_0\d\d' names no sample of .*: expected an"):
-        saved_logits.open_saved(tmp_path / "b", data)
+        tinyvit_reader.open_saved(tmp_path / "b", data)
     with pytest.raises(UsageError, match="has 20 samples, and 19 names were given"):
-        saved_logits.open_saved(tmp_path / "b", data, names[1:])
+        tinyvit_reader.open_saved(tmp_path / "b", data, names[1:])
     with pytest.raises(UsageError, match="two samples have the name 'n1_001'"):
-        saved_logits.open_saved(tmp_path / "b", data, [names[1], *names[1:]])
+        tinyvit_reader.open_saved(tmp_path / "b", data, [names[1], *names[1:]])
 
 
 def test_a_killed_import_is_finished_by_the_same_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 64)
-    monkeypatch.setattr(shards, "SHARD_BYTES", 256)
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 256)
     data = first_digits(60, tmp_path / "s.beton")
     for e in (0, 1):
         save(tmp_path / "in", logits_of(e), 2, epoch=e, ranks=2)
@@ -343,16 +353,16 @@ def test_a_killed_import_is_finished_by_the_same_command(
         if done > 50:
             raise Killed
 
-    saved = saved_logits.open_saved(tmp_path / "in", data)
-    spec = tinyvit.tape_spec(saved, data)
+    saved = tinyvit_reader.open_saved(tmp_path / "in", data)
+    spec = tinyvit.make_cache_spec(saved, data)
     with pytest.raises(Killed):
-        tinyvit.import_tape(saved, data, spec, tmp_path / "t", kill)
-    partial = Tape.open(tmp_path / "t")
+        tinyvit.import_cache(saved, data, spec, tmp_path / "t", kill)
+    partial = LogitCache.open(tmp_path / "t")
     assert 0 < len(partial.missing()) < len(whole.places())
-    with pytest.raises(TapeIncomplete, match="run the same `kdcache import` again to finish it"):
+    with pytest.raises(CacheIncomplete, match="run the same `kdcache import` again to finish it"):
         partial.require_complete()
     seen: list[int] = []
-    tape = tinyvit.import_tape(saved, data, spec, tmp_path / "t", seen.append)
+    tape = tinyvit.import_cache(saved, data, spec, tmp_path / "t", seen.append)
     assert 30 < seen[0] < seen[-1] == 120
     for view in (0, 1):
         for name, array in whole[view].arrays().items():
@@ -364,7 +374,7 @@ def test_other_files_are_another_teacher(tmp_path: Path) -> None:
     save(tmp_path / "a", logits_of(0, 20), 2)
     save(tmp_path / "b", logits_of(1, 20), 2)
     imported(tmp_path / "a", data, tmp_path / "t")
-    with pytest.raises(TapeMismatch, match=r"teacher: [0-9a-f]{16} here, [0-9a-f]{16} there"):
+    with pytest.raises(CacheMismatch, match=r"teacher: [0-9a-f]{16} here, [0-9a-f]{16} there"):
         imported(tmp_path / "b", data, tmp_path / "t")
 
 
@@ -373,9 +383,11 @@ def test_hundreds_of_files_are_not_open_at_once(tmp_path: Path) -> None:
     for e in range(12):
         save(tmp_path / "in", logits_of(e, 20), 2, epoch=e, ranks=4)
     before = len(os.listdir("/proc/self/fd"))
-    saved = saved_logits.open_saved(tmp_path / "in", data)
+    saved = tinyvit_reader.open_saved(tmp_path / "in", data)
     assert len(os.listdir("/proc/self/fd")) <= before + 2
-    tinyvit.import_tape(saved, data, tinyvit.tape_spec(saved, data, average=True), tmp_path / "t")
+    tinyvit.import_cache(
+        saved, data, tinyvit.make_cache_spec(saved, data, average=True), tmp_path / "t"
+    )
     assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 
@@ -383,7 +395,7 @@ def test_hundreds_of_files_are_not_open_at_once(tmp_path: Path) -> None:
 
 
 def record_with(folder: Path, row: int, **fields: Any) -> None:
-    rows = np.fromfile(folder / "rank1-values.bin", saved_logits.record_dtype(2))
+    rows = np.fromfile(folder / "rank1-values.bin", tinyvit_reader.record_dtype(2))
     for name, value in fields.items():
         rows[name][row] = value
     rows.tofile(folder / "rank1-values.bin")
@@ -448,7 +460,7 @@ def test_folders_that_are_not_what_they_should_be(tmp_path: Path) -> None:
 
     def refused(folder: Path, words: str) -> None:
         with pytest.raises(UsageError, match=words):
-            saved_logits.open_saved(folder, data)
+            tinyvit_reader.open_saved(folder, data)
 
     refused(tmp_path / "none", "no such folder: ")
     refused(tmp_path, "holds no folder such as logits_top100_epoch0")
@@ -472,7 +484,7 @@ def test_files_of_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     for end in ("keys.txt", "values.bin"):
         (other / f"rank2-{end}").rename(folder / f"rank2-{end}")
     with pytest.raises(UsageError, match=r"answers \d+ samples twice.* some are of another run"):
-        saved_logits.open_saved(tmp_path / "in", data)
+        tinyvit_reader.open_saved(tmp_path / "in", data)
 
 
 # --- the whole way ---------------------------------------------------------------------------
@@ -485,7 +497,7 @@ def test_out_and_in_again_says_the_same(tmp_path: Path) -> None:
     tinyvit.export(tape, tmp_path / "out", 2)
     back = imported(tmp_path / "out", data, tmp_path / "u", dtype="float32")
     for view in (0, 1):
-        order = views.order(PLAIN, view, 60)
+        order = view_order(PLAIN, view, 60)
         there, here = tape.target(view, np.arange(60)), back.target(view, order)
         assert torch.equal(there.classes_BK.int(), here.classes_BK.int())
         assert (there.log_p_BK.exp() - here.log_p_BK.exp()).abs().max() < 2.0**-10

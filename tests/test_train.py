@@ -10,19 +10,20 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache import models
-from kdcache.dataset import Dataset
+from kdcache.batch import Batch, Target, TemperedTarget
+from kdcache.data.beton import Dataset
+from kdcache.data.loader import Loader
 from kdcache.errors import DatasetCorrupt, NonFinite, UsageError
-from kdcache.evaluate import evaluate
-from kdcache.loader import Loader
-from kdcache.loss import distillation_loss
-from kdcache.models import Classifier
-from kdcache.optimizers import learning_rate
-from kdcache.processes import ALONE
-from kdcache.records import Batch, Target, TemperedTarget
-from kdcache.spec import TrainSpec, ViewSpec
-from kdcache.targets import LabelTargets, OnlineTargets
-from kdcache.train import Meter, State, Step, set_determinism, train
+from kdcache.evaluation.evaluate import evaluate
+from kdcache.losses.distillation import distillation_loss
+from kdcache.models import load
+from kdcache.models.classifier import Classifier
+from kdcache.teacher.targets import LabelTargets, OnlineTargets
+from kdcache.training.distributed import SINGLE_PROCESS
+from kdcache.training.loop import Meter, State, Step, set_determinism, train
+from kdcache.training.optim import learning_rate
+from kdcache.training.spec import TrainSpec
+from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER
 
 STUDENT = "python:tests.conftest:convolutional_student"
@@ -32,7 +33,7 @@ UNMIXED = replace(SPEC, view=replace(SPEC.view, mixup=0))
 
 def fresh(spec: TrainSpec = SPEC) -> Classifier:
     set_determinism(spec)
-    return models.load(STUDENT, "student", num_classes=10, size_px=8)
+    return load.load_model(STUDENT, "student", num_classes=10, size_px=8)
 
 
 def trained(dataset: Dataset, spec: TrainSpec = SPEC) -> tuple[Classifier, list[Step]]:
@@ -284,8 +285,10 @@ def test_agreement_is_the_share_of_the_targets_own_classes() -> None:
     mine = TemperedTarget(torch.tensor([[-1.0, -2], [-2, -1], [-2, -1]]), classes_BK, None, 2.0, 3)
     meter.add(3, torch.tensor(2.0), logits_BC, mine)
     assert meter.images == 9
-    assert meter.state_dict(ALONE)["sums"].tolist() == pytest.approx([6, 2 / 3 + 2 / 3 + 2 / 3])
-    assert meter.means(ALONE) == pytest.approx((2.0, 2 / 3))
+    assert meter.state_dict(SINGLE_PROCESS)["sums"].tolist() == pytest.approx(
+        [6, 2 / 3 + 2 / 3 + 2 / 3]
+    )
+    assert meter.means(SINGLE_PROCESS) == pytest.approx((2.0, 2 / 3))
     assert (meter.steps, meter.images) == (0, 0)
 
 
@@ -299,7 +302,7 @@ def test_a_logged_loss_is_the_mean_since_the_last_one(
         losses.append(loss.item())
         return loss
 
-    monkeypatch.setattr("kdcache.train.distillation_loss", recorded)
+    monkeypatch.setattr("kdcache.training.loop.distillation_loss", recorded)
     steps = trained(digits_test)[1]
     assert [s.loss for s in steps] == pytest.approx([np.mean(losses[:4]), np.mean(losses[4:])])
 
@@ -309,7 +312,7 @@ def test_a_logged_loss_is_the_mean_since_the_last_one(
 
 def test_a_label_weight_mixes_two_losses(digits_test: Dataset) -> None:
     """0 is the teacher alone and 1 the labels alone, to the bit; between them it is neither."""
-    teacher = OnlineTargets(models.load(TEACHER, "teacher", num_classes=10, size_px=8))
+    teacher = OnlineTargets(load.load_model(TEACHER, "teacher", num_classes=10, size_px=8))
     labels = LabelTargets(10)
 
     def weights(weight: float, *sources: Any) -> str:
@@ -329,7 +332,7 @@ def test_the_labels_share_of_the_loss(
     digits_test: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One step of plain descent goes the weighted mean of the ways that either goes."""
-    teacher = OnlineTargets(models.load(TEACHER, "teacher", num_classes=10, size_px=8))
+    teacher = OnlineTargets(load.load_model(TEACHER, "teacher", num_classes=10, size_px=8))
     spec = TrainSpec(
         "online",
         SPEC.view,
@@ -342,7 +345,7 @@ def test_the_labels_share_of_the_loss(
         lr=1e-3,
         deterministic=True,
     )
-    monkeypatch.setattr("kdcache.train.GRADIENT_NORM", 1e9)
+    monkeypatch.setattr("kdcache.training.loop.GRADIENT_NORM", 1e9)
     start = dict(fresh(spec).named_parameters())
     moved = {}
     for weight in (0.0, 0.25, 1.0):

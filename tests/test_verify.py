@@ -11,28 +11,30 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache import codec, shards
-from kdcache.codec import Records
-from kdcache.dataset import Dataset
+from kdcache.cache import layout
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import top_k
+from kdcache.cache.records import Records
+from kdcache.cache.spec import CacheSpec
+from kdcache.cache.store import FolderStore
+from kdcache.cache.verify import Fault, Picked, read, sample
+from kdcache.data.beton import Dataset
 from kdcache.errors import StorageError
-from kdcache.spec import TapeSpec, ViewSpec
-from kdcache.store import FolderStore
-from kdcache.tape import Tape
-from kdcache.verify import Fault, Picked, read, sample
+from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER, Result, synthetic_tape
 
 Run = Callable[..., Result]
-SPEC = TapeSpec(3, 41, 6, 2, "float32", "0123456789abcdef", "fedcba9876543210", ViewSpec(8))
+SPEC = CacheSpec(3, 41, 6, 2, "float32", "0123456789abcdef", "fedcba9876543210", ViewSpec(8))
 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 64)
-    monkeypatch.setattr(shards, "SHARD_BYTES", 256)
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 256)
 
 
 @pytest.fixture
-def tape(tmp_path: Path, small_shards: None) -> Tape:
+def tape(tmp_path: Path, small_shards: None) -> LogitCache:
     """3 views of 41 samples, in several shards each."""
     made = synthetic_tape(
         tmp_path / "t", torch.randn(3, 41, 6, generator=torch.Generator().manual_seed(0)), top_k=2
@@ -41,8 +43,8 @@ def tape(tmp_path: Path, small_shards: None) -> Tape:
     return made
 
 
-def file_of(tape: Tape, view: int, shard: int, name: str = "logits") -> Path:
-    return Path(tape.url) / shards.key(name, view, shard)
+def file_of(tape: LogitCache, view: int, shard: int, name: str = "logits") -> Path:
+    return Path(tape.url) / layout.key(name, view, shard)
 
 
 def kinds(faults: list[Fault]) -> list[tuple[int, int, str]]:
@@ -83,7 +85,7 @@ def test_samples_are_those_of_the_tape() -> None:
 # --- reading ---------------------------------------------------------------------------------
 
 
-def test_a_whole_tape_has_no_fault_and_gives_the_records_asked_for(tape: Tape) -> None:
+def test_a_whole_tape_has_no_fault_and_gives_the_records_asked_for(tape: LogitCache) -> None:
     seen: list[int] = []
     wanted = {0: np.array([0, 1, 40]), 2: np.array([7, 20])}
     faults, picked = read(tape, wanted, seen.append)
@@ -98,7 +100,7 @@ def test_a_whole_tape_has_no_fault_and_gives_the_records_asked_for(tape: Tape) -
                 np.testing.assert_array_equal(array[i], one[name][0])
 
 
-def test_every_fault_is_found_and_the_rest_is_read(tape: Tape) -> None:
+def test_every_fault_is_found_and_the_rest_is_read(tape: LogitCache) -> None:
     file_of(tape, 0, 1).unlink()
     damaged = file_of(tape, 1, 0, "classes")
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -115,7 +117,7 @@ def test_every_fault_is_found_and_the_rest_is_read(tape: Tape) -> None:
     assert [len(some.rows_B) for some in picked] == [41 - rows, 41 - rows, 41 - 2 * rows]
 
 
-def test_a_record_that_no_teacher_gave_is_damage(tape: Tape) -> None:
+def test_a_record_that_no_teacher_gave_is_damage(tape: LogitCache) -> None:
     """Its seal is right: what was written was wrong."""
     records = tape.read_shard(1, 2)
     assert records.logits is not None
@@ -126,12 +128,12 @@ def test_a_record_that_no_teacher_gave_is_damage(tape: Tape) -> None:
 
 
 def test_a_store_that_does_not_answer_is_no_damage(
-    tape: Tape, monkeypatch: pytest.MonkeyPatch
+    tape: LogitCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = FolderStore.read
 
     def refuse(self: FolderStore, key: str) -> bytes | None:
-        if key == shards.key("tail", 1, 1):
+        if key == layout.key("tail", 1, 1):
             raise StorageError("cannot read it: Input/output error")
         return real(self, key)
 
@@ -140,7 +142,7 @@ def test_a_store_that_does_not_answer_is_no_damage(
     assert faults == [Fault(1, 1, "unreadable", "cannot read it: Input/output error")]
 
 
-def test_records_of_a_view_come_together(tape: Tape) -> None:
+def test_records_of_a_view_come_together(tape: LogitCache) -> None:
     _, picked = read(tape, {1: np.arange(41)})
     assert [type(some) for some in picked] == [Picked]
     assert isinstance(picked[0].records, Records)
@@ -150,7 +152,7 @@ def test_records_of_a_view_come_together(tape: Tape) -> None:
 # --- the command, on shards alone ------------------------------------------------------------
 
 
-def test_verify_of_a_whole_tape(kdcache: Run, tape: Tape) -> None:
+def test_verify_of_a_whole_tape(kdcache: Run, tape: LogitCache) -> None:
     result = kdcache("verify", tape.url)
     assert (result.code, result.err) == (0, "")
     whole = len(tape.places())
@@ -168,7 +170,7 @@ def test_verify_of_a_whole_tape(kdcache: Run, tape: Tape) -> None:
     }
 
 
-def test_verify_lists_what_is_wrong_and_how_to_go_on(kdcache: Run, tape: Tape) -> None:
+def test_verify_lists_what_is_wrong_and_how_to_go_on(kdcache: Run, tape: LogitCache) -> None:
     file_of(tape, 0, 1).unlink()
     file_of(tape, 0, 2).unlink()
     file_of(tape, 1, 3, "tail").write_bytes(b"?" * 99)
@@ -185,7 +187,7 @@ def test_verify_lists_what_is_wrong_and_how_to_go_on(kdcache: Run, tape: Tape) -
     assert [(f["view"], f["shard"], f["kind"]) for f in found["faults"]] == [(1, 3, "damaged")]
 
 
-def test_an_incomplete_tape_says_how_to_go_on(kdcache: Run, tape: Tape) -> None:
+def test_an_incomplete_tape_says_how_to_go_on(kdcache: Run, tape: LogitCache) -> None:
     file_of(tape, 2, 0).unlink()
     result = kdcache("verify", tape.url)
     assert result.code == 1
@@ -209,7 +211,7 @@ def test_what_is_discarded_is_made_anew(kdcache: Run, digits_test: Dataset, tmp_
         1,
     )
     assert kdcache(*line).code == 0
-    tape = Tape.open(tmp_path / "t")
+    tape = LogitCache.open(tmp_path / "t")
     before = {f: f.read_bytes() for f in (tmp_path / "t").rglob("*") if f.is_file()}
     file_of(tape, 0, 3).write_bytes(b"damage")
     file_of(tape, 0, 5, "seals").write_bytes(b"damage")
@@ -224,7 +226,7 @@ def test_what_is_discarded_is_made_anew(kdcache: Run, digits_test: Dataset, tmp_
 
 
 def test_discard_takes_only_what_is_damaged(
-    kdcache: Run, tape: Tape, monkeypatch: pytest.MonkeyPatch
+    kdcache: Run, tape: LogitCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: FolderStore, key: str) -> bytes | None:
         if key.startswith("tail/c"):
@@ -239,7 +241,7 @@ def test_discard_takes_only_what_is_damaged(
     assert kdcache("verify", tape.url).code == 0
 
 
-def test_every_flipped_byte_fails(kdcache: Run, tape: Tape) -> None:
+def test_every_flipped_byte_fails(kdcache: Run, tape: LogitCache) -> None:
     files = sorted(f for f in Path(tape.url).rglob("*") if f.is_file())
     random = np.random.default_rng(0)
     for _ in range(40):
@@ -252,7 +254,7 @@ def test_every_flipped_byte_fails(kdcache: Run, tape: Tape) -> None:
     assert kdcache("verify", tape.url).code == 0
 
 
-def test_a_damaged_manifest_is_not_a_usage_error(kdcache: Run, tape: Tape) -> None:
+def test_a_damaged_manifest_is_not_a_usage_error(kdcache: Run, tape: LogitCache) -> None:
     file = Path(tape.url) / "zarr.json"
     file.write_bytes(file.read_bytes().replace(b'"synthetic"', b'"somebody!"'))
     result = kdcache("verify", tape.url)
@@ -263,7 +265,9 @@ def test_a_damaged_manifest_is_not_a_usage_error(kdcache: Run, tape: Tape) -> No
     assert found.code == 1
 
 
-def test_verify_refuses_half_of_a_pair(kdcache: Run, tape: Tape, digits_test: Dataset) -> None:
+def test_verify_refuses_half_of_a_pair(
+    kdcache: Run, tape: LogitCache, digits_test: Dataset
+) -> None:
     for options in (("--data", digits_test.path), ("--teacher", TEACHER)):
         result = kdcache("verify", tape.url, *options)
         assert (result.code, result.out) == (2, "")
@@ -275,7 +279,7 @@ def test_a_tape_in_an_object_store(kdcache: Run, small_shards: None) -> None:
     url = "memory://verified/t.zarr"
     made = synthetic_tape(url, torch.randn(2, 20, 6), top_k=2)  # type: ignore[arg-type]
     assert kdcache("verify", url).code == 0
-    made.store.write(shards.key("tail", 1, 1), b"?" * 50)
+    made.store.write(layout.key("tail", 1, 1), b"?" * 50)
     result = kdcache("verify", url, "--discard")
     assert (result.code, result.err) == (1, "")
     assert "view 1 shard 1 is damaged, and now discarded" in result.out
@@ -288,11 +292,11 @@ def test_a_tape_in_an_object_store(kdcache: Run, small_shards: None) -> None:
 def test_an_imported_tape(kdcache: Run, tmp_path: Path) -> None:
     """Its views are not ours, and it is made anew by another command."""
     spec = replace(SPEC, views=1, view=None, order="sample")
-    made = Tape.create(tmp_path / "t", spec, {"teacher": "someone's"})
+    made = LogitCache.create(tmp_path / "t", spec, {"teacher": "someone's"})
     result = kdcache("verify", made.url)
     assert result.code == 1
     assert "run the same `kdcache import` again" in result.out
-    made.write(0, 0, codec.encode(torch.randn(41, 6), 2, "float32"))
+    made.write(0, 0, top_k.encode(torch.randn(41, 6), 2, "float32"))
     assert kdcache("verify", made.url).code == 0
     assert "not of kdcache's making" in kdcache("inspect", made.url).out
     found = json.loads(kdcache("inspect", made.url, "--sample", 9, "--json").out)

@@ -11,8 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta
 
-from kdcache import pixels, views
-from kdcache.spec import Crop, ViewSpec
+from kdcache.data import render
+from kdcache.views.crops import aspect_ratios, crop_boxes
+from kdcache.views.flips import flip_draws
+from kdcache.views.mixing import mix_pairs, mix_weight_table, pair_mix_weights
+from kdcache.views.order import view_order, view_positions, view_tokens
+from kdcache.views.spec import Crop, ViewSpec
 
 # These values may change only together with the view spec's version.
 PLAIN = ViewSpec(8, min_area=0.4, mixup=1.0, seed=5)
@@ -107,7 +111,7 @@ def short_digest(values: np.ndarray) -> str:
 
 
 def box_of(spec: ViewSpec, view: int, sample: int, height: int, width: int) -> list[int]:
-    return [int(x) for x in views.crop_boxes(spec, view, [sample], [height], [width])[0]]
+    return [int(x) for x in crop_boxes(spec, view, [sample], [height], [width])[0]]
 
 
 def mixed_by_the_definition(images: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -125,14 +129,14 @@ def mixed_by_the_definition(images: np.ndarray, weights: np.ndarray) -> np.ndarr
 @pytest.mark.parametrize(("spec", "view"), ORDERS)
 def test_orders_are_golden(spec: ViewSpec, view: int) -> None:
     first, thousand = ORDERS[spec, view]
-    assert views.order(spec, view, 12).tolist() == first
-    assert short_digest(views.order(spec, view, 1000)) == thousand
+    assert view_order(spec, view, 12).tolist() == first
+    assert short_digest(view_order(spec, view, 1000)) == thousand
 
 
 @pytest.mark.parametrize(("spec", "view"), BOXES)
 def test_boxes_are_golden(spec: ViewSpec, view: int) -> None:
     heights, widths = zip(*SHAPES, strict=True)
-    boxes = views.crop_boxes(spec, view, np.arange(len(SHAPES)), heights, widths)
+    boxes = crop_boxes(spec, view, np.arange(len(SHAPES)), heights, widths)
     assert boxes.tolist() == BOXES[spec, view]
 
 
@@ -143,23 +147,23 @@ def test_the_last_sample_has_a_golden_box(spec: ViewSpec, view: int) -> None:
 
 @pytest.mark.parametrize(("spec", "view"), FLIPS)
 def test_flips_are_golden(spec: ViewSpec, view: int) -> None:
-    found = views.flips(spec, view, np.arange(24))
+    found = flip_draws(spec, view, np.arange(24))
     assert "".join(str(int(f)) for f in found) == FLIPS[spec, view]
 
 
 @pytest.mark.parametrize("alpha", PAIR_WEIGHTS)
 def test_pair_weights_are_golden(alpha: float) -> None:
     spec = ViewSpec(8, mixup=alpha, seed=5)
-    assert views.pair_weights(spec, 0, np.arange(9), 9).tolist() == PAIR_WEIGHTS[alpha]
+    assert pair_mix_weights(spec, 0, np.arange(9), 9).tolist() == PAIR_WEIGHTS[alpha]
 
 
 @pytest.mark.parametrize("alpha", MIX_TABLES)
 def test_mixing_tables_are_golden(alpha: float) -> None:
-    assert short_digest(views.mix_weights(alpha)) == MIX_TABLES[alpha]
+    assert short_digest(mix_weight_table(alpha)) == MIX_TABLES[alpha]
 
 
 def test_aspect_ratios_are_golden() -> None:
-    ratios = views.aspect_ratios()
+    ratios = aspect_ratios()
     assert short_digest(ratios * 2**20) == ASPECT_RATIOS
     assert 3 / 4 <= ratios[0] < ratios[-1] <= 4 / 3
     assert (np.diff(ratios) > 0).all()
@@ -169,7 +173,7 @@ def test_mixed_pixels_are_golden() -> None:
     i = torch.arange(7 * 3 * 50, dtype=torch.int64)
     images = (i * i * 31 % 251).to(torch.uint8).reshape(7, 3, 50)
     weights = torch.tensor([0, 0, 1, 1, 127, 128, 0], dtype=torch.int16)
-    mixed = views.mix_pairs(images, weights).numpy()
+    mixed = mix_pairs(images, weights).numpy()
     assert hashlib.sha256(mixed.tobytes()).hexdigest()[:16] == MIXED_PAIRS
 
 
@@ -182,7 +186,7 @@ def test_an_order_is_a_permutation_and_position_its_inverse(
     seed: int, view: int, samples: int
 ) -> None:
     spec = ViewSpec(8, seed=seed)
-    order, position = views.order(spec, view, samples), views.position(spec, view, samples)
+    order, position = view_order(spec, view, samples), view_positions(spec, view, samples)
     assert sorted(order.tolist()) == list(range(samples))
     assert order[position].tolist() == list(range(samples))
     assert position[order].tolist() == list(range(samples))
@@ -190,12 +194,12 @@ def test_an_order_is_a_permutation_and_position_its_inverse(
 
 def test_only_the_seed_and_the_view_decide_an_order() -> None:
     other = ViewSpec(32, crop="center", min_area=0.9, flip=False, mixup=0, seed=PLAIN.seed)
-    assert (views.order(PLAIN, 3, 500) == views.order(other, 3, 500)).all()
+    assert (view_order(PLAIN, 3, 500) == view_order(other, 3, 500)).all()
 
 
 def test_every_place_is_about_equally_likely() -> None:
     """A sample's mean position over 400 views of 16 samples: 7.5, give or take 5 x 0.23."""
-    mean = np.mean([views.position(PLAIN, v, 16) for v in range(400)], axis=0)
+    mean = np.mean([view_positions(PLAIN, v, 16) for v in range(400)], axis=0)
     assert np.abs(mean - 7.5).max() < 1.2
 
 
@@ -203,7 +207,7 @@ def test_every_place_is_about_equally_likely() -> None:
 
 
 def test_a_token_holds_a_view_and_a_sample() -> None:
-    tokens = views.tokens(FAR_VIEW, [0, 5, 2**40 - 1])
+    tokens = view_tokens(FAR_VIEW, [0, 5, 2**40 - 1])
     assert tokens.dtype == np.uint64
     assert tokens.flags.c_contiguous
     assert [int(t) >> 40 for t in tokens] == [FAR_VIEW] * 3
@@ -213,7 +217,7 @@ def test_a_token_holds_a_view_and_a_sample() -> None:
 @pytest.mark.parametrize("view", [-1, 2**24])
 def test_a_view_that_no_token_can_hold_is_refused(view: int) -> None:
     with pytest.raises(ValueError, match="a view must be 0 to 16777215"):
-        views.tokens(view, [0])
+        view_tokens(view, [0])
 
 
 # --- coordinates do not coincide
@@ -222,10 +226,10 @@ def test_a_view_that_no_token_can_hold_is_refused(view: int) -> None:
 def everything(spec: ViewSpec, view: int, samples: np.ndarray) -> tuple[object, ...]:
     n = len(samples)
     return (
-        views.order(spec, view, n).tolist(),
-        views.crop_boxes(spec, view, samples, 1000, 1000).tolist(),
-        views.flips(spec, view, samples).tolist(),
-        views.pair_weights(spec, view, np.arange(n), n).tolist(),
+        view_order(spec, view, n).tolist(),
+        crop_boxes(spec, view, samples, 1000, 1000).tolist(),
+        flip_draws(spec, view, samples).tolist(),
+        pair_mix_weights(spec, view, np.arange(n), n).tolist(),
     )
 
 
@@ -239,13 +243,13 @@ def test_other_seeds_and_views_give_other_views(a: tuple[int, int], b: tuple[int
 
 
 def test_samples_differ_from_each_other() -> None:
-    boxes = views.crop_boxes(PLAIN, 0, np.arange(1000), 5000, 5000)
+    boxes = crop_boxes(PLAIN, 0, np.arange(1000), 5000, 5000)
     assert len({tuple(box) for box in boxes.tolist()}) == 1000
 
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_half_of_the_samples_are_flipped_or_none(flip: bool) -> None:
-    found = views.flips(ViewSpec(8, flip=flip), 0, np.arange(10_000))
+    found = flip_draws(ViewSpec(8, flip=flip), 0, np.arange(10_000))
     assert found.dtype == bool
     assert found.mean() == pytest.approx(0.5, abs=0.025) if flip else not found.any()
 
@@ -253,8 +257,8 @@ def test_half_of_the_samples_are_flipped_or_none(flip: bool) -> None:
 def test_a_subset_of_samples_gives_the_rows_of_the_whole() -> None:
     heights, widths = np.arange(10, 110), np.arange(110, 10, -1)
     some = np.array([99, 3, 3, 41])
-    whole = views.crop_boxes(PLAIN, 2, np.arange(100), heights, widths)
-    part = views.crop_boxes(PLAIN, 2, some, heights[some], widths[some])
+    whole = crop_boxes(PLAIN, 2, np.arange(100), heights, widths)
+    part = crop_boxes(PLAIN, 2, some, heights[some], widths[some])
     assert (part == whole[some]).all()
 
 
@@ -289,7 +293,7 @@ def test_inception_boxes_keep_area_and_aspect_within_rounding(
 
 def test_inception_boxes_use_the_whole_range() -> None:
     spec = ViewSpec(8, min_area=0.1)
-    boxes = views.crop_boxes(spec, 0, np.arange(5000), 4000, 4000)
+    boxes = crop_boxes(spec, 0, np.arange(5000), 4000, 4000)
     share = boxes[:, 2] * boxes[:, 3] / 4000**2
     aspect = boxes[:, 3] / boxes[:, 2]
     assert share.min() == pytest.approx(0.1, abs=0.01)
@@ -321,7 +325,7 @@ def test_other_crops_are_squares_of_the_wanted_area(
 
 
 def test_random_squares_reach_every_corner() -> None:
-    boxes = views.crop_boxes(ViewSpec(8, crop="random", min_area=0.25), 0, np.arange(2000), 6, 10)
+    boxes = crop_boxes(ViewSpec(8, crop="random", min_area=0.25), 0, np.arange(2000), 6, 10)
     assert {int(x) for x in boxes[:, 0]} == set(range(4))
     assert {int(x) for x in boxes[:, 1]} == set(range(8))
 
@@ -336,10 +340,10 @@ def test_compiled_boxes_equal_the_definition(crop: Crop) -> None:
         spec = ViewSpec(8, crop=crop, min_area=area, seed=seed)
         samples = random.integers(0, 2**40, 50)
         heights, widths = np.exp(random.uniform(0, np.log(65536), (2, 50))).astype(np.int64)
-        boxes = views.crop_boxes(spec, view, samples, heights, widths)
-        record = pixels.settings_of(spec)[0]
+        boxes = crop_boxes(spec, view, samples, heights, widths)
+        record = render.settings_of(spec)[0]
         compiled = [
-            pixels.crop_box_one(record, np.uint64(view), np.uint64(s), h, w)
+            render.crop_box_one(record, np.uint64(view), np.uint64(s), h, w)
             for s, h, w in zip(samples, heights, widths, strict=True)
         ]
         assert boxes.tolist() == [[int(x) for x in box] for box in compiled]
@@ -351,7 +355,7 @@ def test_compiled_boxes_equal_the_definition(crop: Crop) -> None:
 @pytest.mark.parametrize("alpha", MIX_TABLES)
 def test_the_table_fits_the_beta_distribution(alpha: float) -> None:
     """The share of entries up to t is P(min(b, 1-b) rounds to t or less), to one entry."""
-    table = views.mix_weights(alpha)
+    table = mix_weight_table(alpha)
     assert len(table) == 1024
     assert (np.diff(table) >= 0).all()
     assert 0 <= table[0] <= table[-1] <= 128
@@ -363,7 +367,7 @@ def test_the_table_fits_the_beta_distribution(alpha: float) -> None:
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 8.0])
 def test_drawn_weights_fit_the_beta_distribution(alpha: float) -> None:
     spec = ViewSpec(8, mixup=alpha)
-    weights = views.pair_weights(spec, 0, np.arange(0, 40_000, 2), 40_000)
+    weights = pair_mix_weights(spec, 0, np.arange(0, 40_000, 2), 40_000)
     for q in (0.1, 0.25, 0.5, 0.75, 0.9):
         wanted = 256 * beta(alpha, alpha).ppf(q / 2)
         # 20,000 draws: the share below a quantile is within 5 standard deviations of it.
@@ -377,7 +381,7 @@ def test_partners_share_a_weight_of_at_most_half(
     alpha: float, samples: int, view: int, seed: int
 ) -> None:
     spec = ViewSpec(8, mixup=alpha, seed=seed)
-    weights = views.pair_weights(spec, view, np.arange(samples), samples)
+    weights = pair_mix_weights(spec, view, np.arange(samples), samples)
     paired = samples // 2 * 2
     assert weights.dtype == np.int16
     assert 0 <= weights.min() <= weights.max() <= 128
@@ -386,14 +390,14 @@ def test_partners_share_a_weight_of_at_most_half(
 
 
 def test_without_mixing_all_weights_are_zero() -> None:
-    assert not views.pair_weights(ViewSpec(8, mixup=0), 0, np.arange(100), 100).any()
-    assert not views.mix_weights(0).any()
+    assert not pair_mix_weights(ViewSpec(8, mixup=0), 0, np.arange(100), 100).any()
+    assert not mix_weight_table(0).any()
 
 
 def test_a_weight_depends_on_its_own_position_alone() -> None:
-    whole = views.pair_weights(PLAIN, 4, np.arange(101), 101)
+    whole = pair_mix_weights(PLAIN, 4, np.arange(101), 101)
     some = np.array([100, 7, 6, 55])
-    assert (views.pair_weights(PLAIN, 4, some, 101) == whole[some]).all()
+    assert (pair_mix_weights(PLAIN, 4, some, 101) == whole[some]).all()
 
 
 # --- mixing pixels
@@ -405,7 +409,7 @@ def test_mixing_every_pair_of_values_by_every_weight() -> None:
     images = np.stack([x, y])
     for weight in range(129):
         weights = np.full(2, weight, np.int16)
-        mixed = views.mix_pairs(torch.from_numpy(images), torch.from_numpy(weights)).numpy()
+        mixed = mix_pairs(torch.from_numpy(images), torch.from_numpy(weights)).numpy()
         assert (mixed == mixed_by_the_definition(images, weights)).all()
         assert (mixed >= np.minimum(x, y)).all()
         assert (mixed <= np.maximum(x, y)).all()
@@ -417,7 +421,7 @@ def test_mixing_equals_the_definition(rows: int, shape: tuple[int, ...]) -> None
     random = np.random.default_rng(rows)
     images = random.integers(0, 256, (rows, *shape), dtype=np.uint8)
     weights = random.integers(0, 129, (rows + 1) // 2).repeat(2)[:rows].astype(np.int16)
-    mixed = views.mix_pairs(torch.from_numpy(images), torch.from_numpy(weights))
+    mixed = mix_pairs(torch.from_numpy(images), torch.from_numpy(weights))
     assert mixed.dtype == torch.uint8
     assert (mixed.numpy() == mixed_by_the_definition(images, weights)).all()
 
@@ -425,8 +429,8 @@ def test_mixing_equals_the_definition(rows: int, shape: tuple[int, ...]) -> None
 def test_a_weight_of_zero_changes_nothing_and_128_gives_the_mean() -> None:
     images = torch.tensor([[0, 10, 255], [255, 20, 0]], dtype=torch.uint8)
     zero, half = torch.zeros(2, dtype=torch.int16), torch.full((2,), 128, dtype=torch.int16)
-    assert torch.equal(views.mix_pairs(images, zero), images)
-    assert views.mix_pairs(images, half).tolist() == [[127, 15, 127], [127, 15, 127]]
+    assert torch.equal(mix_pairs(images, zero), images)
+    assert mix_pairs(images, half).tolist() == [[127, 15, 127], [127, 15, 127]]
 
 
 @pytest.mark.parametrize("layout", ["permuted", "strided", "expanded"])
@@ -440,7 +444,7 @@ def test_mixing_takes_any_memory_layout_and_leaves_it_alone(layout: str) -> None
     }[layout]
     weights = torch.tensor([40, 40, 128, 128, 0], dtype=torch.int16)
     before = images.clone()
-    mixed = views.mix_pairs(images, weights)
+    mixed = mix_pairs(images, weights)
     assert torch.equal(images, before)
     assert weights.tolist() == [40, 40, 128, 128, 0]
     assert (mixed.numpy() == mixed_by_the_definition(images.numpy(), weights.numpy())).all()
@@ -448,12 +452,12 @@ def test_mixing_takes_any_memory_layout_and_leaves_it_alone(layout: str) -> None
 
 def test_mixing_gives_a_new_tensor_even_when_nothing_is_mixed() -> None:
     images = torch.zeros(1, 4, dtype=torch.uint8)
-    views.mix_pairs(images, torch.zeros(1, dtype=torch.int16)).fill_(9)
+    mix_pairs(images, torch.zeros(1, dtype=torch.int16)).fill_(9)
     assert not images.any()
 
 
 def test_all_of_the_image_is_all_of_it() -> None:
     spec = ViewSpec(8, crop="whole", min_area=1.0)
-    boxes = views.crop_boxes(spec, 3, [0, 1, 2], [5, 70, 9], [8, 3, 9])
+    boxes = crop_boxes(spec, 3, [0, 1, 2], [5, 70, 9], [8, 3, 9])
     assert boxes.tolist() == [[0, 0, 5, 8], [0, 0, 70, 3], [0, 0, 9, 9]]
     assert spec.digest != ViewSpec(8, crop="center", min_area=1.0).digest

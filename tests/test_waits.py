@@ -16,14 +16,16 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from kdcache import models
-from kdcache.dataset import Dataset
+from kdcache.batch import Batch, Target, TargetSource, TemperedTarget
+from kdcache.data.beton import Dataset
 from kdcache.kernels import ops
-from kdcache.precompute import precompute, tape_spec
-from kdcache.records import Batch, Target, TargetSource, TemperedTarget
-from kdcache.spec import TrainSpec, ViewSpec
-from kdcache.targets import CachedTargets, LabelTargets, OnlineTargets
-from kdcache.train import train
+from kdcache.models import load
+from kdcache.models.classifier import Classifier
+from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.teacher.targets import CachedTargets, LabelTargets, OnlineTargets
+from kdcache.training.loop import train
+from kdcache.training.spec import TrainSpec
+from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER
 
 VIEW = ViewSpec(8, min_area=0.5)
@@ -63,7 +65,7 @@ class OnTheHost:
             return self.source(batch)
 
 
-def student() -> models.Classifier:
+def student() -> Classifier:
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(3, 4, 3),
@@ -73,14 +75,14 @@ def student() -> models.Classifier:
         nn.Dropout(0.1),
         nn.Linear(4 * 36, 10),
     )
-    return models.Classifier(network, "small", (0.5,) * 3, (0.25,) * 3)
+    return Classifier(network, "small", (0.5,) * 3, (0.25,) * 3)
 
 
 @pytest.fixture(params=["labels", "online", "dense", "top 1", "draws"])
 def source(request: pytest.FixtureRequest, digits_test: Dataset, tmp_path: Path) -> TargetSource:
     if request.param == "labels":
         return LabelTargets(10)
-    teacher = models.load(TEACHER, "teacher", num_classes=10, size_px=8)
+    teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
     if request.param == "online":
         online = OnlineTargets(teacher)
         online._wait = False  # as on a GPU
@@ -90,7 +92,7 @@ def source(request: pytest.FixtureRequest, digits_test: Dataset, tmp_path: Path)
         "top 1": {"top_k": 1, "dtype": "float16"},
         "draws": {"top_k": 1, "dtype": "float16", "draws": 5},
     }[request.param]
-    spec = tape_spec(digits_test, teacher, VIEW, views=2, **kept)
+    spec = make_cache_spec(digits_test, teacher, VIEW, views=2, **kept)
     assert spec.dense == (request.param == "dense")
     tape = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=64)
     return OnTheHost(CachedTargets(tape, digits_test.fingerprint, VIEW))

@@ -10,9 +10,10 @@ import torch
 import torchvision
 from torch import nn
 
-from kdcache import models
 from kdcache.errors import UsageError
-from kdcache.zoo import from_torchvision, natural_size_px
+from kdcache.models import load
+from kdcache.models.pretrained import from_torchvision, natural_size_px
+from kdcache.models.weights import load_initial_weights
 
 
 def views(size_px: int, count: int = 2) -> torch.Tensor:
@@ -44,18 +45,18 @@ def build(name: str, **options: Any) -> nn.Module:
 def test_a_torchvision_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     network = build("resnet18").eval()
     give_weights(monkeypatch, network.state_dict())
-    teacher = models.load("torchvision:resnet18", "teacher", num_classes=None, size_px=32)
+    teacher = load.load_model("torchvision:resnet18", "teacher", num_classes=None, size_px=32)
     assert teacher.num_classes == 1000
     assert not teacher.training
-    mean = torch.tensor(models.IMAGENET_MEAN).view(1, 3, 1, 1)
-    std = torch.tensor(models.IMAGENET_STD).view(1, 3, 1, 1)
+    mean = torch.tensor(load.IMAGENET_MEAN).view(1, 3, 1, 1)
+    std = torch.tensor(load.IMAGENET_STD).view(1, 3, 1, 1)
     torch.testing.assert_close(teacher(views(32)), network((views(32) / 255 - mean) / std))
 
 
 def test_torchvision_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     give_weights(monkeypatch, {})
     with pytest.raises(UsageError, match="the weights of torchvision:resnet18 cannot be had: Err"):
-        models.load("torchvision:resnet18", "teacher", num_classes=None, size_px=32)
+        load.load_model("torchvision:resnet18", "teacher", num_classes=None, size_px=32)
 
 
 @pytest.mark.parametrize("name", ["torchvision:resnet152", "timm:resnet10t"])
@@ -70,26 +71,26 @@ def test_the_classes_of_a_teacher_are_checked_before_its_weights_are_fetched(
         timm = pytest.importorskip("timm")
         monkeypatch.setattr(timm, "create_model", fetch)
     with pytest.raises(UsageError, match=f"{name} has 1000 classes, the data has 10$"):
-        models.load(name, "teacher", num_classes=10, size_px=32)
+        load.load_model(name, "teacher", num_classes=10, size_px=32)
 
 
 @pytest.mark.parametrize(("name", "size_px"), [("googlenet", 32), ("inception_v3", 80)])
 def test_networks_with_auxiliary_heads_train_without_them(
     monkeypatch: pytest.MonkeyPatch, name: str, size_px: int
 ) -> None:
-    student = models.load(f"torchvision:{name}", "student", num_classes=7, size_px=size_px)
+    student = load.load_model(f"torchvision:{name}", "student", num_classes=7, size_px=size_px)
     assert student.training
     assert student(views(size_px, 4)).shape == (4, 7)
     # torchvision's way to these weights normalises a second time, within the network.
     network: Any = build(name, transform_input=True, init_weights=False)
     give_weights(monkeypatch, network.state_dict())
-    teacher = models.load(f"torchvision:{name}", "teacher", num_classes=None, size_px=size_px)
-    mean = torch.tensor(models.IMAGENET_MEAN).view(1, 3, 1, 1)
-    std = torch.tensor(models.IMAGENET_STD).view(1, 3, 1, 1)
+    teacher = load.load_model(f"torchvision:{name}", "teacher", num_classes=None, size_px=size_px)
+    mean = torch.tensor(load.IMAGENET_MEAN).view(1, 3, 1, 1)
+    std = torch.tensor(load.IMAGENET_STD).view(1, 3, 1, 1)
     expected = network._transform_input((views(size_px) / 255 - mean) / std)
     found = (views(size_px) / 255 - teacher.mean) / teacher.std
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert models.start_from(student, "pretrained") == ["fc.weight", "fc.bias"]
+    assert load_initial_weights(student, "pretrained") == ["fc.weight", "fc.bias"]
     assert torch.equal(student.mean, teacher.mean)
     torch.testing.assert_close(
         student.eval().features(views(size_px))[0], teacher.features(views(size_px))[0]
@@ -105,15 +106,15 @@ def test_the_densenets_old_names(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
     give_weights(monkeypatch, old)
-    teacher = models.load("torchvision:densenet121", "teacher", num_classes=None, size_px=32)
+    teacher = load.load_model("torchvision:densenet121", "teacher", num_classes=None, size_px=32)
     found = teacher.network.state_dict()
     assert all(torch.equal(found[key], value) for key, value in network.state_dict().items())
-    student = models.load("torchvision:densenet121", "student", num_classes=7, size_px=32)
-    assert models.start_from(student, "pretrained") == ["classifier.weight", "classifier.bias"]
+    student = load.load_model("torchvision:densenet121", "student", num_classes=7, size_px=32)
+    assert load_initial_weights(student, "pretrained") == ["classifier.weight", "classifier.bias"]
 
 
 def test_a_models_normalisation_is_that_of_its_weights() -> None:
-    model = models.load("torchvision:efficientnet_v2_l", "student", num_classes=3, size_px=33)
+    model = load.load_model("torchvision:efficientnet_v2_l", "student", num_classes=3, size_px=33)
     torch.testing.assert_close(model.mean.flatten(), torch.full((3,), 0.5))
 
 
@@ -122,7 +123,7 @@ def test_a_models_normalisation_is_that_of_its_weights() -> None:
 
 def test_a_timm_models_normalisation_is_that_of_its_configuration() -> None:
     pytest.importorskip("timm")
-    model = models.load("timm:test_vit", "student", num_classes=5, size_px=160)
+    model = load.load_model("timm:test_vit", "student", num_classes=5, size_px=160)
     torch.testing.assert_close(model.mean.flatten(), torch.full((3,), 0.5))
     torch.testing.assert_close(model.std.flatten(), torch.full((3,), 0.5))
     assert model(views(160)).shape == (2, 5)
@@ -145,10 +146,10 @@ def give_timm_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_timm_student_starts_from_timms_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm")
     give_timm_weights(monkeypatch)
-    teacher = models.load("timm:test_vit", "teacher", num_classes=None, size_px=160)
+    teacher = load.load_model("timm:test_vit", "teacher", num_classes=None, size_px=160)
     assert teacher.num_classes == 1000
-    student = models.load("timm:test_vit", "student", num_classes=5, size_px=160)
-    assert models.start_from(student, "pretrained") == ["head.weight", "head.bias"]
+    student = load.load_model("timm:test_vit", "student", num_classes=5, size_px=160)
+    assert load_initial_weights(student, "pretrained") == ["head.weight", "head.bias"]
     torch.testing.assert_close(
         student.eval().features(views(160))[0], teacher.features(views(160))[0]
     )
@@ -198,6 +199,6 @@ def test_a_model_takes_the_size_that_it_asks_for() -> None:
     for name in ("timm:vit_tiny_patch16_224", "torchvision:vit_b_32"):
         size_px = natural_size_px(name)
         assert size_px == 224
-        models.load(name, "student", num_classes=3, size_px=size_px)
+        load.load_model(name, "student", num_classes=3, size_px=size_px)
         with pytest.raises(UsageError, match=r"cannot take views of 32 px: .*; give --size 224$"):
-            models.load(name, "student", num_classes=3, size_px=32)
+            load.load_model(name, "student", num_classes=3, size_px=32)

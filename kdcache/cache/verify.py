@@ -1,0 +1,110 @@
+"""Is a tape all there, and as it was written? Read every shard; keep some records on the way.
+
+In: a tape. Out: its faults, and a random sample of its records, which `recompute.py` judges. What
+stays true: one damaged shard hides no other; equal tapes give equal samples. Cost: the tape is read
+once, a shard at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.records import Records
+from kdcache.cache.spec import CacheSpec
+from kdcache.errors import CacheCorrupt, CacheIncomplete, StorageError
+from kdcache.views.philox import Purpose, below, draw
+
+Progress = Callable[[int], None]
+Kind = Literal["missing", "damaged", "unreadable"]
+I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A shard that is not as it should be. Unreadable: the store refused, which is no damage."""
+
+    view: int
+    shard: int
+    kind: Kind
+    reason: str
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Records of some rows of a view, rising."""
+
+    view: int
+    rows_B: I64
+    records: Records
+
+
+def sample(spec: CacheSpec, count: int) -> dict[int, I64]:
+    """Rows to recompute, by view: `count` of them or all, spread evenly over the tape.
+
+    Where views are mixed they are whole pairs, of which the last of a view may lack its partner.
+    """
+    unit = 2 if spec.view is not None and spec.view.mixup else 1
+    per_view = -(-spec.samples // unit)
+    whole = spec.views * per_view
+    taken = min(-(-count // unit), whole)
+    # One from each of `taken` equal stretches of the tape.
+    edges = np.arange(taken + 1) * whole // taken
+    word = draw(int(spec.digest, 16), 0, np.arange(taken), Purpose.VERIFY)[0]
+    units = edges[:-1] + below(word, np.diff(edges)).astype(np.int64)
+    found = {}
+    for view in np.unique(units // per_view):
+        first = units[units // per_view == view] % per_view * unit
+        rows = (first[:, None] + np.arange(unit)).reshape(-1)
+        found[int(view)] = rows[rows < spec.samples]
+    return found
+
+
+def read(
+    tape: LogitCache, wanted: dict[int, I64], progress: Progress = lambda rows: None
+) -> tuple[list[Fault], list[Picked]]:
+    """Read and decode every shard as training would: what is wrong, and the wanted rows' records.
+
+    `progress` is called with rows read so far. Raises MissingDependency where this zarr cannot
+    decode what was written.
+    """
+    faults: list[Fault] = []
+    parts: dict[int, list[tuple[I64, Records]]] = {}
+    done = 0
+    for view, shard in tape.places():
+        done += tape.rows(shard)
+        records = _read_shard(tape, view, shard)
+        if isinstance(records, Fault):
+            faults.append(records)
+        elif view in wanted:
+            start, stop = tape.shard_range(shard)
+            rows = wanted[view][(wanted[view] >= start) & (wanted[view] < stop)]
+            if len(rows):
+                parts.setdefault(view, []).append((rows, records[rows - start]))
+        progress(done)
+    picked = []
+    for view, some in parts.items():
+        rows = np.concatenate([rows for rows, _ in some])
+        picked.append(Picked(view, rows, Records.concatenate([records for _, records in some])))
+    return faults, picked
+
+
+def _read_shard(tape: LogitCache, view: int, shard: int) -> Records | Fault:
+    try:
+        records = tape.read_shard(view, shard)
+    except CacheIncomplete:
+        return Fault(view, shard, "missing", "it is not there")
+    except CacheCorrupt:
+        return Fault(view, shard, "damaged", "it is not what was written at this place")
+    except StorageError as error:
+        return Fault(view, shard, "unreadable", str(error))
+    try:
+        tape.decode(records)
+    except CacheCorrupt as error:
+        return Fault(view, shard, "damaged", str(error))
+    return records

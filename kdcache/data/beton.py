@@ -1,0 +1,153 @@
+"""Images to a `.beton` file with a sidecar, and back to a `Dataset` that is known to be whole.
+
+In: a `Source`. Out: OUT.beton, which stock FFCV reads too, and OUT.beton.json with class names and
+a CRC-32 of each sample's payload. What stays true: OUT.beton exists only when both files are whole
+(written under another name, synced, renamed); equal sources give equal bytes; the fingerprint
+depends on the samples alone, not on where they lie in the file.
+
+FFCV itself trains on damaged samples in silence; with the checksums the loader does not.
+Cost: opening reads the tables, not the payloads.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.data.ffcv import (
+    ALLOC_TABLE_TYPE,
+    CURRENT_VERSION,
+    TYPE_ID_HANDLER,
+    FieldDescType,
+    HeaderType,
+    IntField,
+    RGBImageField,
+    get_metadata_type,
+)
+from kdcache.errors import DatasetCorrupt, UsageError
+from kdcache.spec import canonical_json
+from kdcache.views.spec import SMALL_PX
+
+FIELDS = {"image": RGBImageField(), "label": IntField()}
+METADATA = get_metadata_type(list(FIELDS.values()))
+PAGE_BYTES = 8 << 20
+SIDECAR_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A whole `.beton` file and what its sidecar says.
+
+    checksums  CRC-32 of each payload, uint32 [N]; labels int64 [N]; sides_px uint16 [N, 2] are
+               heights and widths
+    """
+
+    path: Path
+    classes: tuple[str, ...]
+    fingerprint: str
+    checksums: NDArray[np.uint32]
+    labels: NDArray[np.int64]
+    sides_px: NDArray[np.uint16]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def natural_size_px(self) -> int:
+        """The view size to take when none is asked for: small images keep theirs."""
+        side = int(self.sides_px.max())
+        return side if side <= SMALL_PX else 224
+
+
+def sidecar_path(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def open_dataset(path: Path) -> Dataset:
+    """The dataset at `path`. Raises UsageError or DatasetCorrupt, saying what is wrong with it."""
+    if not path.is_file():
+        raise UsageError(f"no such file: {path}; make it with `kdcache convert SOURCE {path}`")
+    metadata, table = _read_tables(path)
+    try:
+        sidecar = json.loads(sidecar_path(path).read_text())
+        if sidecar["version"] != SIDECAR_VERSION:
+            raise ValueError(f"version {sidecar['version']}, expected {SIDECAR_VERSION}")
+        classes = tuple(map(str, sidecar["classes"]))
+        checksums = np.frombuffer(base64.b64decode(sidecar["checksums"]), np.uint32)
+        fingerprint = sidecar["fingerprint"]
+    except FileNotFoundError:
+        raise UsageError(
+            f"{path} has no sidecar {sidecar_path(path).name}: make both with `kdcache convert`"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetCorrupt(
+            f"{sidecar_path(path)} is damaged ({error}): convert the images again"
+        ) from error
+    if fingerprint != content_hash_of(classes, metadata, table, checksums):
+        raise DatasetCorrupt(
+            f"{path} and its sidecar do not belong together, or one is damaged: "
+            "convert the images again"
+        )
+    image = metadata["f0"]
+    sides = np.stack([image["height"], image["width"]], 1)
+    return Dataset(path, classes, fingerprint, checksums, metadata["f1"].astype(np.int64), sides)
+
+
+def field_descriptors() -> NDArray[Any]:
+    ids = {kind: number for number, kind in TYPE_ID_HANDLER.items()}
+    descriptors = np.zeros(len(FIELDS), FieldDescType)
+    for descriptor, (name, field) in zip(descriptors, FIELDS.items(), strict=True):
+        descriptor["type_id"] = ids[type(field)]
+        descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+    return descriptors
+
+
+def _read_tables(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Metadata and allocation table, after the checks that FFCV leaves out."""
+    size = path.stat().st_size
+    descriptors = field_descriptors()
+    tables_start = HeaderType.itemsize + descriptors.nbytes
+    with path.open("rb") as file:
+        head = file.read(tables_start)
+    if len(head) < tables_start:
+        raise DatasetCorrupt(f"{path} is not a .beton file: it is shorter than a header")
+    header = np.frombuffer(head, HeaderType, 1)[0]
+    version, fields, _, samples, table_start = (int(x) for x in header)
+    if version != CURRENT_VERSION or fields > 64:
+        raise DatasetCorrupt(f"{path} is not a .beton file of version {CURRENT_VERSION}")
+    if fields != len(FIELDS) or head[HeaderType.itemsize :] != descriptors.tobytes():
+        raise DatasetCorrupt(
+            f"{path} has other fields than an image and a label: make it with `kdcache convert`"
+        )
+    if table_start == 0:
+        raise DatasetCorrupt(f"{path} was never finished: convert the images again")
+    wanted = table_start + samples * ALLOC_TABLE_TYPE.itemsize
+    if size != wanted:
+        raise DatasetCorrupt(
+            f"{path} is truncated: expected {wanted} bytes, found {size}; convert the images again"
+        )
+    metadata = np.fromfile(path, METADATA, samples, offset=tables_start)
+    table = np.fromfile(path, ALLOC_TABLE_TYPE, offset=table_start)
+    return metadata, table
+
+
+def content_hash_of(
+    classes: tuple[str, ...],
+    metadata: NDArray[Any],
+    table: NDArray[Any],
+    checksums: NDArray[np.uint32],
+) -> str:
+    """Digest of the samples, in order: payload CRC and size, shape, label, class names."""
+    h = hashlib.sha256(canonical_json([SIDECAR_VERSION, list(classes)]).encode())
+    image = metadata["f0"]
+    columns = (checksums, table["size"], image["mode"], image["height"], image["width"])
+    for column in (*columns, metadata["f1"]):
+        h.update(np.ascontiguousarray(column).astype("<i8").tobytes())
+    return h.hexdigest()[:16]

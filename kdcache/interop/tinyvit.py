@@ -1,0 +1,245 @@
+"""TinyViT's cache of teacher answers: a tape to one, and one to a tape.
+
+In: a tape, or a folder as TinyViT saves it (`saved_logits.py`). Out: the other. What stays true: at
+T = 1 both say the same, to float16's rounding; an exported folder is there whole or not at all; an
+import that was killed is finished by the same command. Cost: an import holds 4 bytes for each
+sample and, where it averages, for each epoch of it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdcache.batch import Target
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import top_k as codec
+from kdcache.cache.records import Records, ValueType
+from kdcache.cache.spec import CacheSpec
+from kdcache.data.beton import Dataset
+from kdcache.errors import StorageError, UsageError
+from kdcache.interop import tinyvit_reader
+from kdcache.interop.tinyvit_reader import MAX_CLASSES, Rows, SavedLogits, record_dtype
+from kdcache.losses.distillation import log_probabilities
+from kdcache.views.order import view_order
+from kdcache.views.philox import Purpose, draw
+
+Progress = Callable[[int], None]
+
+DEFAULT_TOP_K = 100  # TinyViT's own
+# Half of the least number that float16 has: what a probability that rounded to 0 may have been.
+LEAST = 2.0**-25
+PIECE_VALUES = 1 << 23  # of all classes of some records, at once in memory
+
+
+# --- out -------------------------------------------------------------------------------------
+
+
+def exported_top_k(spec: CacheSpec, top_k: int | None) -> int:
+    """The k to export. Raises UsageError for a tape, or a k, that TinyViT's layout cannot hold."""
+    if spec.draws:
+        raise UsageError("TinyViT's layout keeps the top k: it has no place for random draws")
+    if spec.view is not None and spec.view.mixup:
+        raise UsageError(
+            f"the tape answers mixed pairs (mixup {spec.view.mixup:g}), which TinyViT would not "
+            "show its student: precompute a tape with --mixup 0"
+        )
+    if spec.classes > MAX_CLASSES:
+        raise UsageError(
+            f"TinyViT's int16 names at most {MAX_CLASSES} classes, the tape has {spec.classes}"
+        )
+    # TinyViT divides by the number of classes that are not named.
+    most = spec.classes - 1 if spec.dense else spec.top_k
+    k = min(DEFAULT_TOP_K if spec.dense else spec.top_k, most) if top_k is None else top_k
+    if not 1 <= k <= most:
+        raise UsageError(f"top-k must be 1 to {most} for this tape, not {k}")
+    return k
+
+
+def export(tape: LogitCache, out: Path, top_k: int, progress: Progress = lambda rows: None) -> int:
+    """Write a folder for each view, of one rank; the bytes written.
+
+    Records lie in the tape's order, which TinyViT does not mind: keys say which sample each one
+    answers. The seed is what TinyViT's student draws its own view by: 31 bits, a function of (view
+    seed, view, sample). Raises UsageError where `out` exists, TapeIncomplete, TapeCorrupt,
+    StorageError.
+    """
+    tape.require_complete()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"{out} exists; choose another folder")
+    partial, written = out.with_name(f"{out.name}.partial-{os.getpid()}"), 0
+    try:
+        for view in range(tape.spec.views):
+            folder = partial / f"logits_top{top_k}_epoch{view}"
+            folder.mkdir(parents=True)
+            with (folder / "rank0-keys.txt").open("wb") as keys:
+                with (folder / "rank0-values.bin").open("wb") as values:
+                    for samples, rows in _exported(tape, view, top_k):
+                        written += keys.write(b"".join(b"%d\n" % s for s in samples.tolist()))
+                        written += values.write(rows.tobytes())
+                        progress(view * tape.spec.samples + int(values.tell()) // rows.itemsize)
+                    for file in (keys, values):
+                        file.flush()
+                        os.fsync(file.fileno())
+        partial.rename(out)
+    except OSError as error:
+        raise StorageError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return written
+
+
+def _exported(tape: LogitCache, view: int, top_k: int) -> Iterator[tuple[NDArray[np.int64], Rows]]:
+    spec = tape.spec
+    samples = np.arange(spec.samples)
+    if spec.order == "position":
+        assert spec.view is not None
+        samples = view_order(spec.view, view, spec.samples)
+    seed = spec.view.seed if spec.view else 0
+    for shard in range(tape.shards_per_view):
+        mine = samples[slice(*tape.shard_range(shard))]
+        rows = np.zeros(len(mine), record_dtype(top_k))
+        rows["seed"] = draw(seed, view, mine, Purpose.SEED)[0] >> np.uint64(1)
+        target = tape.decode(tape.read_shard(view, shard))
+        assert isinstance(target, Target)
+        log_p_BK, place_Bk = log_probabilities(target)[0].topk(top_k, dim=1)
+        classes = target.classes_BK
+        rows["classes"] = place_Bk if classes is None else classes.gather(1, place_Bk)
+        rows["values"] = log_p_BK.exp().half()
+        yield mine, rows
+
+
+# --- in -------------------------------------------------------------------------------------
+
+
+def make_cache_spec(
+    saved: SavedLogits, dataset: Dataset, *, dtype: ValueType = "float16", average: bool = False
+) -> CacheSpec:
+    """The spec of the tape of these answers: a view an epoch, or one of their mean."""
+    k = codec.effective_top_k(saved.classes, saved.top_k, dtype)
+    epochs = len(saved.epochs)
+    return CacheSpec(
+        1 if average else epochs,
+        saved.samples,
+        saved.classes,
+        k,
+        dtype,
+        dataset.fingerprint,
+        saved.digest,
+        None,
+        "sample",
+        epochs if average else 0,
+    )
+
+
+def import_cache(
+    saved: SavedLogits,
+    dataset: Dataset,
+    spec: CacheSpec,
+    out: Path | str,
+    progress: Progress = lambda rows: None,
+) -> LogitCache:
+    """Make or finish the tape of `spec` at `out`. Raises what `Tape` does."""
+    numbers = [epoch.number for epoch in saved.epochs]
+    info = {
+        "teacher": f"TinyViT's saved logits, top {saved.top_k}",
+        "class_names": list(dataset.classes),
+        "imported_from": str(saved.folder.resolve()),
+        "epochs": numbers,
+    }
+    tape = LogitCache.create(out, spec, info)
+    done = tape.spec.views * tape.spec.samples - sum(tape.rows(s) for _, s in tape.missing())
+    rows_of: dict[int, NDArray[np.int32]] = {}
+    for view, shard in tape.missing():
+        if not tape.claim(view, shard):
+            raise UsageError(f"another process writes to {out}: let it finish, or stop it")
+        wanted = range(len(saved.epochs)) if spec.average else range(view, view + 1)
+        rows_of = {e: rows_of[e] for e in wanted if e in rows_of}
+        for e in wanted:
+            if e not in rows_of:
+                rows_of[e] = tinyvit_reader.rows_of(saved.epochs[e], saved.places, dataset.path)
+        parts = []
+        for start, stop in _pieces(tape, shard):
+            read = (tinyvit_reader.read(saved.epochs[e], rows_of[e][start:stop]) for e in wanted)
+            parts.append(_averaged(read, spec) if spec.average else _records(next(read), spec))
+            done += stop - start
+            progress(done)
+        tape.write(view, shard, Records.concatenate(parts))
+        tape.release(view, shard)
+    tape.store.forget_claims()
+    return tape
+
+
+def _pieces(tape: LogitCache, shard: int) -> Iterator[tuple[int, int]]:
+    """Runs of samples of a shard that take little memory with all classes of each."""
+    start, stop = tape.shard_range(shard)
+    rows = max(1, PIECE_VALUES // tape.spec.classes)
+    for first in range(start, stop, rows):
+        yield first, min(first + rows, stop)
+
+
+def _records(rows: Rows, spec: CacheSpec) -> Records:
+    classes_BK, p_BK, rest_B = _named(rows, spec.classes)
+    if spec.dense:
+        p_BC = _spread(classes_BK, p_BK, rest_B, spec.classes)
+        return codec.encode(torch.from_numpy(np.log(p_BC)), spec.top_k, spec.dtype)
+    left = spec.classes - p_BK.shape[1]
+    # The tail is uniform, so its logits have a variance of 0.
+    log_p_BK, log_rest_B = np.log(p_BK), np.log(rest_B)
+    at_one_B = log_rest_B - log_p_BK[:, 0]
+    tail_B3 = np.stack([at_one_B, at_one_B - math.log(left), np.zeros_like(at_one_B)], 1)
+    return codec.from_parts(
+        torch.from_numpy(log_p_BK - log_p_BK[:, :1]).float(),
+        torch.from_numpy(classes_BK),
+        torch.from_numpy(tail_B3).float(),
+        spec.classes,
+        spec.dtype,
+    )
+
+
+def _averaged(epochs: Iterator[Rows], spec: CacheSpec) -> Records:
+    total: Any = 0
+    for rows in epochs:
+        p_BC = _spread(*_named(rows, spec.classes), spec.classes)
+        total = total + p_BC / p_BC.sum(1, keepdims=True)
+    mean_BC = torch.from_numpy(total / spec.average)
+    return codec.encode(mean_BC.log(), spec.top_k, spec.dtype)
+
+
+def _named(
+    rows: Rows, num_classes: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Classes and probabilities of a record, falling, and what is left for all other classes.
+
+    float16 makes 0 of small probabilities, and 1 or more of the sum: both get at least LEAST, half
+    of float16's least number. Nor do the others get more than if each had as much as the last one
+    named: what looks like more is rounding of the first.
+    """
+    falling = np.argsort(-rows["values"], 1, kind="stable")
+    p_BK = np.take_along_axis(rows["values"], falling, 1).astype(np.float64)
+    rest_B = 1 - p_BK.sum(1)
+    p_BK = np.maximum(p_BK, LEAST)
+    most_B = (num_classes - p_BK.shape[1]) * p_BK[:, -1]
+    classes_BK = np.take_along_axis(rows["classes"], falling, 1).astype(np.int64)
+    return classes_BK, p_BK, np.minimum(np.maximum(rest_B, LEAST), most_B)
+
+
+def _spread(
+    classes_BK: NDArray[np.int64],
+    p_BK: NDArray[np.float64],
+    rest_B: NDArray[np.float64],
+    num_classes: int,
+) -> NDArray[np.float64]:
+    """Probabilities of all classes [B, C]: TinyViT's reading, an equal share for each other one."""
+    share_B = rest_B / max(1, num_classes - p_BK.shape[1])
+    p_BC = np.repeat(share_B[:, None], num_classes, 1)
+    np.put_along_axis(p_BC, classes_BK, p_BK, 1)
+    return p_BC

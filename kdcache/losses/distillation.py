@@ -1,0 +1,195 @@
+"""The distillation loss of a batch: student logits against a `Target`.
+
+    loss = distillation_loss(student(x), target, temperature=2.0)
+
+Works in any training loop, under torch.compile and under autocast. It takes a fused form by the
+logits' device (`kernels/ops.py`), in float32 whatever the logits' dtype; float64 logits get the
+definition itself, `kernels/reference.py`. Sole importer of `kdcache.kernels`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import torch
+from torch import nn
+
+from kdcache.batch import Target, TemperedTarget
+from kdcache.errors import UsageError
+from kdcache.kernels import ops, reference
+from kdcache.kernels.reference import Reduction, Tail
+
+TAILS, REDUCTIONS = get_args(Tail), get_args(Reduction)
+
+
+def distillation_loss(
+    logits_BC: torch.Tensor,
+    target: Target | TemperedTarget,
+    *,
+    temperature: float = 1.0,
+    tail: Tail = "bucket",
+    label_weight: float = 0.0,
+    labels: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    reduction: Reduction = "mean",
+    gradient_in_forward: bool = False,
+    expected_gradient: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(1 - a) T^2 KL(target || softmax(logits / T)) + a CE(labels, softmax(logits)), reduced.
+
+    tail                 what is assumed of the classes that a target does not name:
+                         bucket, uniform, renormalise or none (`kernels/README.md`)
+    label_weight         a, from 0 to 1
+    labels               [B] classes; a negative one means that the row has none
+    weights              [B] a factor for each row
+    reduction            mean (sum / B, whatever the weights; 0 where B = 0), sum, or none: [B]
+    gradient_in_forward  CUDA, eager: saves backward's reading of the logits where the gradient of
+                         this loss will be `expected_gradient` (one number on the device, such as
+                         the loss scale; 1 by default), and costs a pass where it is not
+
+    Raises UsageError when shapes or devices differ, when T is not positive, when T < 1 is asked of
+    a target with a tail (its summary holds for T >= 1), when labels are missing, and when anything
+    but the logits requires a gradient.
+    """
+    if logits_BC.dim() != 2:
+        raise UsageError(f"the student's logits must be [B, C], not {list(logits_BC.shape)}")
+    if not logits_BC.is_floating_point():
+        raise UsageError(f"the student's logits must be floating-point, not {logits_BC.dtype}")
+    if logits_BC.shape[1] != target.num_classes:
+        raise UsageError(
+            f"the student has {logits_BC.shape[1]} classes, its targets have {target.num_classes}"
+        )
+    for name, value, known in (("tail", tail, TAILS), ("reduction", reduction, REDUCTIONS)):
+        if value not in known:
+            raise UsageError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+    if not 0 <= label_weight <= 1:
+        raise UsageError(f"label_weight must be from 0 to 1, not {label_weight}")
+    if label_weight > 0 and labels is None:
+        raise UsageError(f"label_weight {label_weight} needs labels=")
+    values, tail_values = _teacher(target, temperature)
+    B, C = logits_BC.shape
+    K = C if target.classes_BK is None else target.classes_BK.shape[-1]
+    if K == 0:
+        raise UsageError("the target names no class")
+    # The kernels read memory by these shapes.
+    _check("target", values, logits_BC, (B, K), floating=True)
+    _check("classes", target.classes_BK, logits_BC, (B, K), floating=False)
+    tail_shape = (B,) if isinstance(target, TemperedTarget) else (B, 3)
+    _check("tail", tail_values, logits_BC, tail_shape, floating=True)
+    _check("labels", labels, logits_BC, (B,), floating=False)
+    _check("weights", weights, logits_BC, (B,))
+    _check("expected_gradient", expected_gradient, logits_BC, None)
+    loss: torch.Tensor = ops.loss(
+        logits_BC, values, target.classes_BK, tail_values,
+        labels if label_weight > 0 else None, weights, temperature, label_weight, tail,
+        isinstance(target, TemperedTarget), reduction, gradient_in_forward, expected_gradient,
+    )  # fmt: skip
+    return loss
+
+
+def distillation_losses(
+    logits_BC: torch.Tensor, target: Target, *, temperature: float = 1.0, tail: Tail = "bucket"
+) -> torch.Tensor:
+    """T^2 KL of each row [B]."""
+    return distillation_loss(
+        logits_BC, target, temperature=temperature, tail=tail, reduction="none"
+    )
+
+
+class DistillationLoss(nn.Module):
+    """`distillation_loss` with its options fixed: loss(logits, target, labels, weights)."""
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        *,
+        tail: Tail = "bucket",
+        label_weight: float = 0.0,
+        reduction: Reduction = "mean",
+        gradient_in_forward: bool = False,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.tail = tail
+        self.label_weight = label_weight
+        self.reduction = reduction
+        self.gradient_in_forward = gradient_in_forward
+
+    def forward(
+        self,
+        logits_BC: torch.Tensor,
+        target: Target | TemperedTarget,
+        labels: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return distillation_loss(
+            logits_BC, target, temperature=self.temperature, tail=self.tail,
+            label_weight=self.label_weight, labels=labels, weights=weights,
+            reduction=self.reduction, gradient_in_forward=self.gradient_in_forward,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, tail={self.tail}, label_weight={self.label_weight}"
+
+
+def _check(
+    name: str,
+    x: torch.Tensor | None,
+    logits_BC: torch.Tensor,
+    shape: tuple[int, ...] | None,
+    *,
+    floating: bool | None = None,
+) -> None:
+    """Of this shape (None: one number) and kind (None: any), and on the logits' device."""
+    if x is None:
+        return
+    if x.shape != shape if shape is not None else x.numel() != 1:
+        wanted = "one number" if shape is None else list(shape)
+        raise UsageError(
+            f"{name} must be {wanted} beside logits {list(logits_BC.shape)}, not {list(x.shape)}"
+        )
+    if floating is not None and x.is_floating_point() != floating:
+        wanted = "a floating-point tensor" if floating else "class numbers"
+        raise UsageError(f"{name} must be {wanted}, not {x.dtype}")
+    if x.device != logits_BC.device:
+        raise UsageError(f"{name} is on {x.device}, the student's logits on {logits_BC.device}")
+    if x.requires_grad:
+        raise UsageError(f"{name} requires a gradient, and gets none: detach it")
+
+
+def _teacher(
+    target: Target | TemperedTarget, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    check_temperature(temperature, sparse=False)
+    if isinstance(target, TemperedTarget):
+        if target.temperature != temperature:
+            raise UsageError(
+                f"the target is at temperature {target.temperature}, the loss at {temperature}"
+            )
+        return target.log_p_BK, target.log_tail_B
+    check_temperature(temperature, sparse=target.tail_B3 is not None)
+    return target.logits_BK, target.tail_B3
+
+
+def log_probabilities(
+    target: Target, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The target at T: log-probabilities of its named classes [B, K], and of its tail [B]."""
+    log_p_BK, log_tail_B = reference.temper(
+        target.logits_BK, target.tail_B3, target.num_classes, temperature
+    )
+    return log_p_BK, log_tail_B
+
+
+def check_temperature(temperature: float, *, sparse: bool) -> None:
+    """Refuse a temperature at which targets (sparse: with a tail) are not defined."""
+    if not temperature > 0:
+        raise UsageError(f"temperature must be above 0, not {temperature}")
+    if temperature == math.inf:
+        raise UsageError("temperature must be finite")
+    if sparse and temperature < 1:
+        raise UsageError(
+            f"temperature must be at least 1 for top-k targets, not {temperature}: a tape made "
+            "with --top-k all serves any temperature"
+        )

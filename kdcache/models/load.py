@@ -1,0 +1,233 @@
+"""Models by name: torchvision, timm, kdcache's own, a user's factory, or a finished run.
+
+In: a name, a role, a class count. Out: a `Classifier`, tried on a view of the size that it will
+get; for several names, an `Ensemble`. What stays true: our weights are safetensors and nothing is
+unpickled; weights either fit a network key by key or are refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from kdcache.errors import UsageError, did_you_mean
+from kdcache.models import pretrained, resnet
+from kdcache.models.classifier import Classifier, Teacher, Triple, teacher_of
+from kdcache.models.pretrained import Role
+from kdcache.spec import Precision
+from kdcache.views.spec import ViewSpec
+
+IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
+IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+OWN_MEAN: Triple = (0.5, 0.5, 0.5)
+OWN_STD: Triple = (0.25, 0.25, 0.25)
+
+WEIGHTS_FILE = "student.safetensors"
+RUN_FILE = "run.json"
+FORMS = (
+    "torchvision:NAME, timm:NAME, kdcache:small|medium|large, python:package.module:factory, "
+    "or the folder of a finished run"
+)
+
+
+def load_model(
+    name: str,
+    role: Role,
+    *,
+    num_classes: int | None,
+    size_px: int,
+    device: torch.device | str = "cpu",
+) -> Classifier:
+    """The model called `name`, on the device, checked to give `num_classes` logits.
+
+    A teacher comes with its weights (pretrained, or of a run) and is frozen; a student starts fresh
+    from torch's current seed. None: as many classes as it has, for a teacher or a run; a factory is
+    called with None. Raises UsageError for an unknown name or another class count.
+    """
+    kind, _, rest = name.partition(":")
+    is_run = bool(name) and Path(name).is_dir()
+    if num_classes is None and role == "student" and not is_run:
+        raise UsageError(f"the student {name} needs a number of classes")
+    build: Callable[[], Classifier]
+    if is_run:
+        build = lambda: _from_run(Path(name), role)  # noqa: E731
+    elif kind == "torchvision" and rest:
+        build = lambda: pretrained.from_torchvision(rest, role, num_classes)  # noqa: E731
+    elif kind == "timm" and rest:
+        build = lambda: pretrained.from_timm(rest, role, num_classes)  # noqa: E731
+    elif kind == "kdcache" and rest:
+        build = lambda: _from_own(rest, role, num_classes)  # noqa: E731
+    elif kind == "python" and rest:
+        build = lambda: _from_factory(rest, num_classes)  # noqa: E731
+    elif "/" in name and ":" not in name:
+        raise UsageError(f"no such folder: {name}; a model is {FORMS}")
+    else:
+        raise UsageError(f"unknown model {name!r}: a model is {FORMS}")
+    model = build().to(torch.device(device)).to(memory_format=torch.channels_last)
+    _check_output(model, num_classes, size_px, device)
+    if role == "teacher":
+        model.eval().requires_grad_(False)
+    return model
+
+
+def natural_size_px(name: str) -> int | None:
+    """The side of views that a finished run was trained at, or the only one that a model takes;
+    None where it takes many."""
+    if name and Path(name).is_dir():
+        return int(read_run_json(Path(name))["view"]["size_px"])
+    return pretrained.natural_size_px(name)
+
+
+def load_teacher(
+    names: Sequence[str],
+    *,
+    num_classes: int | None,
+    size_px: int,
+    device: torch.device | str = "cpu",
+    precision: Precision = "float32",
+) -> Teacher:
+    """The teacher of these names: one model, or several whose probabilities are averaged.
+
+    num_classes   None: as many as the teachers have
+
+    Raises UsageError without a name, where class counts differ, and what `load` raises.
+    """
+    if not names:
+        raise UsageError("expected the name of at least one teacher")
+    members = [
+        load_model(name, "teacher", num_classes=num_classes, size_px=size_px, device=device)
+        for name in names
+    ]
+    teacher = teacher_of(members)
+    teacher.precision = precision
+    return teacher
+
+
+def read_run_json(folder: Path) -> dict[str, Any]:
+    """What a finished run says of itself. Raises UsageError for any other folder."""
+    try:
+        record = json.loads((folder / RUN_FILE).read_text())
+        for field, kind in (("student", str), ("weights", str), ("classes", int)):
+            if not isinstance(record[field], kind):
+                raise TypeError(f"{field} is {record[field]!r}")
+        ViewSpec(**record["view"])
+    except FileNotFoundError:
+        raise UsageError(
+            f"{folder} is not a finished run: it has no {RUN_FILE}; a model is {FORMS}"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder / RUN_FILE} is damaged: {error!r}") from error
+    if record["classes"] < 1 or Path(record["student"]).is_dir():
+        raise UsageError(f"{folder / RUN_FILE} is damaged: it does not describe a network")
+    return dict(record)
+
+
+def _from_run(folder: Path, role: Role) -> Classifier:
+    """The run's network. As a student it keeps the network's name, so that its own run's record
+    does not hang on this folder."""
+    record = read_run_json(folder)
+    size_px = record["view"]["size_px"]
+    model = load_model(record["student"], "student", num_classes=record["classes"], size_px=size_px)
+    try:
+        weights = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+        model.network.load_state_dict(weights)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UsageError(f"{folder / WEIGHTS_FILE} is damaged: {first_line(error)}") from error
+    if model.fingerprint() != record["weights"]:
+        raise UsageError(
+            f"{folder / WEIGHTS_FILE} is damaged: these weights, with the normalisation of "
+            f"{record['student']}, are not those that {RUN_FILE} names"
+        )
+    if role == "teacher":
+        model.name = str(folder)
+    return model
+
+
+def _from_own(name: str, role: Role, num_classes: int | None) -> Classifier:
+    if name not in resnet.SIZES:
+        known, close = ", ".join(resnet.SIZES), did_you_mean(name, resnet.SIZES)
+        raise UsageError(f"unknown model 'kdcache:{name}': there are {known}{close}")
+    if role == "teacher":
+        raise UsageError(
+            f"kdcache:{name} has no trained weights: train it with `kdcache train --mode labels` "
+            "and give the run's folder"
+        )
+    assert num_classes is not None  # of a student, as `load` has checked
+    return Classifier(resnet.build(name, num_classes), f"kdcache:{name}", OWN_MEAN, OWN_STD)
+
+
+def _from_factory(path: str, num_classes: int | None) -> Classifier:
+    """`package.module:factory`; the factory is called with num_classes, where None is for
+    as many classes as it has, and gives an nn.Module.
+
+    The module may carry `mean` and `std` triples; otherwise ImageNet's are taken.
+    """
+    module_name, _, attribute = path.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # an installed command does not look there by itself
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+        raise UsageError(
+            f"unknown model 'python:{path}': {error}; expected python:package.module:factory"
+        ) from error
+    try:
+        network = factory(num_classes=num_classes)
+    except (TypeError, ValueError, RuntimeError, OSError, LookupError, AttributeError) as error:
+        line = f"python:{path} failed: {type(error).__name__}: {first_line(error)}"
+        if num_classes is None:
+            line += "; it was called with num_classes=None, for as many classes as it has"
+        raise UsageError(line) from error
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"python:{path} gave a {type(network).__name__}, not an nn.Module")
+    mean, std = getattr(network, "mean", IMAGENET_MEAN), getattr(network, "std", IMAGENET_STD)
+    try:
+        return Classifier(network, f"python:{path}", _triple(mean), _triple(std))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"python:{path}: mean and std must be three numbers each") from error
+
+
+def _triple(value: Any) -> Triple:
+    r, g, b = np.asarray(value, float).reshape(-1)
+    return float(r), float(g), float(b)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message of somebody else's, without its full stop."""
+    return (str(error).splitlines() or [""])[0].removesuffix(".")
+
+
+def _check_output(
+    model: Classifier, num_classes: int | None, size_px: int, device: torch.device | str
+) -> None:
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            probe = torch.zeros(1, 3, size_px, size_px, dtype=torch.uint8, device=device)
+            logits = model(probe.contiguous(memory_format=torch.channels_last))
+    except UsageError:
+        raise
+    except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:
+        line = f"{model.name} cannot take views of {size_px} px: {first_line(error)}"
+        own_px = natural_size_px(model.name)
+        if own_px not in (None, size_px):
+            line += f"; give --size {own_px}"
+        raise UsageError(line) from error
+    finally:
+        model.train(training)
+    if logits.ndim != 2:
+        raise UsageError(f"{model.name} does not give one row of logits for each image")
+    model.num_classes = logits.shape[1]
+    pretrained.require_classes(model.name, model.num_classes, num_classes)

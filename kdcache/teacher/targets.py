@@ -1,0 +1,166 @@
+"""Where a batch's targets come from: the live teacher, the tape, or the labels.
+
+Each class is a `TargetSource`. Online and cached agree: the same teacher logits give the same
+target to the bit when the tape keeps all of them as float32. On a GPU no batch waits for the
+device: a teacher's NaN is then found in the loss, which it makes NaN.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from kdcache.batch import Batch, Target, TemperedTarget
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import top_k
+from kdcache.cache.records import Records
+from kdcache.data.beton import Dataset
+from kdcache.data.loader import Loader
+from kdcache.errors import CacheCorrupt, UsageError
+from kdcache.models.classifier import Teacher
+from kdcache.teacher.precompute import mean_teacher_log_probabilities, teacher_logits
+from kdcache.views.mixing import MIX_UNIT
+from kdcache.views.spec import ViewSpec
+
+
+class OnlineTargets:
+    """Runs the teacher on what the batch has for it. On the CPU a call raises NonFinite."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+        self._wait = teacher.device.type == "cpu"
+
+    def __call__(self, batch: Batch) -> Target:
+        return top_k.dense_target(teacher_logits(self.teacher, batch, wait=self._wait))
+
+
+class AverageTargets:
+    """Runs the teacher on views 0 ... average - 1 of each sample, and averages its probabilities.
+
+    The paper's fix/ic_ens, live: as many forward passes for each image of each epoch. A tape with
+    `average` costs them once, and its answers are these.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        dataset: Dataset,
+        view: ViewSpec,
+        average: int,
+        batch_size: int,
+        *,
+        workers: int | None = None,
+    ) -> None:
+        self.teacher = teacher
+        self.average = average
+        self._wait = teacher.device.type == "cpu"
+        self._loader = Loader(dataset, view, batch_size, workers=workers, device=teacher.device)
+
+    def __call__(self, batch: Batch) -> Target:
+        return top_k.dense_target(
+            mean_teacher_log_probabilities(
+                self._loader, self.teacher, self.average, batch.samples_B, wait=self._wait
+            )
+        )
+
+
+class CachedTargets:
+    """Reads a tape in position order. A thread reads ahead by one shard.
+
+    resized    the student's views may have another size than the teacher's
+    waited_s   seconds that batches have waited for the disk or the store so far
+
+    Raises TapeMismatch unless the tape was made of this view spec and of the data with this
+    fingerprint, TapeIncomplete when it lacks a shard.
+    """
+
+    def __init__(
+        self, tape: LogitCache, fingerprint: str, view: ViewSpec, *, resized: bool = False
+    ) -> None:
+        if tape.spec.order != "position":
+            raise UsageError(f"{tape.url} is in sample order: it goes with FixedTargets")
+        tape.require_plays(fingerprint, view, resized=resized)
+        tape.require_complete()
+        self.tape = tape
+        self.waited_s = 0.0
+        self._shards: dict[tuple[int, int], Future[Records]] = {}
+        self._reader = ThreadPoolExecutor(1, "kdcache-tape")
+        # The first read overlaps with whatever comes before the first batch.
+        self._shards[0, 0] = self._start((0, 0))
+
+    def __call__(self, batch: Batch) -> Target | TemperedTarget:
+        """Raises TapeCorrupt or TapeIncomplete, naming the view and the shard."""
+        rows = self.tape.layout.shard_rows
+        numbers = batch.positions_B // rows
+        wanted = [(batch.view, int(s)) for s in np.unique(numbers)]
+        keys = [*wanted, self._after(wanted[-1])]
+        self._shards = {key: self._shards.get(key) or self._start(key) for key in keys}
+        start = time.perf_counter()
+        found = {s: self._shards[view, s].result() for view, s in wanted}
+        self.waited_s += time.perf_counter() - start
+        parts = [found[s][batch.positions_B[numbers == s] - s * rows] for _, s in wanted]
+        records = Records.concatenate(parts)
+        if (np.diff(numbers) < 0).any():
+            records = records[np.argsort(np.argsort(numbers, kind="stable"))]
+        return _decoded(self.tape, batch, records)
+
+    def _start(self, key: tuple[int, int]) -> Future[Records]:
+        return self._reader.submit(self.tape.read_shard, *key)
+
+    def _after(self, key: tuple[int, int]) -> tuple[int, int]:
+        view, shard = key
+        if shard + 1 < self.tape.shards_per_view:
+            return view, shard + 1
+        return (view + 1) % self.tape.spec.views, 0
+
+
+class FixedTargets:
+    """Reads a tape in sample order: the answer to a sample, whatever view of it the student sees.
+
+    Epoch v of training gets view v of the tape (modulo its views): with one view this is the
+    paper's fixed teacher, with more its independent noise. A view of the tape is held in memory.
+    Raises UsageError where the student's views are mixed, TapeMismatch unless the tape is of the
+    data with this fingerprint, TapeIncomplete when it lacks a shard.
+    """
+
+    def __init__(self, tape: LogitCache, fingerprint: str, view: ViewSpec) -> None:
+        if view.mixup:
+            raise UsageError(f"{tape.url} answers single images: train with --mixup 0")
+        tape.require_plays(fingerprint, view)
+        tape.require_complete()
+        self.tape = tape
+        self._view: tuple[int, Records] | None = None
+
+    def __call__(self, batch: Batch) -> Target | TemperedTarget:
+        """Raises TapeCorrupt or TapeIncomplete, naming the view and the shard."""
+        view = batch.view % self.tape.spec.views
+        if self._view is None or self._view[0] != view:
+            self._view = view, self.tape[view]
+        return _decoded(self.tape, batch, self._view[1][batch.samples_B])
+
+
+def _decoded(tape: LogitCache, batch: Batch, records: Records) -> Target | TemperedTarget:
+    try:
+        return tape.decode(records).to(batch.images_BCHW.device)
+    except CacheCorrupt as error:
+        at = f"{batch.positions_B.min()} to {batch.positions_B.max()}"
+        raise CacheCorrupt(f"{tape.url}: view {batch.view}, positions {at}: {error}") from error
+
+
+class LabelTargets:
+    """The ground truth, mixed as the pixels are: at most two classes with mass."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+
+    def __call__(self, batch: Batch) -> Target:
+        partner = batch.weights_B.float() / MIX_UNIT
+        # A pair of one class keeps one entry with all of the mass.
+        partner = partner.masked_fill(batch.labels_B == batch.partners_B, 0)
+        mass_B2 = torch.stack([1 - partner, partner], 1)
+        classes_B2 = torch.stack([batch.labels_B, batch.partners_B], 1)
+        logits_B2 = mass_B2.log() - mass_B2.amax(1, keepdim=True).log()
+        return Target(logits_B2, classes_B2, None, self.num_classes)
