@@ -1,4 +1,4 @@
-"""Bytes a record against KL(teacher || record), for our tapes and for other caches' layouts.
+"""Bytes a record against KL(teacher || record), for our caches and for other caches' layouts.
 
     python -m benchmarks.glyphs FOLDER                    once: two teachers' logits
     python -m benchmarks.bench_codec FOLDER [--save]      about 5 minutes of 2 CPU cores
@@ -32,7 +32,8 @@ from benchmarks.layouts import LAYOUTS
 from kdcache.batch import Target
 from kdcache.cache.codecs import top_k
 from kdcache.cache.compression import pipeline
-from kdcache.cache.records import Records, ValueType
+from kdcache.cache.codecs import ValueType
+from kdcache.cache.records import Records
 from kdcache.losses.distillation import log_probabilities
 
 TEMPERATURES = (1.0, 2.0, 5.0, 10.0)
@@ -65,11 +66,11 @@ class Teacher:
         return self.logits_BC.shape[1]
 
 
-def stored(name: str, array: NDArray[Any], classes: int, dense: bool, rows: int) -> MemoryStore:
-    """The array in a Zarr store, in chunks of `rows` as a tape has them."""
+def stored(name: str, array: NDArray[Any], num_classes: int, dense: bool, rows: int) -> MemoryStore:
+    """The array in a Zarr store, in chunks of `rows` as a cache has them."""
     store = MemoryStore()
     width = array.shape[1]
-    how = pipeline(name, array.dtype, classes=classes, dense=dense, chunk_rows=rows)
+    how = pipeline(name, array.dtype, classes=num_classes, dense=dense, chunk_rows=rows)
     made = zarr.create_array(
         store,
         name=name,
@@ -83,13 +84,13 @@ def stored(name: str, array: NDArray[Any], classes: int, dense: bool, rows: int)
     return store
 
 
-def write(records: Records, classes: int, dense: bool = False) -> dict[str, MemoryStore]:
+def write(records: Records, num_classes: int, dense: bool = False) -> dict[str, MemoryStore]:
     arrays = records.arrays()
     raw = sum(array[0].nbytes for array in arrays.values())
     rows = 2
     while rows * raw < CHUNK_BYTES:
         rows *= 2
-    return {name: stored(name, array, classes, dense, rows) for name, array in arrays.items()}
+    return {name: stored(name, array, num_classes, dense, rows) for name, array in arrays.items()}
 
 
 def read(stores: dict[str, MemoryStore]) -> Records:
@@ -97,10 +98,10 @@ def read(stores: dict[str, MemoryStore]) -> Records:
     return Records(**{name: np.asarray(array[0]) for name, array in opened.items()})
 
 
-def record_bytes(records: Records, classes: int, dense: bool) -> float:
+def record_bytes(records: Records, num_classes: int, dense: bool) -> float:
     """Bytes a record after compression."""
     objects = [
-        o for store in write(records, classes, dense).values() for o in store._store_dict.items()
+        o for store in write(records, num_classes, dense).values() for o in store._store_dict.items()
     ]
     return sum(len(data.to_bytes()) for key, data in objects if "/c/" in key) / len(records)
 
@@ -123,9 +124,9 @@ def ours(teacher: Teacher, layout: str, k: int) -> Line:
     line = _line(teacher, layout, "all" if dense else k, size, size)
     found = top_k.decode(records[:KL_ROWS], teacher.classes)
     tail = None if found.tail_B3 is None else found.tail_B3.double()
-    target = Target(found.logits_BK.double(), found.classes_BK, tail, teacher.classes)
+    target = Target(found.logits_BK.double(), found.class_ids_BK, tail, teacher.classes)
     for T in TEMPERATURES:
-        kl = divergences(teacher.log_p[T], target.classes_BK, *log_probabilities(target, T))
+        kl = divergences(teacher.log_p[T], target.class_ids_BK, *log_probabilities(target, T))
         line[f"full_{T:g}"], line[f"bucket_{T:g}"] = kl
     return line
 
@@ -136,7 +137,7 @@ def theirs(teacher: Teacher, layout: str, k: int) -> Line:
     line = _line(teacher, layout, k, float(rows.shape[1]), zstd)
     named = LAYOUTS[layout].unpack(rows[:KL_ROWS], k, teacher.classes)
     for T in TEMPERATURES:
-        kl = divergences(teacher.log_p[T], named.classes_BK, *named.at(T))
+        kl = divergences(teacher.log_p[T], named.class_ids_BK, *named.at(T))
         line[f"full_{T:g}"], line[f"bucket_{T:g}"] = kl
     return line
 
@@ -144,7 +145,7 @@ def theirs(teacher: Teacher, layout: str, k: int) -> Line:
 def projected(teacher: Teacher, rank: int) -> Line:
     """Logits as 8-bit coefficients of the main directions of other rows' logits.
 
-    Mean and directions would be kept once a tape.
+    Mean and directions would be kept once a cache.
     """
     others = teacher.logits_BC[KL_ROWS:]
     mean_C = others.mean(0)

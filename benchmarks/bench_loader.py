@@ -75,7 +75,7 @@ class Arrays(Dataset[tuple[torch.Tensor, int]]):
 
 
 def ours(path: Path, size: int, batch: int, mixup: float) -> Callable[[], int]:
-    spec = ViewSpec(size, min_area=AREA[0], mixup=mixup)
+    spec = ViewSpec(size, min_scale=AREA[0], mixup=mixup)
     loader = Loader(datasets.open_dataset(path), spec, batch, workers=WORKERS)
     views = iter(range(1 << 20))
     return lambda: sum(len(b) for b in loader.batches(next(views)))

@@ -63,7 +63,7 @@ def training(case: Case, mode: Mode, source: TargetSource) -> Callable[[], int]:
         lr=rivals.LR,
         weight_decay=rivals.WEIGHT_DECAY,
         temperature=rivals.TEMPERATURE,
-        views=case.epochs,
+        num_views=case.epochs,
     )
 
     def run() -> int:
@@ -73,17 +73,17 @@ def training(case: Case, mode: Mode, source: TargetSource) -> Callable[[], int]:
     return run
 
 
-def sources(case: Case, teacher: Classifier, tape: LogitCache) -> dict[Mode, TargetSource]:
+def sources(case: Case, teacher: Classifier, cache: LogitCache) -> dict[Mode, TargetSource]:
     return {
-        "labels": targets.LabelTargets(len(case.data.classes)),
-        "cached": targets.CachedTargets(tape, case.data.fingerprint, case.view),
+        "labels": targets.LabelTargets(len(case.data.class_names)),
+        "cached": targets.CachedTargets(cache, case.data.content_hash, case.view),
         "online": targets.OnlineTargets(teacher),
     }
 
 
 def record(case: Case, teacher: Classifier, path: Path) -> LogitCache:
     spec = make_cache_spec(
-        case.data, teacher, case.view, views=case.epochs, top_k=None, dtype="float16"
+        case.data, teacher, case.view, num_views=case.epochs, top_k=None, dtype="float16"
     )
     return precompute(case.data, teacher, spec, path, batch_size=case.batch_size)
 
@@ -147,8 +147,8 @@ def parts(
     """The breakdown of each mode, beside what a step took without the profiler."""
     lines = []
     for mode, source in found.items():
-        tape = source if isinstance(source, targets.CachedTargets) else None
-        result = breakdown.measure(training(case, mode, source), case.device, tape)
+        cache = source if isinstance(source, targets.CachedTargets) else None
+        result = breakdown.measure(training(case, mode, source), case.device, cache)
         plain_ms = 1e3 * case.batch_size / samples[f"train, {mode}"].quantiles()["p50"]
         for unit in ("ms", "% of the step"):
             line: Line = {"group": case.name, "mode": mode, **result.line(unit)}
@@ -166,7 +166,7 @@ def measure(case: Case, rounds: int, save: bool) -> None:
     harness.report("step", "DataLoader workers: images/s of the plain loop", tried, save)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = sources(case, teacher, record(case, teacher, folder / "tape.zarr"))
+        found = sources(case, teacher, record(case, teacher, folder / "cache.zarr"))
         contestants = {
             **{f"train, {mode}": training(case, mode, source) for mode, source in found.items()},
             **rivals_of(case, max(rates, key=lambda workers: rates[workers])),
@@ -193,8 +193,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.save:
         harness.start_results("step")
-    if args.samples:
-        with fashion(args.samples, device) as case:
+    if args.num_samples:
+        with fashion(args.num_samples, device) as case:
             measure(case, args.rounds, args.save)
     for side_px in args.photo_px if args.photos else ():
         with photos(args.photos, side_px, 2, device) as case:

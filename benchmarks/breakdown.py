@@ -4,7 +4,7 @@ In: something that trains. Out: milliseconds a step of each of the loop's named 
 range takes what passes between its begin and its end in the loop's thread. On a GPU it takes what
 the device computes for it, wherever in the process that was launched while the range was open.
 
-"wait" is on the CPU what the loop stands still for: the loader's queue and the tape's reader. On a
+"wait" is on the CPU what the loop stands still for: the loader's queue and the cache's reader. On a
 GPU it is idle time of the device, or copies, between two steps: from the end of the last kernel of
 a step to the first of the next one's target or forward pass, and between these two.
 """
@@ -51,15 +51,15 @@ class Breakdown:
 
 
 def measure(
-    run: Callable[[], object], device: torch.device, tape: CachedTargets | None
+    run: Callable[[], object], device: torch.device, cache: CachedTargets | None
 ) -> Breakdown:
     """Of one run, all of whose steps count: run it before, so that nothing is compiled now."""
-    waited_s = tape.waited_s if tape else 0.0
+    waited_s = cache.waited_s if cache else 0.0
     events = traced(run, device)
     if device.type == "cuda":
         return on_device(events)
-    tape_wait_us = 1e6 * (tape.waited_s - waited_s) if tape else 0.0
-    return on_host(events, tape_wait_us)
+    cache_wait_us = 1e6 * (cache.waited_s - waited_s) if cache else 0.0
+    return on_host(events, cache_wait_us)
 
 
 def traced(run: Callable[[], object], device: torch.device) -> list[Event]:
@@ -82,10 +82,10 @@ def traced(run: Callable[[], object], device: torch.device) -> list[Event]:
     return [event for event in events if event.get("ph") == "X"]
 
 
-def on_host(events: list[Event], tape_wait_us: float) -> Breakdown:
+def on_host(events: list[Event], cache_wait_us: float) -> Breakdown:
     ranges = _ranges(events)
     total = {name: sum(e["dur"] for e in ranges if e["name"] == name) for name in RANGES}
-    wait = sum(e["dur"] for e in _named(events, "wait")) + tape_wait_us
+    wait = sum(e["dur"] for e in _named(events, "wait")) + cache_wait_us
     return _breakdown(ranges, total, wait)
 
 

@@ -17,21 +17,21 @@ Curve = list[tuple[float, float]]  # (bytes, KL), both falling or rising togethe
 
 def divergences(
     log_p_BC: torch.Tensor,
-    classes_BK: torch.Tensor | None,
+    class_ids_BK: torch.Tensor | None,
     log_named_BK: torch.Tensor,
     log_tail_B: torch.Tensor | None,
 ) -> tuple[float, float]:
     """Mean KL in nats from the teacher's log-probabilities: over all classes, the record's tail
     spread evenly, and over the named classes and the tail as one outcome (what the bucket loss
     sees). A record without classes names all of them."""
-    if classes_BK is None or log_tail_B is None:
+    if class_ids_BK is None or log_tail_B is None:
         kl = _kl(log_p_BC, log_named_BK).sum(1).mean().item()
         return kl, kl
-    named = torch.zeros_like(log_p_BC, dtype=torch.bool).scatter_(1, classes_BK, True)
+    named = torch.zeros_like(log_p_BC, dtype=torch.bool).scatter_(1, class_ids_BK, True)
     rest_BC = log_p_BC.masked_fill(named, -torch.inf)
     rest_B = rest_BC.logsumexp(1)
-    bucket_B = _kl(log_p_BC.gather(1, classes_BK), log_named_BK).sum(1) + _kl(rest_B, log_tail_B)
-    even_B = rest_B - math.log(log_p_BC.shape[1] - classes_BK.shape[1])
+    bucket_B = _kl(log_p_BC.gather(1, class_ids_BK), log_named_BK).sum(1) + _kl(rest_B, log_tail_B)
+    even_B = rest_B - math.log(log_p_BC.shape[1] - class_ids_BK.shape[1])
     shape_B = _kl(rest_BC, even_B[:, None]).masked_fill(named, 0).sum(1)
     return (bucket_B + shape_B).mean().item(), bucket_B.mean().item()
 

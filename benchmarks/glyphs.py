@@ -18,7 +18,7 @@ Two sets: "kana", the 169 hiragana and katakana, and "kanji", 1000 of the 2965 o
 in every typeface that has them all, once a typeface and copy, with its own size, tilt, place, ink
 and noise. A sixth of the typefaces is for testing. The teacher is a `kdcache:medium` trained here
 from the labels; FOLDER/NAME.npy gets its logits of views that it was not trained on, mixed in
-pairs as a tape's views are, float32 [ROWS, C], and FOLDER/NAME.json says what they are.
+pairs as a cache's views are, float32 [ROWS, C], and FOLDER/NAME.json says what they are.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ FONTS = Path("/usr/share/fonts")
 SIZE_PX = 32
 ROWS = 1 << 16
 TEST_EVERY = 6
-VIEW = ViewSpec(SIZE_PX, min_area=0.3, flip=False, mixup=1.0)
+VIEW = ViewSpec(SIZE_PX, min_scale=0.3, flip=False, mixup=1.0)
 MISSING = "\U000ffffd"  # a private character: fonts draw their box for what they lack
 
 
@@ -126,8 +126,8 @@ def source(glyphs: GlyphSet, paths: list[Path], seed: int) -> Source:
 
 def teach(glyphs: GlyphSet, data: datasets.Dataset) -> Classifier:
     """A teacher from the labels, on views of its own."""
-    classes = len(data.classes)
-    own = ViewSpec(SIZE_PX, min_area=0.5, flip=False, mixup=0.0, seed=1)
+    classes = len(data.class_names)
+    own = ViewSpec(SIZE_PX, min_scale=0.5, flip=False, mixup=0.0, seed=1)
     spec = TrainSpec("labels", own, glyphs.epochs, 128)
     torch.manual_seed(0)
     teacher = load.load_model(
@@ -143,7 +143,7 @@ def teach(glyphs: GlyphSet, data: datasets.Dataset) -> Classifier:
 
 
 def answers(data: datasets.Dataset, teacher: Classifier) -> torch.Tensor:
-    """Logits [ROWS, C] of the tape's views, front to back."""
+    """Logits [ROWS, C] of the cache's views, front to back."""
     parts, rows = [], 0
     with Loader(data, VIEW, 256, workers=1) as loader:
         for view in range(math.ceil(ROWS / len(data))):
@@ -170,7 +170,7 @@ def make(glyphs: GlyphSet, folder: Path) -> None:
     largest_B = torch.softmax(logits_BC, 1).amax(1)
     about = {
         "set": glyphs.name,
-        "classes": len(data.classes),
+        "classes": len(data.class_names),
         "typefaces": len(paths),
         "images": len(data),
         "epochs": glyphs.epochs,

@@ -35,13 +35,13 @@ Bytes = NDArray[np.uint8]
 class Named:
     """Log-probabilities of named classes at T = 1, float64; the rest is for all others alike."""
 
-    classes_BK: torch.Tensor
+    class_ids_BK: torch.Tensor
     log_p_BK: torch.Tensor
     num_classes: int
 
     def at(self, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities at T of the named classes [B, K] and of the whole tail [B]."""
-        left = self.num_classes - self.classes_BK.shape[1]
+        left = self.num_classes - self.class_ids_BK.shape[1]
         rest_B = (1 - self.log_p_BK.exp().sum(1)).clamp(min=LEAST_TAIL)
         log_p_BK = self.log_p_BK / temperature
         log_tail_B = (rest_B / left).log() / temperature + math.log(left)
@@ -57,8 +57,8 @@ class Layout(Protocol):
 
 def _top(logits_BC: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and classes of the k largest, falling."""
-    log_p_BK, classes_BK = torch.log_softmax(logits_BC.float(), 1).topk(k, dim=1)
-    return log_p_BK, classes_BK
+    log_p_BK, class_ids_BK = torch.log_softmax(logits_BC.float(), 1).topk(k, dim=1)
+    return log_p_BK, class_ids_BK
 
 
 def _bytes(array: NDArray[np.generic]) -> Bytes:
@@ -72,16 +72,16 @@ def _log(probabilities: NDArray[np.generic]) -> torch.Tensor:
 
 class TinyViT:
     def pack(self, logits_BC: torch.Tensor, k: int) -> Bytes:
-        log_p_BK, classes_BK = _top(logits_BC, k)
+        log_p_BK, class_ids_BK = _top(logits_BC, k)
         seeds_B = np.zeros((len(logits_BC), 1), np.int32)
         values_BK = log_p_BK.exp().numpy().astype(np.float16)
-        parts = (seeds_B, classes_BK.numpy().astype(np.int16), values_BK)
+        parts = (seeds_B, class_ids_BK.numpy().astype(np.int16), values_BK)
         return np.concatenate([_bytes(part) for part in parts], axis=1)
 
     def unpack(self, rows: Bytes, k: int, num_classes: int) -> Named:
-        classes_BK = rows[:, 4 : 4 + 2 * k].copy().view(np.int16).astype(np.int64)
+        class_ids_BK = rows[:, 4 : 4 + 2 * k].copy().view(np.int16).astype(np.int64)
         values_BK = rows[:, 4 + 2 * k :].copy().view(np.float16)
-        return Named(torch.from_numpy(classes_BK), _log(values_BK), num_classes)
+        return Named(torch.from_numpy(class_ids_BK), _log(values_BK), num_classes)
 
 
 @dataclass(frozen=True)
@@ -93,18 +93,18 @@ class FKD:
         return np.dtype(np.float16 if self.half else np.float32)
 
     def pack(self, logits_BC: torch.Tensor, k: int) -> Bytes:
-        log_p_BK, classes_BK = _top(logits_BC, k)
+        log_p_BK, class_ids_BK = _top(logits_BC, k)
         flips_B = np.zeros((len(logits_BC), 1), np.uint8)
         coords_B4 = np.zeros((len(logits_BC), 4), self.dtype)
-        pairs = torch.stack([classes_BK.float(), log_p_BK.exp()], 2).numpy().astype(self.dtype)
+        pairs = torch.stack([class_ids_BK.float(), log_p_BK.exp()], 2).numpy().astype(self.dtype)
         parts = (flips_B, coords_B4, pairs.reshape(len(pairs), -1))
         return np.concatenate([_bytes(part) for part in parts], axis=1)
 
     def unpack(self, rows: Bytes, k: int, num_classes: int) -> Named:
         start = 1 + 4 * self.dtype.itemsize
         pairs = rows[:, start:].copy().view(self.dtype).reshape(-1, k, 2)
-        classes_BK = torch.from_numpy(pairs[..., 0].astype(np.int64))
-        return Named(classes_BK, _log(pairs[..., 1]), num_classes)
+        class_ids_BK = torch.from_numpy(pairs[..., 0].astype(np.int64))
+        return Named(class_ids_BK, _log(pairs[..., 1]), num_classes)
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,11 @@ class DistillKit:
     powers: int
 
     def pack(self, logits_BC: torch.Tensor, k: int) -> Bytes:
-        log_p_BK, classes_BK = _top(logits_BC, k)
+        log_p_BK, class_ids_BK = _top(logits_BC, k)
         exact = min(self.exact, k)
         head = log_p_BK[:, :exact].bfloat16().view(torch.int16).numpy()
         bits = _class_bits(logits_BC.shape[1])
-        planes = (classes_BK.numpy()[:, :, None] >> np.arange(bits)) & 1
+        planes = (class_ids_BK.numpy()[:, :, None] >> np.arange(bits)) & 1
         ids = np.packbits(planes.reshape(len(planes), -1).astype(np.uint8), axis=1)
         parts = [_bytes(head), ids]
         if exact < k:
@@ -138,8 +138,8 @@ class DistillKit:
             fitted = (fit_BJ.double() @ self._terms(k - exact).T).clamp(max=0)
             log_p_BK, end = torch.cat([log_p_BK, fitted], 1), end + width
         planes = np.unpackbits(rows[:, end:], axis=1, count=k * bits).reshape(-1, k, bits)
-        classes_BK = planes.astype(np.int64) @ (1 << np.arange(bits))
-        return Named(torch.from_numpy(classes_BK), log_p_BK, num_classes)
+        class_ids_BK = planes.astype(np.int64) @ (1 << np.arange(bits))
+        return Named(torch.from_numpy(class_ids_BK), log_p_BK, num_classes)
 
     def _terms(self, ranks: int) -> torch.Tensor:
         """[N, J]: powers and the square root of the rank, scaled to [0, 1]."""

@@ -22,7 +22,7 @@ image in microseconds. A bar is what we set out to reach before we measured.
 COMMANDS = {
     "loader": ("The loader", "python -m benchmarks.bench_loader --save"),
     "step": ("Training and precompute", "python -m benchmarks.bench_step --save"),
-    "tape": ("The tape", "python -m benchmarks.bench_tape --save"),
+    "cache": ("The cache", "python -m benchmarks.bench_cache --save"),
 }
 
 

@@ -98,7 +98,7 @@ class Arrays(TorchDataset[Item]):
 
     def __init__(self, source: Source, view: ViewSpec) -> None:
         self.source = source
-        crop = v1.RandomResizedCrop(view.size_px, (view.min_area, 1.0))
+        crop = v1.RandomResizedCrop(view.size_px, (view.min_scale, 1.0))
         self.transform = v1.Compose([crop, v1.RandomHorizontalFlip(), v1.PILToTensor()])
 
     def __len__(self) -> int:
@@ -114,7 +114,7 @@ class Photos(TorchDataset[Item]):
 
     def __init__(self, source: Source, view: ViewSpec) -> None:
         self.source = source
-        crop = v2.RandomResizedCrop(view.size_px, (view.min_area, 1.0), antialias=True)
+        crop = v2.RandomResizedCrop(view.size_px, (view.min_scale, 1.0), antialias=True)
         self.transform = v2.Compose([crop, v2.RandomHorizontalFlip()])
 
     def __len__(self) -> int:
@@ -127,31 +127,31 @@ class Photos(TorchDataset[Item]):
 
 
 @contextmanager
-def fashion(samples: int, device: torch.device) -> Iterator[Case]:
+def fashion(num_samples: int, device: torch.device) -> Iterator[Case]:
     """Fashion-MNIST to 28 px, in batches of 256."""
     whole = open_source("fashion-mnist", "train")
-    source = Source(whole.classes, whole.images[:samples], whole.labels[:samples])
-    view = ViewSpec(28, min_area=0.3, mixup=1.0)
+    source = Source(whole.class_names, whole.images[:num_samples], whole.labels[:num_samples])
+    view = ViewSpec(28, min_scale=0.3, mixup=1.0)
     with tempfile.TemporaryDirectory() as name:
         data, _ = convert(source, Path(name) / "data.beton")
         yield Case(
-            "Fashion-MNIST to 28 px", view, min(256, samples), 1, device, data, Arrays(source, view)
+            "Fashion-MNIST to 28 px", view, min(256, num_samples), 1, device, data, Arrays(source, view)
         )
 
 
 @contextmanager
-def photos(samples: int, size_px: int, epochs: int, device: torch.device) -> Iterator[Case]:
+def photos(num_samples: int, size_px: int, epochs: int, device: torch.device) -> Iterator[Case]:
     """JPEGs of about 500x400 px."""
-    view = ViewSpec(size_px, min_area=0.3, mixup=1.0)
+    view = ViewSpec(size_px, min_scale=0.3, mixup=1.0)
     with tempfile.TemporaryDirectory() as name:
-        paths = make_photos(Path(name), samples)
+        paths = make_photos(Path(name), num_samples)
         classes = tuple(f"class {i}" for i in range(CLASSES))
-        source = Source(classes, paths, [i % CLASSES for i in range(samples)])
+        source = Source(classes, paths, [i % CLASSES for i in range(num_samples)])
         data, _ = convert(source, Path(name) / "data.beton")
         yield Case(
             f"photos to {size_px} px",
             view,
-            min(32, samples),
+            min(32, num_samples),
             epochs,
             device,
             data,

@@ -22,19 +22,19 @@ class Batch:
 
     images_BCHW     uint8, mixed; on the loader's device, in channels-last memory
     labels_B        int64, the sample's own class
-    partners_B      int64, the class of its partner (its own where nothing is mixed)
-    weights_B       int16, the partner's weight in 1/256
-    positions_B, samples_B   int64 NumPy arrays
+    partner_labels_B      int64, the class of its partner (its own where nothing is mixed)
+    mix_weights_B   int16, the partner's weight in 1/256
+    positions_B, sample_ids_B   int64 NumPy arrays
     teacher_images_BCHW      what the teacher sees of the same samples, where that is other pixels
     """
 
     view: int
     positions_B: NDArray[np.int64]
-    samples_B: NDArray[np.int64]
+    sample_ids_B: NDArray[np.int64]
     images_BCHW: torch.Tensor
     labels_B: torch.Tensor
-    partners_B: torch.Tensor
-    weights_B: torch.Tensor
+    partner_labels_B: torch.Tensor
+    mix_weights_B: torch.Tensor
     teacher_images_BCHW: torch.Tensor | None = None
 
     @property
@@ -51,19 +51,23 @@ class Target:
     """A target distribution for each row, at any temperature.
 
     logits_BK    float32, relative to the row's largest, so at most 0
-    classes_BK   int64, the classes of these logits; None when K = C, in class order
+    class_ids_BK   int64, the classes of these logits; None when K = C, in class order
     tail_B3      float32 summary of the C-K classes that are not named: log-sum-exp at T = 1, mean
                  and variance of their relative logits; None when no mass is left for them
     num_classes  C
     """
 
     logits_BK: torch.Tensor
-    classes_BK: torch.Tensor | None
+    class_ids_BK: torch.Tensor | None
     tail_B3: torch.Tensor | None
     num_classes: int
 
+    def top_class(self) -> torch.Tensor:
+        """The class of the largest logit [B], int64."""
+        return _top_class(self.logits_BK, self.class_ids_BK)
+
     def to(self, device: torch.device) -> Target:
-        classes, tail = self.classes_BK, self.tail_B3
+        classes, tail = self.class_ids_BK, self.tail_B3
         return Target(
             _moved(self.logits_BK, device),
             None if classes is None else _moved(classes, device),
@@ -77,26 +81,43 @@ class TemperedTarget:
     """A target at one temperature, of a user's own making; it need not sum to 1.
 
     log_p_BK     log-probabilities at `temperature` of the named classes; -inf names none
-    classes_BK   uint16, int32 or int64, no class twice in a row
+    class_ids_BK   uint16, int32 or int64, no class twice in a row
     log_tail_B   log of the mass of all other classes; None when there is none
     num_classes  C
     """
 
     log_p_BK: torch.Tensor
-    classes_BK: torch.Tensor
+    class_ids_BK: torch.Tensor
     log_tail_B: torch.Tensor | None
     temperature: float
     num_classes: int
+
+    def top_class(self) -> torch.Tensor:
+        """The class of the largest probability [B], int64."""
+        return _top_class(self.log_p_BK, self.class_ids_BK)
 
     def to(self, device: torch.device) -> TemperedTarget:
         tail = self.log_tail_B
         return TemperedTarget(
             _moved(self.log_p_BK, device),
-            _moved(self.classes_BK, device),
+            _moved(self.class_ids_BK, device),
             None if tail is None else _moved(tail, device),
             self.temperature,
             self.num_classes,
         )
+
+
+def dense_target(logits_BC: torch.Tensor) -> Target:
+    """The target of live teacher logits [B, C]: what a dense float32 record of them decodes to."""
+    z = logits_BC.float()
+    return Target(z - z.amax(1, keepdim=True), None, None, z.shape[1])
+
+
+def _top_class(values_BK: torch.Tensor, class_ids_BK: torch.Tensor | None) -> torch.Tensor:
+    column_B = values_BK.argmax(1)
+    if class_ids_BK is None:
+        return column_B
+    return class_ids_BK.gather(1, column_B[:, None])[:, 0].long()
 
 
 def _moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:

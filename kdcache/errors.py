@@ -3,7 +3,7 @@
     KDCacheError
     ├── UsageError (ValueError)           change the command or the argument
     ├── DatasetCorrupt                    convert the images again, or mend the disk
-    ├── TapeMismatch                      use the tape, data and spec that belong together
+    ├── TapeMismatch                      use the cache, data and spec that belong together
     ├── TapeIncomplete                    run `kdcache precompute` again
     ├── TapeCorrupt                       delete the named part and precompute it again
     ├── CheckpointCorrupt                 remove the named file, and resume from the one before
@@ -32,15 +32,15 @@ class DatasetCorrupt(KDCacheError):
 
 
 class CacheMismatch(KDCacheError):
-    """A tape was made from other data, another teacher or another view spec than asked for."""
+    """A cache was made from other data, another teacher or another view spec than asked for."""
 
 
 class CacheIncomplete(KDCacheError):
-    """A tape lacks views or shards that were asked for."""
+    """A cache lacks views or shards that were asked for."""
 
 
 class CacheCorrupt(KDCacheError):
-    """A byte of a tape is not what was written."""
+    """A byte of a cache is not what was written."""
 
 
 class CheckpointCorrupt(KDCacheError):

@@ -1,12 +1,18 @@
-"""What every spec needs: canonical JSON, digests, checks of fields, differences between two."""
+"""What every spec needs: canonical JSON, digests, checks of fields, old versions, differences.
+
+A spec is a frozen dataclass that checks itself when it is built. Its JSON holds its version and the
+fields that differ from that version's defaults: a new field with a default leaves the JSON, and so
+the digest, of every older spec as they are.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from dataclasses import fields, is_dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any, Literal
 
 from kdcache.errors import UsageError
 
@@ -24,8 +30,41 @@ def digest(value: object) -> str:
 
 
 def require(ok: bool, field: str, expected: str, found: object) -> None:
+    """Raise UsageError unless `ok`."""
     if not ok:
         raise UsageError(f"{field} must be {expected}, not {found!r}")
+
+
+def spec_to_json(spec: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults; specs in it by their `to_json`."""
+    values = ((field, getattr(spec, field.name)) for field in fields(spec))
+    return {f.name: _to_json(f, v) for f, v in values if f.default is MISSING or v != f.default}
+
+
+def _to_json(field: Field[Any], value: Any) -> Any:
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    # 1 and 1.0 are equal in Python and two texts in JSON; equal specs have one digest.
+    return float(value) if field.type == "float" and value is not None else value
+
+
+def require_known_fields(cls: type, value: Mapping[str, Any], what: str) -> None:
+    """Raise UsageError for a field that `cls` lacks: a later kdcache has written it."""
+    for name in value.keys() - {field.name for field in fields(cls)}:
+        raise UsageError(
+            f"{what} has the field {name!r}, which this kdcache does not know: install the "
+            "kdcache that wrote it, or a later one"
+        )
+
+
+def require_version(what: str, found: object, newest: int) -> int:
+    """The version, checked to be one that this kdcache reads. Raises UsageError for another."""
+    if type(found) is not int or not 1 <= found <= newest:
+        raise UsageError(
+            f"this kdcache reads {what} of versions 1 to {newest}, found version {found!r}: "
+            "install the kdcache that wrote it, or a later one"
+        )
+    return found
 
 
 def differences(expected: object, found: object) -> list[str]:
@@ -36,11 +75,12 @@ def differences(expected: object, found: object) -> list[str]:
         if is_dataclass(a) and type(a) is type(b):
             out += differences(a, b)
         elif a != b:
-            out.append(f"{field.name}: {_short(a)} here, {_short(b)} there")
+            out.append(f"{field.name}: {format_value(a)} here, {format_value(b)} there")
     return out
 
 
-def _short(value: object) -> str:
-    if isinstance(value, float) and math.isfinite(value):
+def format_value(value: object) -> str:
+    """A value as a message shows it: numbers short where that loses nothing."""
+    if isinstance(value, float) and math.isfinite(value) and float(f"{value:g}") == value:
         return f"{value:g}"
     return str(value)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ import torch
 from torch import nn
 
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import top_k as codec
-from kdcache.cache.records import ValueType
+from kdcache.cache.codecs import Dense, RecordCodec, Sampled, TopK, ValueType, choose_codec
 from kdcache.cache.spec import CacheSpec
 from kdcache.cli import app
 from kdcache.data.beton import Dataset, open_dataset
 from kdcache.data.convert import convert
 from kdcache.data.sources import Source, open_source
+from kdcache.models.classifier import Teacher
+from kdcache.teacher.precompute import make_cache_spec
 from kdcache.views.spec import ViewSpec
 
 TEACHER = "python:tests.conftest:linear_teacher"
@@ -61,7 +63,7 @@ def photo_source() -> Source:
 def subset(dataset: Dataset, count: int, out: Path) -> Dataset:
     """The first `count` digits as a dataset of their own."""
     whole = open_source("digits", "train")
-    return convert(Source(whole.classes, whole.images[:count], whole.labels[:count]), out)[0]
+    return convert(Source(whole.class_names, whole.images[:count], whole.labels[:count]), out)[0]
 
 
 def linear_teacher(num_classes: int) -> nn.Module:
@@ -97,7 +99,39 @@ def any_size(num_classes: int) -> nn.Module:
     )
 
 
-def synthetic_tape(
+def codec_for(
+    num_classes: int,
+    top_k: int | None = None,
+    dtype: ValueType = "float16",
+    *,
+    num_draws: int = 0,
+    temperature: float = 1.0,
+) -> RecordCodec:
+    """Draws, or the k largest logits, or all of them, without the rule of `choose_codec`."""
+    if num_draws:
+        return Sampled(num_draws, temperature)
+    return Dense(dtype) if top_k in (None, num_classes) else TopK(top_k, dtype)
+
+
+def cache_spec(
+    dataset: Dataset,
+    teacher: Teacher,
+    view_spec: ViewSpec,
+    *,
+    top_k: int | None = None,
+    dtype: ValueType = "float16",
+    num_draws: int = 0,
+    temperature: float = 1.0,
+    **fields: Any,
+) -> CacheSpec:
+    """`make_cache_spec` with the record codec by its parameters, as on the command line."""
+    codec: RecordCodec = Sampled(num_draws or 1, temperature)
+    if not num_draws:
+        codec = choose_codec(teacher.num_classes or len(dataset.class_names), top_k, dtype)
+    return make_cache_spec(dataset, teacher, view_spec, codec, **fields)
+
+
+def synthetic_cache(
     out: Path,
     logits_VNC: torch.Tensor,
     *,
@@ -107,14 +141,16 @@ def synthetic_tape(
     dataset: str = "0123456789abcdef",
     teacher: str = "fedcba9876543210",
 ) -> LogitCache:
-    """A whole tape of given logits [views, samples, classes], without data or teacher."""
-    views, samples, classes = logits_VNC.shape
-    spec = CacheSpec(views, samples, classes, top_k, dtype, dataset, teacher, view)
-    tape = LogitCache.create(out, spec, {"teacher": "synthetic"})
-    for v, shard in tape.missing():
-        rows = logits_VNC[v, slice(*tape.shard_range(shard))]
-        tape.write(v, shard, codec.encode(rows, top_k, dtype))
-    return tape
+    """A complete cache of given logits [num_views, num_samples, C], without data or teacher."""
+    num_views, num_samples, num_classes = logits_VNC.shape
+    codec = codec_for(num_classes, top_k, dtype)
+    spec = CacheSpec(num_views, num_samples, num_classes, codec, dataset, teacher, view)
+    cache = LogitCache.create(out, spec, {"teacher": "synthetic"})
+    for v, shard in cache.missing():
+        start, stop = cache.shard_range(shard)
+        rows = spec.rows(v, np.arange(start, stop))
+        cache.write(v, shard, codec.encode(logits_VNC[v, start:stop], rows))
+    return cache
 
 
 @dataclass(frozen=True)

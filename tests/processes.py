@@ -28,10 +28,10 @@ from kdcache.cli import app
 from kdcache.data.beton import open_dataset
 from kdcache.models import load
 from kdcache.teacher import precompute as recording
-from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.teacher.precompute import precompute
 from kdcache.training import loop
 from kdcache.views.spec import ViewSpec
-from tests.conftest import TEACHER, Result
+from tests.conftest import TEACHER, Result, cache_spec
 
 LIMIT_S = 90
 _context = multiprocessing.get_context("forkserver")
@@ -92,7 +92,7 @@ class Job:
     out: str | Path
     log: Path
     part: tuple[int, int] = (0, 1)
-    views: int = 3
+    num_views: int = 3
     fsync_s: float = 0.0
     start_s: float = 0.0
 
@@ -128,8 +128,8 @@ def record(job: Job) -> None:
     ObjectStore.write = slow_put  # type: ignore[method-assign]
     recording.WAIT_S = 0.1
     data = open_dataset(job.data)
-    teacher = load.load_model(TEACHER, "teacher", num_classes=len(data.classes), size_px=8)
-    spec = make_cache_spec(data, teacher, ViewSpec(8), views=job.views, dtype="float32")
+    teacher = load.load_model(TEACHER, "teacher", num_classes=len(data.class_names), size_px=8)
+    spec = cache_spec(data, teacher, ViewSpec(8), num_views=job.num_views, dtype="float32")
     time.sleep(max(0.0, job.start_s - time.time()))
     with as_command():
         precompute(data, teacher, spec, job.out, batch_size=16, workers=1, part=job.part)

@@ -37,7 +37,7 @@ RANKS = {
     "optimizers": 2,
     "sources": 2,
     "views": 2,
-    "setups": 2,
+    "settings": 2,
     "dataset": 3,
     "pixels": 3,
     "sampling": 3,
@@ -45,7 +45,7 @@ RANKS = {
     "zoo": 3,
     "loader": 4,
     "models": 4,
-    "tape": 4,
+    "cache": 4,
     "saved_logits": 4,
     "precompute": 5,
     "evaluate": 5,
@@ -68,7 +68,7 @@ RANKS = {
     "exchange_commands": 10,
     "inspect_commands": 10,
     "recipe_commands": 10,
-    "tape_commands": 10,
+    "cache_commands": 10,
     "train_commands": 10,
     "cli": 11,
     "__main__": 12,
@@ -90,7 +90,7 @@ OWNERS = {
         "kdcache/exchange_commands.py",
         "kdcache/inspect_commands.py",
         "kdcache/recipe_commands.py",
-        "kdcache/tape_commands.py",
+        "kdcache/cache_commands.py",
         "kdcache/train_commands.py",
     },
     "matplotlib": {"kdcache/picture.py"},
@@ -103,7 +103,7 @@ LOCAL_IMPORTS_ALLOWED = {
     "kdcache/exchange_commands.py",
     "kdcache/inspect_commands.py",
     "kdcache/recipe_commands.py",
-    "kdcache/tape_commands.py",
+    "kdcache/cache_commands.py",
     "kdcache/train_commands.py",
 }
 
@@ -206,7 +206,7 @@ def test_files_are_small() -> None:
 def test_these_tests_can_fail(tmp_path: Path) -> None:
     file = tmp_path / "x.py"
     file.write_text(
-        "from typing import TYPE_CHECKING\nimport zarr.codecs\nfrom kdcache import tape, nothing\n"
+        "from typing import TYPE_CHECKING\nimport zarr.codecs\nfrom kdcache import cache, nothing\n"
         "if TYPE_CHECKING:\n    from kdcache.cli.app import main\n"
         "def f():\n    import ffcv\n    async def g():\n        from kdcache.data.loader import Loader\n"
     )

@@ -17,11 +17,11 @@ from kdcache.cache import store as stores
 from kdcache.cache.cache import LogitCache
 from kdcache.data.beton import Dataset, open_dataset
 from kdcache.models import load
-from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.teacher.precompute import precompute
 from kdcache.training.run_folder import make_run_json, write_result
 from kdcache.training.spec import TrainSpec
 from kdcache.views.spec import ViewSpec
-from tests.conftest import TEACHER, Result, synthetic_tape
+from tests.conftest import TEACHER, Result, cache_spec, synthetic_cache
 
 STUDENT = "python:tests.conftest:convolutional_student"
 NAN_TEACHER = "python:tests.test_bad_input:nan_teacher"
@@ -41,12 +41,12 @@ def two_classes(num_classes: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Bench:
-    """The command line beside a copy of the data and a whole tape of it."""
+    """The command line beside a copy of the data and a whole cache of it."""
 
     command: Command
     folder: Path
     data: Path
-    tape: Path
+    cache: Path
 
     def refused(self, *line: object, words: str | tuple[str, ...]) -> str:
         """Run a command that must fail in one line holding all of `words`."""
@@ -75,14 +75,14 @@ class Bench:
         return [*line, "--out", self.folder / "run", "--epochs", 1, "--batch-size", 98, *options]
 
     def cached(self, *options: object, cache: Path | None = None) -> list[object]:
-        return self.train("--cache", cache or self.tape, *options, mode="cached")
+        return self.train("--cache", cache or self.cache, *options, mode="cached")
 
 
 @pytest.fixture(scope="module")
 def made(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
-    spec = make_cache_spec(digits_test, teacher, ViewSpec(8), views=2, top_k=1, dtype="float16")
-    out = tmp_path_factory.mktemp("tape") / "t.zarr"
+    spec = cache_spec(digits_test, teacher, ViewSpec(8), num_views=2, top_k=1, dtype="float16")
+    out = tmp_path_factory.mktemp("cache") / "t.zarr"
     precompute(digits_test, teacher, spec, out)
     return out
 
@@ -270,9 +270,9 @@ def test_a_run_of_another_class_count(bench: Bench, run_folder: Path, photos: Da
         (["--mixup", -1], "mixup must be 0 or 0.05 to 100, not -1"),
         (["--mixup", "nan"], "mixup must be 0 or 0.05 to 100, not nan"),
         (["--mixup", 1e9], "mixup must be 0 or 0.05 to 100"),
-        (["--min-area", 0], "min-area must be in (0, 1], not 0"),
-        (["--min-area", 2], "min-area must be in (0, 1], not 2"),
-        (["--min-area", "nan"], "min-area must be in (0, 1], not nan"),
+        (["--min-scale", 0], "min-area must be in (0, 1], not 0"),
+        (["--min-scale", 2], "min-area must be in (0, 1], not 2"),
+        (["--min-scale", "nan"], "min-area must be in (0, 1], not nan"),
         (["--size", 0], "size must be a side of 1 to 4096 px, not 0"),
         (["--size", 5000], "size must be a side of 1 to 4096 px, not 5000"),
         (["--view-seed", -1], "view-seed must be in [0, 2^64), not -1"),
@@ -307,13 +307,13 @@ def test_precompute_refuses(bench: Bench, options: list[object], words: str) -> 
         (["--checkpoint-minutes", 0], "checkpoint-minutes must be above 0, not 0"),
         (["--eval-every", 3], "--eval-every needs --val DATA.beton"),
         (["--recipe", "soup"], "soup"),
-        (["--setup", "chaos"], "chaos"),
+        (["--setting", "chaos"], "chaos"),
         (["--init", "no.safetensors"], "cannot read no.safetensors"),
         (["--init", "pretrained"], "has no pretrained weights"),
         (["--batch-size", 298], "batch size 298 is more than the 297 samples of the data"),
         (["--seed", 1 << 70], "seed must be"),
         (["--mixup", -1], "mixup must be 0 or 0.05 to 100, not -1"),
-        (["--min-area", 0], "min-area must be in (0, 1], not 0"),
+        (["--min-scale", 0], "min-area must be in (0, 1], not 0"),
         (["--device", "abacus"], "device 'abacus'"),
         (["--student", "kdcache:tiny"], "unknown model 'kdcache:tiny'"),
         (["--student", "python:tests.test_bad_input:two_classes"], "has 2 classes, the data has"),
@@ -351,7 +351,7 @@ def test_eval_refuses(bench: Bench, options: list[object], words: str) -> None:
         (["train", "--lr", "fast"], "Invalid value for '--lr'"),
         (["train", "--workers", 0], "Invalid value for '--workers'"),
         (["train", "--views", 0], "Invalid value for '--views'"),
-        (["train", "--keep", 0], "Invalid value for '--keep'"),
+        (["train", "--max-checkpoints", 0], "Invalid value for '--max-checkpoints'"),
         (["train", "--checkpoint-every", 0], "Invalid value for '--checkpoint-every'"),
         (["train", "--eval-every", 0], "Invalid value for '--eval-every'"),
         (["train", "--log-every", 0], "Invalid value for '--log-every'"),
@@ -393,9 +393,9 @@ def test_modes_need_their_options_and_no_others(bench: Bench) -> None:
     train = bench.train
     bench.refused(*train(mode="online"), words="--mode online needs --teacher MODEL")
     bench.refused(*train(mode="cached"), words="--mode cached needs --cache C.zarr")
-    bench.refused(*train("--cache", bench.tape), words="--cache goes with --mode cached, not with")
+    bench.refused(*train("--cache", bench.cache), words="--cache goes with --mode cached, not with")
     bench.refused(
-        *train("--cache", bench.tape, "--teacher", TEACHER, mode="online"),
+        *train("--cache", bench.cache, "--teacher", TEACHER, mode="online"),
         words="--cache goes with --mode cached, not with --mode online",
     )
     bench.refused(*train("--teacher", TEACHER), words="--teacher goes with --mode online or cached")
@@ -415,7 +415,7 @@ def test_a_teacher_of_other_classes_than_the_students(bench: Bench, photos: Data
 @pytest.fixture
 def begun(bench: Bench) -> list[object]:
     """The command of a run that was begun, has three checkpoints, and is not finished."""
-    line = bench.train("--epochs", 2, "--checkpoint-every", 2, "--keep", 9, "--log-every", 1)
+    line = bench.train("--epochs", 2, "--checkpoint-every", 2, "--max-checkpoints", 9, "--log-every", 1)
     assert bench.command(*line).code == 0
     run = bench.folder / "run"
     again = bench.train("--out", bench.folder / "other", *line[-8:])
@@ -463,12 +463,12 @@ def test_a_run_is_not_gone_on_with_by_another_command(
     assert files(bench.folder) == before
 
 
-def test_nor_with_another_mode_teacher_tape_or_recipe(bench: Bench, begun: list[object]) -> None:
+def test_nor_with_another_mode_teacher_cache_or_recipe(bench: Bench, begun: list[object]) -> None:
     online = [*begun, "--mode", "online", "--teacher", TEACHER, "--resume"]
     words = ("mode: online here, labels there", "teacher: ", " here, None there")
     bench.refused(*online, words=words)
-    cached = [*begun, "--mode", "cached", "--cache", bench.tape, "--resume"]
-    words = ("mode: cached here, labels there", "views: 2 here, None there", "tape: ")
+    cached = [*begun, "--mode", "cached", "--cache", bench.cache, "--resume"]
+    words = ("mode: cached here, labels there", "views: 2 here, None there", "cache: ")
     result = bench.command(*cached)
     assert result.code == 2
     assert all(word in result.err for word in words), result.err
@@ -542,27 +542,27 @@ def wide_student(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes))
 
 
-def test_a_tape_with_fewer_views_than_epochs_says_that_it_wraps(bench: Bench) -> None:
+def test_a_cache_with_fewer_views_than_epochs_says_that_it_wraps(bench: Bench) -> None:
     result = bench.command(*bench.cached("--epochs", 3))
     assert result.code == 0
-    said = f"kdcache: {bench.tape} has 2 views for 3 epochs: it wraps, epoch e plays view e mod 2\n"
+    said = f"kdcache: {bench.cache} has 2 views for 3 epochs: it wraps, epoch e plays view e mod 2\n"
     assert result.err == said
     shutil.rmtree(bench.folder / "run")
     assert bench.command(*bench.cached("--epochs", 2)).err == ""
 
 
 @pytest.mark.parametrize(
-    ("setup", "words"),
+    ("setting", "words"),
     [
         ("fixed-center", ("fixed-center", "t.zarr")),
-        ("independent-mild", ("independent-mild", "t.zarr")),
-        ("consistent-mild", ("consistent-mild", "t.zarr")),
+        ("independent-random", ("independent-random", "t.zarr")),
+        ("consistent-random", ("consistent-random", "t.zarr")),
     ],
 )
-def test_a_set_up_that_the_tape_was_not_made_for(
-    bench: Bench, setup: str, words: tuple[str, ...]
+def test_a_set_up_that_the_cache_was_not_made_for(
+    bench: Bench, setting: str, words: tuple[str, ...]
 ) -> None:
-    bench.refused(*bench.cached("--setup", setup), words=words)
+    bench.refused(*bench.cached("--setting", setting), words=words)
     assert not (bench.folder / "run").exists()
 
 
@@ -579,27 +579,27 @@ def test_a_run_folder_that_cannot_be_made(bench: Bench) -> None:
     bench.refused(*line, words=("cannot write", "Not a directory"))
 
 
-# --- tapes -----------------------------------------------------------------------------------
+# --- caches -----------------------------------------------------------------------------------
 
 
 def test_a_cache_that_is_not_there_or_something_else(bench: Bench) -> None:
     no, file = bench.folder / "no.zarr", bench.folder / "file"
     file.write_text("x")
-    bench.refused(*bench.cached(cache=no), words=("no tape at", "kdcache precompute"))
+    bench.refused(*bench.cached(cache=no), words=("no cache at", "kdcache precompute"))
     for command in ("inspect", "verify"):
-        bench.refused(command, no, words="no tape at")
-        bench.refused(command, file, words="exists and is not a tape")
+        bench.refused(command, no, words="no cache at")
+        bench.refused(command, file, words="exists and is not a cache")
     for line in (bench.cached(cache=file), ["inspect", file], ["inspect", bench.data]):
-        bench.refused(*line, words="is not a tape; a tape is the folder that `kdcache precompute")
-    bench.refused(*bench.precompute(out="file"), words="is not a tape; choose another path")
-    bench.refused(*bench.precompute("--out", bench.folder), words="exists and is not a tape")
-    bench.refused("inspect", bench.folder, words="exists and is not a tape")
+        bench.refused(*line, words="is not a cache; a cache is the folder that `kdcache precompute")
+    bench.refused(*bench.precompute(out="file"), words="is not a cache; choose another path")
+    bench.refused(*bench.precompute("--out", bench.folder), words="exists and is not a cache")
+    bench.refused("inspect", bench.folder, words="exists and is not a cache")
     assert file.read_text() == "x"
 
 
-def test_a_tape_of_other_data(bench: Bench, digits: Dataset, photos: Dataset) -> None:
+def test_a_cache_of_other_data(bench: Bench, digits: Dataset, photos: Dataset) -> None:
     line = bench.cached("--data", digits.path)
-    bench.refused(*line, words=("was made from other data", "precompute a tape for this"))
+    bench.refused(*line, words=("was made from other data", "precompute a cache for this"))
     line = bench.cached("--data", photos.path)
     bench.refused(*line, words="t.zarr has 10 classes")
 
@@ -609,46 +609,46 @@ def test_a_tape_of_other_data(bench: Bench, digits: Dataset, photos: Dataset) ->
     [
         (["--view-seed", 1], "seed: 1 here, 0 there"),
         (["--crop", "center"], "crop: center here, inception there"),
-        (["--min-area", 0.5], "min_area: 0.5 here, 0.05 there"),
+        (["--min-scale", 0.5], "min_scale: 0.5 here, 0.05 there"),
         (["--no-flip"], "flip: False here, True there"),
         (["--mixup", 0], "mixup: 0 here, 1 there"),
         (["--views", 3], "has 2 views, not 3: leave --views out"),
         (["--temperature", 0.5], "temperature must be at least 1 for top-k targets, not 0.5"),
     ],
 )
-def test_a_tape_of_other_views(bench: Bench, options: list[object], words: str) -> None:
+def test_a_cache_of_other_views(bench: Bench, options: list[object], words: str) -> None:
     bench.refused(*bench.cached(*options), words=words)
     assert not (bench.folder / "run").exists()
 
 
-def test_view_options_that_agree_with_the_tape_are_fine(bench: Bench) -> None:
+def test_view_options_that_agree_with_the_cache_are_fine(bench: Bench) -> None:
     line = bench.cached("--size", 8, "--mixup", 1, "--view-seed", 0, "--views", 2)
     assert bench.command(*line).code == 0
 
 
-def test_precompute_onto_another_tape(bench: Bench) -> None:
+def test_precompute_onto_another_cache(bench: Bench) -> None:
     line = bench.precompute("--views", 3, "--top-k", 1, "--view-seed", 4, out="t.zarr")
-    words = ("holds another tape", "views: 3 here, 2 there", "seed: 4 here, 0 there")
+    words = ("holds another cache", "views: 3 here, 2 there", "seed: 4 here, 0 there")
     bench.refused(*line, words=words)
 
 
-def test_an_incomplete_tape(bench: Bench) -> None:
-    (bench.tape / "classes/c/1/0/0").unlink()
+def test_an_incomplete_cache(bench: Bench) -> None:
+    (bench.cache / "classes/c/1/0/0").unlink()
     words = ("lacks 1 of 2 shards", "view 1 shard 0", "run the same `kdcache precompute` again")
     bench.refused(*bench.cached(), words=words)
 
 
-def test_a_damaged_tape(bench: Bench) -> None:
-    shard = bench.tape / "logits/c/0/0/0"
+def test_a_damaged_cache(bench: Bench) -> None:
+    shard = bench.cache / "logits/c/0/0/0"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
-    for line in (bench.cached(), ["inspect", bench.tape]):
-        words = ("view 0 shard 0 (positions 0 to 296) is damaged", "kdcache verify --discard")
+    for line in (bench.cached(), ["inspect", bench.cache]):
+        words = ("view 0 shard 0 (positions 0 to 296) is damaged", "kdcache verify --delete-damaged")
         bench.refused(*line, words=words)
 
 
 def _manifest(bench: Bench, change: Callable[[dict[str, object]], object]) -> None:
-    file = bench.tape / "zarr.json"
+    file = bench.cache / "zarr.json"
     value = json.loads(file.read_text())
     change(value["attributes"]["kdcache"])
     file.write_text(json.dumps(value))
@@ -657,26 +657,26 @@ def _manifest(bench: Bench, change: Callable[[dict[str, object]], object]) -> No
 @pytest.mark.parametrize("part", ["spec", "digest", "info"])
 def test_a_damaged_manifest(bench: Bench, part: str) -> None:
     _manifest(bench, lambda manifest: manifest.pop(part))
-    for line in (bench.cached(), ["inspect", bench.tape]):
-        bench.refused(*line, words=("the manifest of", "is damaged", "make the tape anew"))
+    for line in (bench.cached(), ["inspect", bench.cache]):
+        bench.refused(*line, words=("the manifest of", "is damaged", "make the cache anew"))
 
 
 def test_a_manifest_with_another_teachers_name(bench: Bench) -> None:
     _manifest(bench, lambda manifest: manifest.update(info={"teacher": "somebody else"}))
     words = "its digest is not that of its contents"
-    bench.refused("inspect", bench.tape, words=words)
+    bench.refused("inspect", bench.cache, words=words)
     bench.refused(*bench.cached(), words=words)
 
 
 def test_a_manifest_that_is_no_json(bench: Bench) -> None:
-    (bench.tape / "zarr.json").write_text("{")
-    for line in (bench.cached(), ["inspect", bench.tape], bench.precompute(out="t.zarr")):
-        bench.refused(*line, words="is not a tape")
+    (bench.cache / "zarr.json").write_text("{")
+    for line in (bench.cached(), ["inspect", bench.cache], bench.precompute(out="t.zarr")):
+        bench.refused(*line, words="is not a cache")
 
 
-def test_a_tape_without_data_of_its_own(bench: Bench) -> None:
+def test_a_cache_without_data_of_its_own(bench: Bench) -> None:
     other = bench.folder / "other.zarr"
-    synthetic_tape(other, torch.zeros(1, 297, 10), top_k=10)
+    synthetic_cache(other, torch.zeros(1, 297, 10), top_k=10)
     bench.refused(*bench.cached(cache=other), words="was made from other data")
 
 
@@ -701,7 +701,7 @@ def test_a_full_disk_while_recording(
     assert LogitCache.open(bench.folder / "new.zarr").missing() == []
 
 
-def test_a_tape_where_none_can_be_made(bench: Bench) -> None:
+def test_a_cache_where_none_can_be_made(bench: Bench) -> None:
     (bench.folder / "file").touch()
     bench.refused(*bench.precompute(out="file/t.zarr"), words=("cannot write", "File exists"))
 

@@ -43,8 +43,8 @@ def test_layouts_have_their_documented_size_and_come_back(name: str, logits: tor
         rows = LAYOUTS[name].pack(logits, k)
         assert (rows.dtype, rows.shape) == (np.uint8, (ROWS, width))
         named = LAYOUTS[name].unpack(rows, k, CLASSES)
-        assert torch.equal(named.classes_BK, log_p.topk(k, 1).indices)
-        truth = log_p.gather(1, named.classes_BK)
+        assert torch.equal(named.class_ids_BK, log_p.topk(k, 1).indices)
+        truth = log_p.gather(1, named.class_ids_BK)
         error = (named.log_p_BK - truth).abs()
         assert error[:, 0].max() < 0.01
         # float16 probabilities below 2^-14 lose digits; the budget's fit has three terms.

@@ -138,7 +138,7 @@ def test_on_the_host_a_range_takes_its_time() -> None:
     waits = [span("user_annotation", "wait", at + 10, 30) for at in (0, 650)]
     other = [span("cpu_op", "load", 0, 900), span("user_annotation", "mine", 0, 900)]
     events = [*step_at(650), *other, *waits, *step_at(0)]
-    found = breakdown.on_host(events, tape_wait_us=20)
+    found = breakdown.on_host(events, cache_wait_us=20)
     assert found.steps == 2
     assert found.step_ms == pytest.approx(0.625)
     assert found.ranges_ms == dict.fromkeys(breakdown.RANGES, pytest.approx(0.1))
@@ -187,8 +187,8 @@ def test_on_a_device_work_belongs_to_the_range_that_launched_it() -> None:
 
 def test_the_breakdown_of_a_real_run_adds_up(case: Case, tmp_path: Path) -> None:
     teacher = case.teacher()
-    tape = bench_step.record(case, teacher, tmp_path / "tape.zarr")
-    for mode, source in bench_step.sources(case, teacher, tape).items():
+    cache = bench_step.record(case, teacher, tmp_path / "cache.zarr")
+    for mode, source in bench_step.sources(case, teacher, cache).items():
         cached = source if isinstance(source, targets.CachedTargets) else None
         run = bench_step.training(case, mode, source)
         found = breakdown.measure(run, CPU, cached)

@@ -25,13 +25,13 @@ from tests.conftest import TEACHER
 HALF = (0.5, 0.5, 0.5)
 
 
-def member(seed: int, *, scale: float = 1.0, classes: int = 10) -> Classifier:
+def member(seed: int, *, scale: float = 1.0, num_classes: int = 10) -> Classifier:
     torch.manual_seed(seed)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(192, classes))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes))
     with torch.no_grad():
         network[1].weight.mul_(scale)
     found = Classifier(network, f"m{seed}", HALF, (0.1 * seed + 0.1,) * 3)
-    found.num_classes = classes
+    found.num_classes = num_classes
     return found.eval().requires_grad_(False)
 
 
@@ -66,9 +66,9 @@ def test_an_ensemble_says_what_it_is() -> None:
     assert both.name == "m1 + m2"
     assert both.num_classes == 10
     assert both.device == torch.device("cpu")
-    assert len(both.fingerprint()) == 16
-    assert both.fingerprint() == Ensemble([member(1), member(2)]).fingerprint()
-    prints = {a.fingerprint(), b.fingerprint(), both.fingerprint(), Ensemble([b, a]).fingerprint()}
+    assert len(both.content_hash()) == 16
+    assert both.content_hash() == Ensemble([member(1), member(2)]).content_hash()
+    prints = {a.content_hash(), b.content_hash(), both.content_hash(), Ensemble([b, a]).content_hash()}
     assert len(prints) == 4
     assert both.features(views())[0] is None
 
@@ -224,12 +224,12 @@ def test_features_of_many_places_are_averaged(layer: nn.Module, channels_last: b
     torch.testing.assert_close(features @ weight.T + layer.bias, logits)
 
 
-def _no_layer(classes: int) -> nn.Module:
+def _no_layer(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def _another_width(classes: int) -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(192, 2 * classes), nn.MaxPool1d(2))
+def _another_width(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 2 * num_classes), nn.MaxPool1d(2))
 
 
 @pytest.mark.parametrize("build", [_no_layer, _another_width])

@@ -17,27 +17,27 @@ import kdcache as package
 from kdcache.cache.cache import LogitCache
 from kdcache.cli import app
 from kdcache.data.beton import Dataset
-from tests.conftest import TEACHER, Result, synthetic_tape
+from tests.conftest import TEACHER, Result, synthetic_cache
 
 ROOT = Path(__file__).parents[1]
 STUDENT = "python:tests.conftest:convolutional_student"
 Run = Callable[..., Result]
 
-VIEW = ["--view-seed", "--size", "--crop", "--min-area", "--flip", "--no-flip", "--mixup"]
+VIEW = ["--view-seed", "--size", "--crop", "--min-scale", "--flip", "--no-flip", "--mixup"]
 MACHINE = ["--batch-size", "--workers", "--device"]
 OPTIONS = {
     "convert": ["--split", "--max-side", "--quality", "--on-error", "--json"],
     "plan": [
         "--data",
         "--teacher",
-        "--setup",
-        "--other-domain",
+        "--setting",
+        "--unlabeled",
         "--views",
         "--top-k",
         "--dtype",
-        "--order",
-        "--average",
-        "--sampled",
+        "--row-order",
+        "--average-views",
+        "--num-draws",
         "--temperature",
         "--out",
         "--student",
@@ -52,14 +52,14 @@ OPTIONS = {
         "--data",
         "--teacher",
         "--out",
-        "--setup",
-        "--other-domain",
+        "--setting",
+        "--unlabeled",
         "--views",
         "--top-k",
         "--dtype",
-        "--order",
-        "--average",
-        "--sampled",
+        "--row-order",
+        "--average-views",
+        "--num-draws",
         "--temperature",
         "--part",
         "--precision",
@@ -76,8 +76,8 @@ OPTIONS = {
         "--teacher",
         "--val",
         "--recipe",
-        "--setup",
-        "--other-domain",
+        "--setting",
+        "--unlabeled",
         "--label-weight",
         "--epochs",
         "--optimizer",
@@ -93,12 +93,12 @@ OPTIONS = {
         "--deterministic",
         "--compile",
         "--views",
-        "--average",
+        "--average-views",
         "--teacher-size",
         "--resume",
         "--checkpoint-every",
         "--checkpoint-minutes",
-        "--keep",
+        "--max-checkpoints",
         "--eval-every",
         "--log-every",
         "--tensorboard",
@@ -108,9 +108,9 @@ OPTIONS = {
     ],
     "eval": ["--data", "--teacher", "--size", "--teacher-size", *MACHINE, "--json"],
     "inspect": ["--data", "--sample", "--view", "--draw", "--json"],
-    "verify": ["--data", "--teacher", "--samples", "--discard", "--precision", *MACHINE, "--json"],
+    "verify": ["--data", "--teacher", "--samples", "--delete-damaged", "--precision", *MACHINE, "--json"],
     "export": ["--top-k", "--json"],
-    "import": ["--data", "--average", "--names", "--dtype", "--json"],
+    "import": ["--data", "--average-views", "--keys-file", "--dtype", "--json"],
     "recipes": ["--data", "--no-measure", "--device", "--json"],
     "demo": ["--out", "--epochs"],
     "bench": [],
@@ -162,8 +162,8 @@ sys.modules["ffcv"] = None
 from pathlib import Path
 import kdcache.losses.distillation
 from kdcache import cli, codec
-from kdcache.cache.cache import Tape
-assert len(Tape.open(Path(sys.argv[1])).read(0, 0, 4)) == 4
+from kdcache.cache.cache import Cache
+assert len(Cache.open(Path(sys.argv[1])).read(0, 0, 4)) == 4
 assert "zarr" in sys.modules
 for line in (["--help"], ["inspect", sys.argv[1]], ["convert", "digits", "x.beton"]):
     sys.argv = ["kdcache", *line]
@@ -174,8 +174,8 @@ for line in (["--help"], ["inspect", sys.argv[1]], ["convert", "digits", "x.beto
 """
 
 
-def test_tapes_and_losses_need_no_ffcv(tmp_path: Path) -> None:
-    synthetic_tape(tmp_path / "t", torch.zeros(1, 4, 3), top_k=3)
+def test_caches_and_losses_need_no_ffcv(tmp_path: Path) -> None:
+    synthetic_cache(tmp_path / "t", torch.zeros(1, 4, 3), top_k=3)
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_FFCV, tmp_path / "t"],
         capture_output=True,
@@ -187,7 +187,7 @@ def test_tapes_and_losses_need_no_ffcv(tmp_path: Path) -> None:
     assert done.stdout.endswith("exit code 2\n")
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("kdcache: reading images needs FFCV, which is not installed")
-    assert "make setup" in done.stderr
+    assert "make setting" in done.stderr
 
 
 HEAVY = "ffcv torch zarr numba torchvision timm matplotlib scipy"
@@ -234,11 +234,11 @@ def test_convert_says_what_it_made(kdcache: Run, tmp_path: Path) -> None:
     assert "samples      297" in result.out
 
 
-PRECOMPUTE = ("precompute", "--teacher", TEACHER, "--batch-size", 100, "--min-area", 0.5)
+PRECOMPUTE = ("precompute", "--teacher", TEACHER, "--batch-size", 100, "--min-scale", 0.5)
 
 
 @pytest.fixture
-def tape(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> Path:
+def cache(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> Path:
     path = tmp_path / "t.zarr"
     assert kdcache(*PRECOMPUTE, "--data", digits_test.path, "--out", path, "--views", 2).code == 0
     return path
@@ -251,8 +251,8 @@ def test_precompute(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
     assert (found["views"], found["samples"], found["top_k"]) == (2, 297, "all")
     assert found["dtype"] == "float16"
     spec = LogitCache.open(path).spec
-    assert (spec.view.size_px, spec.view.crop, spec.view.min_area) == (8, "inception", 0.5)
-    assert (spec.view.flip, spec.view.mixup, spec.view.seed) == (True, 1.0, 0)
+    assert (spec.view_spec.size_px, spec.view_spec.crop, spec.view_spec.min_scale) == (8, "inception", 0.5)
+    assert (spec.view_spec.flip, spec.view_spec.mixup, spec.view_spec.seed) == (True, 1.0, 0)
     again = answer(kdcache(*line))
     assert again["bytes"] == found["bytes"]
 
@@ -285,9 +285,9 @@ def test_precompute_takes_its_view_options(
     line = ("precompute", "--data", digits_test.path, "--out", out, "--views", 1)
     view = ("--crop", "center", "--no-flip", "--mixup", 0.4, "--view-seed", 9, "--size", 8)
     assert kdcache(*line, "--teacher", TEACHER, *view).code == 0
-    found = LogitCache.open(out).spec.view
+    found = LogitCache.open(out).spec.view_spec
     assert (found.crop, found.flip, found.mixup, found.seed) == ("center", False, 0.4, 9)
-    assert found.min_area == pytest.approx((7 / 8) ** 2)
+    assert found.min_scale == pytest.approx((7 / 8) ** 2)
 
 
 def trained(kdcache: Run, data: Dataset, out: Path, *options: object) -> dict[str, object]:
@@ -313,9 +313,9 @@ def trained(kdcache: Run, data: Dataset, out: Path, *options: object) -> dict[st
 
 
 def test_train_in_three_modes_then_eval(
-    kdcache: Run, digits_test: Dataset, tape: Path, tmp_path: Path
+    kdcache: Run, digits_test: Dataset, cache: Path, tmp_path: Path
 ) -> None:
-    view = ("--min-area", 0.5)
+    view = ("--min-scale", 0.5)
     labels = trained(kdcache, digits_test, tmp_path / "l", "--mode", "labels", *view)
     online = trained(
         kdcache,
@@ -336,7 +336,7 @@ def test_train_in_three_modes_then_eval(
         "--mode",
         "cached",
         "--cache",
-        tape,
+        cache,
         "--teacher",
         TEACHER,
     )
@@ -422,7 +422,7 @@ def test_a_run_in_two_parts(kdcache: Run, digits_test: Dataset, tmp_path: Path) 
         4,
         "--log-every",
         2,
-        "--keep",
+        "--max-checkpoints",
         1,
         "--resume",
         "--deterministic",
@@ -532,12 +532,12 @@ def test_a_teacher_that_is_a_run_is_shown_the_size_that_it_knows(
         tmp_path / "t",
     )
     assert made.code == 0, made.err
-    tape = ("precompute", "--data", digits_test.path, "--teacher", tmp_path / "t", "--out")
-    assert kdcache(*tape, tmp_path / "own").err == ""
-    view = LogitCache.open(tmp_path / "own").spec.view
+    cache = ("precompute", "--data", digits_test.path, "--teacher", tmp_path / "t", "--out")
+    assert kdcache(*cache, tmp_path / "own").err == ""
+    view = LogitCache.open(tmp_path / "own").spec.view_spec
     assert view is not None
     assert view.size_px == 12
-    shown = kdcache(*tape, tmp_path / "other", "--size", 8)
+    shown = kdcache(*cache, tmp_path / "other", "--size", 8)
     assert shown.err == (
         f"kdcache: {tmp_path / 't'} was made for views of 12 px and is shown 8 px\n"
     )
@@ -563,17 +563,17 @@ def test_eval_says_how_good_a_model_is(kdcache: Run, digits_test: Dataset) -> No
     assert "KL(teacher||model)  0.0000" in result.out
 
 
-def test_inspect(kdcache: Run, tape: Path) -> None:
-    found = answer(kdcache("inspect", tape, "--json"))
-    assert found["spec"] == LogitCache.open(tape).spec.to_json()
-    assert found["info"] == LogitCache.open(tape).info
+def test_inspect(kdcache: Run, cache: Path) -> None:
+    found = answer(kdcache("inspect", cache, "--json"))
+    assert found["spec"] == LogitCache.open(cache).spec.to_json()
+    assert found["info"] == LogitCache.open(cache).info
     summary = found["summary"]
     assert isinstance(summary, dict)
     assert (summary["views_complete"], summary["rows"]) == (2, 594)
 
 
-def test_inspect_says_what_a_tape_is(kdcache: Run, tape: Path) -> None:
-    result = kdcache("inspect", tape)
+def test_inspect_says_what_a_cache_is(kdcache: Run, cache: Path) -> None:
+    result = kdcache("inspect", cache)
     assert result.code == 0
     text = " ".join(result.out.split())
     assert "297 samples" in text
@@ -585,52 +585,52 @@ def test_inspect_says_what_a_tape_is(kdcache: Run, tape: Path) -> None:
     assert "tail mass" not in text
 
 
-def test_inspect_of_an_incomplete_tape(kdcache: Run, tape: Path) -> None:
+def test_inspect_of_an_incomplete_cache(kdcache: Run, cache: Path) -> None:
     for view in (0, 1):
-        (tape / f"logits/c/{view}/0/0").unlink()
-    result = kdcache("inspect", tape)
+        (cache / f"logits/c/{view}/0/0").unlink()
+    result = kdcache("inspect", cache)
     assert result.code == 0
     text = " ".join(result.out.split())
     assert "0 of 2 views, 0 of 2 shards" in text
     assert "coverage views 0-1 lack all" in text
     assert "entropy" not in result.out
-    assert answer(kdcache("inspect", tape, "--json"))["summary"]["rows"] == 0  # type: ignore[index]
+    assert answer(kdcache("inspect", cache, "--json"))["summary"]["rows"] == 0  # type: ignore[index]
 
 
 def test_inspect_with_data_says_how_right_the_teacher_was(
-    kdcache: Run, tape: Path, digits_test: Dataset, digits: Dataset
+    kdcache: Run, cache: Path, digits_test: Dataset, digits: Dataset
 ) -> None:
-    result = kdcache("inspect", tape, "--data", digits_test.path)
+    result = kdcache("inspect", cache, "--data", digits_test.path)
     assert result.code == 0
     text = " ".join(result.out.split())
     assert "name the sample's own class first (at least half of a mixed view)" in text
-    found = answer(kdcache("inspect", tape, "--data", digits_test.path, "--json"))
+    found = answer(kdcache("inspect", cache, "--data", digits_test.path, "--json"))
     accuracy = found["summary"]["accuracy"]  # type: ignore[index]
     assert 0 < accuracy["own"] < 1
     assert 0 < accuracy["partner"] < 1
-    assert answer(kdcache("inspect", tape, "--json"))["summary"]["accuracy"] is None  # type: ignore[index]
-    refused = kdcache("inspect", tape, "--data", digits.path)
+    assert answer(kdcache("inspect", cache, "--json"))["summary"]["accuracy"] is None  # type: ignore[index]
+    refused = kdcache("inspect", cache, "--data", digits.path)
     assert (refused.code, refused.out) == (2, "")
     assert "was made from other data" in refused.err
 
 
-def test_inspect_of_one_record(kdcache: Run, tape: Path, digits_test: Dataset) -> None:
-    found = answer(kdcache("inspect", tape, "--sample", 7, "--view", 1, "--json"))
+def test_inspect_of_one_record(kdcache: Run, cache: Path, digits_test: Dataset) -> None:
+    found = answer(kdcache("inspect", cache, "--sample", 7, "--view", 1, "--json"))
     assert (found["sample"], found["view"], found["tail"]) == (7, 1, 0)
-    assert sorted(found["names"]) == sorted(digits_test.classes)  # type: ignore[call-overload]
+    assert sorted(found["names"]) == sorted(digits_test.class_names)  # type: ignore[call-overload]
     assert sum(found["probabilities"]) == pytest.approx(1)  # type: ignore[call-overload]
-    result = kdcache("inspect", tape, "--sample", 7, "--view", 1)
+    result = kdcache("inspect", cache, "--sample", 7, "--view", 1)
     text = " ".join(result.out.split())
     assert f"view 1, position {found['position']}" in text
     assert f"{found['names'][0]} ({found['classes'][0]})" in text  # type: ignore[index]
-    assert answer(kdcache("inspect", tape, "--sample", 7, "--json"))["view"] == 0
+    assert answer(kdcache("inspect", cache, "--sample", 7, "--json"))["view"] == 0
 
 
 def test_inspect_draws_the_view_of_a_record(
-    kdcache: Run, tape: Path, digits_test: Dataset, tmp_path: Path
+    kdcache: Run, cache: Path, digits_test: Dataset, tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib")
-    line = ("inspect", tape, "--sample", 7, "--data", digits_test.path)
+    line = ("inspect", cache, "--sample", 7, "--data", digits_test.path)
     out = tmp_path / "v.png"
     found = answer(kdcache(*line, "--draw", out, "--json"))
     assert found["picture"] == str(out)
@@ -647,14 +647,14 @@ def test_inspect_draws_the_view_of_a_record(
         (["--sample", 0, "--view", 2], "view must be 0 to 1"),
     ],
 )
-def test_inspect_refuses(kdcache: Run, tape: Path, options: list[object], words: str) -> None:
-    result = kdcache("inspect", tape, *options)
+def test_inspect_refuses(kdcache: Run, cache: Path, options: list[object], words: str) -> None:
+    result = kdcache("inspect", cache, *options)
     assert (result.code, result.out) == (2, "")
     assert words in result.err
 
 
-def test_json_is_one_line(kdcache: Run, tape: Path) -> None:
-    result = kdcache("inspect", tape, "--json")
+def test_json_is_one_line(kdcache: Run, cache: Path) -> None:
+    result = kdcache("inspect", cache, "--json")
     assert result.err == ""
     assert len(result.out.splitlines()) == 1
 

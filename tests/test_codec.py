@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from kdcache.batch import Target
+from kdcache.cache.codecs import ValueType
 from kdcache.cache.codecs import top_k as codec
-from kdcache.cache.records import Records, ValueType, class_dtype
+from kdcache.cache.records import Records, class_dtype
 from kdcache.errors import CacheCorrupt
 from kdcache.kernels import reference
 
@@ -37,25 +38,25 @@ SHAPES = [
 ROWS = 32
 
 
-def _gaussian(classes: int) -> torch.Tensor:
-    return 2 * torch.randn(ROWS, classes)
+def _gaussian(num_classes: int) -> torch.Tensor:
+    return 2 * torch.randn(ROWS, num_classes)
 
 
-def _laplace(classes: int) -> torch.Tensor:
-    return torch.distributions.Laplace(0.0, 1.5).sample((ROWS, classes))
+def _laplace(num_classes: int) -> torch.Tensor:
+    return torch.distributions.Laplace(0.0, 1.5).sample((ROWS, num_classes))
 
 
-def _peaked(classes: int) -> torch.Tensor:
-    winner = torch.randint(classes, (ROWS,))
-    return torch.randn(ROWS, classes) + 15 * torch.nn.functional.one_hot(winner, classes)
+def _peaked(num_classes: int) -> torch.Tensor:
+    winner = torch.randint(num_classes, (ROWS,))
+    return torch.randn(ROWS, num_classes) + 15 * torch.nn.functional.one_hot(winner, num_classes)
 
 
-def _equal(classes: int) -> torch.Tensor:
-    return torch.full((ROWS, classes), 3.7)
+def _equal(num_classes: int) -> torch.Tensor:
+    return torch.full((ROWS, num_classes), 3.7)
 
 
-def _wide(classes: int) -> torch.Tensor:
-    return 40 * torch.randn(ROWS, classes)
+def _wide(num_classes: int) -> torch.Tensor:
+    return 40 * torch.randn(ROWS, num_classes)
 
 
 FAMILIES: dict[str, Callable[[int], torch.Tensor]] = {
@@ -67,9 +68,9 @@ FAMILIES: dict[str, Callable[[int], torch.Tensor]] = {
 }
 
 
-def logits_of(family: str, classes: int) -> torch.Tensor:
-    torch.manual_seed(classes)
-    return FAMILIES[family](classes)
+def logits_of(family: str, num_classes: int) -> torch.Tensor:
+    torch.manual_seed(num_classes)
+    return FAMILIES[family](num_classes)
 
 
 def relative(logits_BC: torch.Tensor) -> torch.Tensor:
@@ -87,21 +88,21 @@ def bound(gaps: torch.Tensor, dtype: ValueType) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("classes", "top_k"), SHAPES)
 def test_kept_logits_come_back_within_the_bound(
-    family: str, classes: int, top_k: int, dtype: ValueType
+    family: str, num_classes: int, top_k: int, dtype: ValueType
 ) -> None:
-    z = logits_of(family, classes)
-    target = codec.decode(codec.encode(z, top_k, dtype), classes)
+    z = logits_of(family, num_classes)
+    target = codec.decode(codec.encode(z, top_k, dtype), num_classes)
     truth = relative(z)
-    if top_k == classes:
-        assert target.classes_BK is None
+    if top_k == num_classes:
+        assert target.class_ids_BK is None
         assert target.tail_B3 is None
     else:
-        assert target.classes_BK is not None
-        assert all(len(set(row)) == top_k for row in target.classes_BK.tolist())
-        smallest_kept = truth.gather(1, target.classes_BK).amin(1)
-        rest = truth.scatter(1, target.classes_BK, -torch.inf).amax(1)
+        assert target.class_ids_BK is not None
+        assert all(len(set(row)) == top_k for row in target.class_ids_BK.tolist())
+        smallest_kept = truth.gather(1, target.class_ids_BK).amin(1)
+        rest = truth.scatter(1, target.class_ids_BK, -torch.inf).amax(1)
         assert (rest <= smallest_kept).all()
-        truth = truth.gather(1, target.classes_BK)
+        truth = truth.gather(1, target.class_ids_BK)
     limit = {"uint8": codec.GAP_LIMIT, "float16": 65504.0}.get(dtype, torch.inf)
     gaps = (-truth).clamp(max=limit)
     assert ((-target.logits_BK.double() - gaps).abs() <= bound(gaps, dtype)).all()
@@ -123,14 +124,14 @@ def test_huge_gaps_saturate(dtype: ValueType, limit: float) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("classes", "top_k"), [s for s in SHAPES if s[0] != s[1]])
-def test_tail_numbers_are_those_of_float64(family: str, classes: int, top_k: int) -> None:
-    z = logits_of(family, classes)
+def test_tail_numbers_are_those_of_float64(family: str, num_classes: int, top_k: int) -> None:
+    z = logits_of(family, num_classes)
     records = codec.encode(z, top_k, "float32")
-    assert records.classes is not None
+    assert records.class_ids is not None
     assert records.tail is not None
-    named = torch.from_numpy(records.classes.astype(np.int64))
+    named = torch.from_numpy(records.class_ids.astype(np.int64))
     left = torch.ones(z.shape, dtype=torch.bool).scatter(1, named, False)
-    tail = relative(z)[left].view(ROWS, classes - top_k)
+    tail = relative(z)[left].view(ROWS, num_classes - top_k)
     wanted = torch.stack([tail.logsumexp(1), tail.mean(1), tail.var(1, correction=0)], 1)
     torch.testing.assert_close(
         torch.from_numpy(records.tail).double(), wanted, rtol=1e-5, atol=1e-5
@@ -139,17 +140,17 @@ def test_tail_numbers_are_those_of_float64(family: str, classes: int, top_k: int
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("classes", "top_k"), [s for s in SHAPES if s[0] != s[1]])
-def test_a_tail_of_codes_keeps_the_bound(family: str, classes: int, top_k: int) -> None:
-    z = logits_of(family, classes)
-    exact = codec.decode(codec.encode(z, top_k, "float32"), classes).tail_B3
-    found = codec.decode(codec.encode(z, top_k, "uint8"), classes).tail_B3
+def test_a_tail_of_codes_keeps_the_bound(family: str, num_classes: int, top_k: int) -> None:
+    z = logits_of(family, num_classes)
+    exact = codec.decode(codec.encode(z, top_k, "float32"), num_classes).tail_B3
+    found = codec.decode(codec.encode(z, top_k, "uint8"), num_classes).tail_B3
     assert exact is not None
     assert found is not None
 
     def gaps(tail_B3: torch.Tensor) -> torch.Tensor:
         at_one, mean, variance = tail_B3.double().unbind(1)
         spread = variance.clamp(min=0).sqrt()
-        return torch.stack([math.log(classes - top_k) - at_one, -mean, spread], 1)
+        return torch.stack([math.log(num_classes - top_k) - at_one, -mean, spread], 1)
 
     truth = gaps(exact).clamp(min=0, max=codec.GAP_LIMIT)
     assert ((gaps(found) - truth).abs() <= bound(truth, "uint8") + 1e-5).all()
@@ -174,11 +175,11 @@ def test_a_sparse_record_of_codes_is_a_staircase(family: str) -> None:
 def test_dtypes_of_records(dtype: ValueType) -> None:
     records = codec.encode(logits_of("gaussian", 100), 5, dtype)
     assert records.logits.dtype == np.dtype(dtype)
-    assert records.classes is not None
-    assert records.classes.dtype == np.uint16
+    assert records.class_ids is not None
+    assert records.class_ids.dtype == np.uint16
     assert records.tail is not None
     assert records.tail.dtype == np.dtype(dtype)
-    assert sum(x.nbytes for x in (records.logits, records.classes, records.tail)) == (
+    assert sum(x.nbytes for x in (records.logits, records.class_ids, records.tail)) == (
         ROWS * codec.record_bytes(100, 5, dtype)
     )
 
@@ -189,8 +190,8 @@ def test_more_classes_than_16_bits_hold_take_32() -> None:
     z = torch.zeros(2, 70_000)
     z[:, 69_999] = 5
     target = codec.decode(codec.encode(z, 2, "float16"), 70_000)
-    assert target.classes_BK is not None
-    assert target.classes_BK[:, 0].tolist() == [69_999, 69_999]
+    assert target.class_ids_BK is not None
+    assert target.class_ids_BK[:, 0].tolist() == [69_999, 69_999]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -217,7 +218,7 @@ def test_dense_float32_decodes_to_the_live_target_bit_for_bit(scale: float) -> N
     taped = codec.decode(codec.encode(z, 100, "float32"), 100)
     live = codec.dense_target(z)
     assert torch.equal(taped.logits_BK, live.logits_BK)
-    assert taped.classes_BK is live.classes_BK is None
+    assert taped.class_ids_BK is live.class_ids_BK is None
     assert taped.tail_B3 is live.tail_B3 is None
 
 
@@ -242,10 +243,10 @@ def outcomes(target: Target, temperature: float) -> torch.Tensor:
 
 def true_outcomes(z: torch.Tensor, target: Target, temperature: float) -> torch.Tensor:
     log_p = torch.log_softmax(relative(z) / temperature, 1)
-    if target.classes_BK is None:
+    if target.class_ids_BK is None:
         return log_p
-    rest = log_p.scatter(1, target.classes_BK, -torch.inf).logsumexp(1, keepdim=True)
-    return torch.cat([log_p.gather(1, target.classes_BK), rest], 1)
+    rest = log_p.scatter(1, target.class_ids_BK, -torch.inf).logsumexp(1, keepdim=True)
+    return torch.cat([log_p.gather(1, target.class_ids_BK), rest], 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -268,10 +269,10 @@ KL_ABOVE_ONE = {2.0: 1.5e-3, 4.0: 1.5e-4, 10.0: 5e-5}
 @pytest.mark.parametrize("family", ["gaussian", "laplace", "peaked", "equal"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_target_is_close_at_every_temperature(
-    dtype: ValueType, family: str, classes: int, top_k: int, temperature: float
+    dtype: ValueType, family: str, num_classes: int, top_k: int, temperature: float
 ) -> None:
-    z = logits_of(family, classes)
-    target = codec.decode(codec.encode(z, top_k, dtype), classes)
+    z = logits_of(family, num_classes)
+    target = codec.decode(codec.encode(z, top_k, dtype), num_classes)
     log_p, found = true_outcomes(z, target, temperature), outcomes(target, temperature)
     kl = (log_p.exp() * (log_p - found)).sum(1)
     assert kl.amax() < (KL_AT_ONE[dtype] if temperature == 1 else KL_ABOVE_ONE[temperature])
@@ -286,9 +287,9 @@ TAIL_BOUNDS = {1.0: 0.006, 1.5: 0.12, 2.0: 0.1, 4.0: 0.03, 10.0: 0.004}
 def test_the_tails_mass_is_close_at_every_temperature(family: str, temperature: float) -> None:
     z = logits_of(family, 1000)
     target = codec.decode(codec.encode(z, 10, "float16"), 1000)
-    assert target.classes_BK is not None
+    assert target.class_ids_BK is not None
     assert target.tail_B3 is not None
-    named = target.classes_BK
+    named = target.class_ids_BK
     truth = (relative(z) / temperature).scatter(1, named, -torch.inf).logsumexp(1)
     found = reference.tail_log_mass(target.tail_B3.double(), 990, 1 / temperature)
     assert (found - truth).abs().amax() < TAIL_BOUNDS[temperature]
@@ -301,10 +302,10 @@ def test_a_very_wide_tail_is_never_taken_for_the_whole(dtype: ValueType) -> None
     z = -100 * torch.rand(ROWS, 1000)
     target = codec.decode(codec.encode(z, 10, dtype), 1000)
     assert target.tail_B3 is not None
-    assert target.classes_BK is not None
+    assert target.class_ids_BK is not None
     for temperature in (1.5, 2.0, 4.0, 10.0):
         scaled = relative(z) / temperature
-        truth = scaled.scatter(1, target.classes_BK, -torch.inf).logsumexp(1)
+        truth = scaled.scatter(1, target.class_ids_BK, -torch.inf).logsumexp(1)
         found = reference.tail_log_mass(target.tail_B3.double(), 990, 1 / temperature)
         assert (found - truth).abs().amax() < 3
 
@@ -323,7 +324,7 @@ def test_records_are_cut_and_joined_by_rows(dtype: ValueType, top_k: int) -> Non
         assert again.classes is None
         assert again.tail is None
     else:
-        np.testing.assert_array_equal(again.classes, records.classes)
+        np.testing.assert_array_equal(again.classes, records.class_ids)
         np.testing.assert_array_equal(again.tail, records.tail)
 
 
@@ -354,7 +355,7 @@ def test_no_record_is_no_target() -> None:
 
 def test_a_class_that_the_teacher_does_not_have_is_corrupt() -> None:
     records = codec.encode(logits_of("gaussian", 20), 3, "float16")
-    assert records.classes is not None
-    records.classes[4, 1] = 20
+    assert records.class_ids is not None
+    records.class_ids[4, 1] = 20
     with pytest.raises(CacheCorrupt, match="a record names class 20 of 20"):
         codec.decode(records, 20)

@@ -15,9 +15,9 @@ from zarr.codecs import Crc32cCodec
 from zarr.core.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
+from kdcache.cache.codecs import ValueType
 from kdcache.cache.codecs import top_k as codec
 from kdcache.cache.compression import pipeline
-from kdcache.cache.records import ValueType
 
 ROWS, CHUNK_ROWS = 2600, 1024
 # The chunk codecs of the Zarr v3 specification.

@@ -36,9 +36,9 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def tape(tmp_path: Path, small_shards: None) -> Path:
+def cache(tmp_path: Path, small_shards: None) -> Path:
     made = write_all(tmp_path / "t", SPEC)
-    assert len(made.places()) == 4
+    assert len(made.shards()) == 4
     return tmp_path / "t"
 
 
@@ -46,8 +46,8 @@ def write_all(out: Path, spec: CacheSpec) -> LogitCache:
     """The same records in all views, so that a swap is no change of values."""
     made = LogitCache.create(out, spec, {"teacher": "somebody"})
     torch.manual_seed(0)
-    logits = torch.randn(made.layout.shard_rows, spec.classes)
-    for view, shard in made.places():
+    logits = torch.randn(made.layout.shard_rows, spec.num_classes)
+    for view, shard in made.shards():
         rows = logits[: made.rows(shard)]
         made.write(view, shard, top_k.encode(rows, spec.top_k, spec.dtype))
     return made
@@ -61,10 +61,10 @@ def changed(file: Path, data: bytes) -> Iterator[None]:
     file.write_bytes(whole)
 
 
-def changes(tape: Path, count: int, seed: int) -> Iterator[tuple[Path, bytes]]:
-    """Files with one random byte of the whole tape changed, metadata included."""
+def changes(cache: Path, count: int, seed: int) -> Iterator[tuple[Path, bytes]]:
+    """Files with one random byte of the whole cache changed, metadata included."""
     dice = random.Random(seed)
-    files = sorted(f for f in tape.rglob("*") if f.is_file())
+    files = sorted(f for f in cache.rglob("*") if f.is_file())
     places = [(f, i) for f in files for i in range(f.stat().st_size)]
     for file, i in dice.sample(places, count):
         data = bytearray(file.read_bytes())
@@ -72,9 +72,9 @@ def changes(tape: Path, count: int, seed: int) -> Iterator[tuple[Path, bytes]]:
         yield file, bytes(data)
 
 
-def read_all(tape: Path) -> None:
-    """What training does with a tape."""
-    found = LogitCache.open(tape)
+def read_all(cache: Path) -> None:
+    """What training does with a cache."""
+    found = LogitCache.open(cache)
     for _, _, records in found:
         found.decode(records)
 
@@ -82,76 +82,76 @@ def read_all(tape: Path) -> None:
 # --- bytes -----------------------------------------------------------------------------------
 
 
-def test_500_changed_bytes_are_noticed_by_reading(tape: Path) -> None:
+def test_500_changed_bytes_are_noticed_by_reading(cache: Path) -> None:
     files = set()
-    for file, data in changes(tape, 500, seed=0):
+    for file, data in changes(cache, 500, seed=0):
         with changed(file, data), pytest.raises((CacheCorrupt, UsageError)) as caught:
-            read_all(tape)
+            read_all(cache)
         files.add(file)
         at = re.fullmatch(r".*/c/(\d)/(\d)/0(/0)?", str(file))
         if at:
-            assert f"{tape}: view {at[1]} shard {at[2]} (positions " in str(caught.value)
+            assert f"{cache}: view {at[1]} shard {at[2]} (positions " in str(caught.value)
         else:
-            assert str(tape) in str(caught.value)
+            assert str(cache) in str(caught.value)
     assert len(files) > 15
-    read_all(tape)
+    read_all(cache)
 
 
 @pytest.mark.parametrize("count", [50, pytest.param(500, marks=pytest.mark.slow)])
 def test_changed_bytes_are_noticed_by_verify(
-    tape: Path, kdcache: Callable[..., Result], count: int
+    cache: Path, kdcache: Callable[..., Result], count: int
 ) -> None:
-    for file, data in changes(tape, count, seed=1):
+    for file, data in changes(cache, count, seed=1):
         with changed(file, data):
-            result = kdcache("verify", tape)
-        # A byte of the name "kdcache" in the manifest makes it no tape of ours.
-        assert result.code == 1 or "is not a tape" in result.err, (file, result)
-    assert kdcache("verify", tape).code == 0
+            result = kdcache("verify", cache)
+        # A byte of the name "kdcache" in the manifest makes it no cache of ours.
+        assert result.code == 1 or "is not a cache" in result.err, (file, result)
+    assert kdcache("verify", cache).code == 0
 
 
 # --- shards ----------------------------------------------------------------------------------
 
 
-def _faults(tape: Path) -> list[tuple[int, int, str]]:
-    faults, _ = verify.read(LogitCache.open(tape), {})
+def _faults(cache: Path) -> list[tuple[int, int, str]]:
+    faults, _ = verify.read(LogitCache.open(cache), {})
     return [(fault.view, fault.shard, fault.kind) for fault in faults]
 
 
-def test_every_truncated_object_is_noticed(tape: Path) -> None:
-    for file in tape.rglob("0"):
+def test_every_truncated_object_is_noticed(cache: Path) -> None:
+    for file in cache.rglob("0"):
         if file.is_dir():
             continue
-        view, shard = (int(x) for x in file.relative_to(tape).parts[2:4])
+        view, shard = (int(x) for x in file.relative_to(cache).parts[2:4])
         whole = file.read_bytes()
         for keep in (1, len(whole) // 2, len(whole) - 1):
             with changed(file, whole[:keep]):
                 with pytest.raises(CacheCorrupt, match=rf"view {view} shard {shard} \(positions"):
-                    read_all(tape)
-                assert _faults(tape) == [(view, shard, "damaged")]
+                    read_all(cache)
+                assert _faults(cache) == [(view, shard, "damaged")]
         with changed(file, whole + b"\0"), pytest.raises(CacheCorrupt, match=f"view {view} shard"):
-            read_all(tape)
+            read_all(cache)
         with changed(file, b""), pytest.raises(CacheIncomplete, match=f"view {view} shard {shard}"):
-            read_all(tape)
+            read_all(cache)
 
 
-def test_every_missing_object_is_noticed(tape: Path) -> None:
-    for name, data in contents(tape).items():
-        (tape / name).unlink()
+def test_every_missing_object_is_noticed(cache: Path) -> None:
+    for name, data in contents(cache).items():
+        (cache / name).unlink()
         with pytest.raises(KDCacheError) as caught:
-            read_all(tape)
+            read_all(cache)
         assert isinstance(caught.value, CacheIncomplete) == ("/c/" in name)
-        (tape / name).write_bytes(data)
-    read_all(tape)
+        (cache / name).write_bytes(data)
+    read_all(cache)
 
 
-def test_every_two_swapped_shards_are_noticed(tape: Path) -> None:
+def test_every_two_swapped_shards_are_noticed(cache: Path) -> None:
     """With their seals. All views hold the same records, and yet the place is another."""
-    places = LogitCache.open(tape).places()
+    places = LogitCache.open(cache).places()
     names = ["logits", "classes", "tail", "seals"]
 
     def swap(a: tuple[int, int], b: tuple[int, int]) -> None:
         for name in names:
-            x, y = tape / layout.key(name, *a), tape / layout.key(name, *b)
+            x, y = cache / layout.key(name, *a), cache / layout.key(name, *b)
             one, other = x.read_bytes(), y.read_bytes()
             x.write_bytes(other)
             y.write_bytes(one)
@@ -160,25 +160,25 @@ def test_every_two_swapped_shards_are_noticed(tape: Path) -> None:
         for b in places:
             if a < b:
                 swap(a, b)
-                assert _faults(tape) == [(*a, "damaged"), (*b, "damaged")]
+                assert _faults(cache) == [(*a, "damaged"), (*b, "damaged")]
                 swap(a, b)
-    assert _faults(tape) == []
+    assert _faults(cache) == []
 
 
 @pytest.mark.usefixtures("small_shards")
 @pytest.mark.parametrize("field", ["dataset", "teacher", "seed"])
-def test_every_shard_of_another_tape_is_noticed(tape: Path, tmp_path: Path, field: str) -> None:
+def test_every_shard_of_another_cache_is_noticed(cache: Path, tmp_path: Path, field: str) -> None:
     """Of the same records at the same place, with their seals."""
     value = SPEC.to_json()
     (value["view"] if field == "seed" else value)[field] = 1 if field == "seed" else "other"
     other = write_all(tmp_path / "other", CacheSpec.from_json(value))
-    for at in other.places():
+    for at in other.shards():
         kept = {}
         for name in ("logits", "classes", "tail", "seals"):
             key = layout.key(name, *at)
-            kept[tape / key] = (tape / key).read_bytes()
-            (tape / key).write_bytes((tmp_path / "other" / key).read_bytes())
-        assert _faults(tape) == [(*at, "damaged")]
+            kept[cache / key] = (cache / key).read_bytes()
+            (cache / key).write_bytes((tmp_path / "other" / key).read_bytes())
+        assert _faults(cache) == [(*at, "damaged")]
         for file, data in kept.items():
             file.write_bytes(data)
 
@@ -192,7 +192,7 @@ def test_training_stops_before_a_wrong_target_reaches_the_loss(
     kdcache: Callable[..., Result],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The targets of a run from a damaged tape are the first of those of an undamaged one."""
+    """The targets of a run from a damaged cache are the first of those of an undamaged one."""
     torch.set_num_threads(1)
     job = Job(digits_test.path, tmp_path / "t", tmp_path / "log")
     job.run()
@@ -218,7 +218,7 @@ def test_training_stops_before_a_wrong_target_reaches_the_loss(
             result = kdcache(*line, "--out", tmp_path / "wrong")
         assert (result.code, len(result.err.splitlines())) == (2, 1), result.err
         assert f"view {view} shard {shard} (positions" in result.err
-        assert "kdcache verify --discard" in result.err
+        assert "kdcache verify --delete-damaged" in result.err
         # Nine whole batches of a view are used; those that end before the shard are right.
         assert len(seen) == 9 * view + shard * rows // 32 < len(right)
         assert all(map(torch.equal, seen, right))

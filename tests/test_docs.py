@@ -17,9 +17,9 @@ import benchmarks.page
 from kdcache.cli import app
 from kdcache.data.beton import Dataset
 from kdcache.models.load import load_model
-from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.teacher.precompute import precompute
 from kdcache.views.spec import ViewSpec
-from tests.conftest import TEACHER
+from tests.conftest import TEACHER, cache_spec
 
 ROOT = Path(__file__).parent.parent
 CLI_PAGE = ROOT / "docs" / "cli.md"
@@ -84,8 +84,8 @@ def test_python_blocks_run(
 ) -> None:
     teacher = load_model(TEACHER, "teacher", num_classes=10, size_px=8)
     view = ViewSpec(8)
-    spec = make_cache_spec(digits, teacher, view, views=1, top_k=3, dtype="float16")
-    precompute(digits, teacher, spec, tmp_path / "tape.zarr")
+    spec = cache_spec(digits, teacher, view, num_views=1, top_k=3, dtype="float16")
+    precompute(digits, teacher, spec, tmp_path / "cache.zarr")
     for file in digits.path.parent.glob(digits.path.name + "*"):  # and what lies beside it
         (tmp_path / file.name.replace(digits.path.name, "train.beton")).symlink_to(file)
     monkeypatch.chdir(tmp_path)

@@ -32,7 +32,7 @@ SPEC = CacheSpec(1, 100, 30, 4, "float16", "data", "teacher", ViewSpec(8))
 
 @pytest.fixture(scope="module")
 def whole(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A tape that nothing disturbed."""
+    """A cache that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     job = Job(digits_test.path, folder / "t", folder / "log")
     job.run()
@@ -47,7 +47,7 @@ def whole(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Job
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     whole: Job, tmp_path: Path, kills: int, seed: int
 ) -> None:
-    """Tapes are begun until there were enough kills; each is finished, however often killed."""
+    """Caches are begun until there were enough kills; each is finished, however often killed."""
     dice = random.Random(seed)
     killed, redone = 0, 0
     while killed < kills:
@@ -88,7 +88,7 @@ def _missing(job: Job, whole: Job) -> list[tuple[int, int]]:
 def test_killed_before_any_change_of_a_file_it_ends_with_the_same_bytes(
     tmp_path: Path, step: int
 ) -> None:
-    """Every state, or every fourth, that a tape passes through, from nothing to whole."""
+    """Every state, or every fourth, that a cache passes through, from nothing to whole."""
     assert processes.run(_make, tmp_path / "whole") == 0
     truth = contents(tmp_path / "whole")
     killed = 0
@@ -103,20 +103,20 @@ def test_killed_before_any_change_of_a_file_it_ends_with_the_same_bytes(
 
 
 def _make(out: Path) -> None:
-    """A tape of two shards, as precompute makes it; a kill does not need what a power cut does."""
+    """A cache of two shards, as precompute makes it; a kill does not need what a power cut does."""
     processes.small_shards()
     os.fsync = lambda descriptor: None
-    tape = LogitCache.create(out, SPEC, {})
-    for view, shard in tape.missing():
-        assert tape.claim(view, shard)
-        rows = torch.arange(*tape.shard_range(shard))[:, None] * torch.arange(30)
-        tape.write(view, shard, top_k.encode(rows.float(), SPEC.top_k, SPEC.dtype))
-        tape.release(view, shard)
-    tape.store.forget_claims()
+    cache = LogitCache.create(out, SPEC, {})
+    for view, shard in cache.missing():
+        assert cache.claim(view, shard)
+        rows = torch.arange(*cache.shard_range(shard))[:, None] * torch.arange(30)
+        cache.write(view, shard, top_k.encode(rows.float(), SPEC.top_k, SPEC.dtype))
+        cache.release(view, shard)
+    cache.store.forget_claims()
 
 
 def _make_and_die(out: Path, moment: int) -> None:
-    """Make a tape, and be killed before the given change of its files."""
+    """Make a cache, and be killed before the given change of its files."""
     changes = iter(range(1000))
 
     def watch(event: str, args: tuple[object, ...]) -> None:
@@ -150,7 +150,7 @@ def test_ctrl_c_of_a_real_command_says_how_to_go_on(
     digits: Dataset, tmp_path: Path, group: bool
 ) -> None:
     """Sent to the process, or as a terminal does, to its whole group."""
-    out = tmp_path / "a tape, größer.zarr"
+    out = tmp_path / "a cache, größer.zarr"
     line = [sys.executable, "-m", "kdcache", *map(str, _line(digits, out, "--views", 100))]
     options: dict[str, Any] = {"cwd": Path(__file__).parents[1], "text": True}
     with subprocess.Popen(line, start_new_session=True, stderr=subprocess.PIPE, **options) as run:
@@ -181,7 +181,7 @@ def test_ctrl_c_at_any_moment_is_one_line(digits_test: Dataset, tmp_path: Path, 
         os.kill(wait.process.pid, signal.SIGINT)
     result = wait()
     assert result.code in (0, 130), result
-    words = r"kdcache: stopped (with \d+ of 20 shards on|before the tape) [^\n]*\n"
+    words = r"kdcache: stopped (with \d+ of 20 shards on|before the cache) [^\n]*\n"
     assert re.fullmatch(rf"({words})?", result.err), result
     assert processes.command(tmp_path, *line)().code == 0
     assert LogitCache.open(out).missing() == []
@@ -193,7 +193,7 @@ def test_ctrl_c_at_any_moment_is_one_line(digits_test: Dataset, tmp_path: Path, 
 
 @pytest.fixture(scope="module")
 def begun(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """The command that made a tape which now lacks a shard."""
+    """The command that made a cache which now lacks a shard."""
     folder = tmp_path_factory.mktemp("begun")
     line = _line(digits_test, folder / "t", "--views", 2, "--top-k", 2, "--dtype", "float32")
     assert processes.command(folder, *line)().code == 0
@@ -209,12 +209,12 @@ OTHERS: list[tuple[list[object], str]] = [
     (["--top-k", "all"], "top_k: 10 here, 2 there"),
     (["--dtype", "float16"], "dtype: float16 here, float32 there"),
     (["--dtype", "uint8"], "dtype: uint8 here, float32 there"),
-    (["--order", "sample"], "mixup: 0 here, 1 there; order: sample here, position there"),
-    (["--average", 4, "--views", 1], "order: sample here, position there; average: 4 here, 0"),
+    (["--row-order", "dataset"], "mixup: 0 here, 1 there; order: sample here, position there"),
+    (["--average-views", 4, "--views", 1], "order: sample here, position there; average: 4 here, 0"),
     (["--view-seed", 7], "seed: 7 here, 0 there"),
     (["--size", 9, "--teacher", "python:tests.test_durable:any_size"], "size_px: 9 here, 8 there"),
     (["--crop", "center"], "crop: center here, inception there"),
-    (["--min-area", 0.5], "min_area: 0.5 here, 0.05 there"),
+    (["--min-scale", 0.5], "min_scale: 0.5 here, 0.05 there"),
     (["--no-flip"], "flip: False here, True there"),
     (["--mixup", 0.2], "mixup: 0.2 here, 1 there"),
     (["--precision", "bfloat16"], "precision: bfloat16 here, float32 there"),
@@ -222,7 +222,7 @@ OTHERS: list[tuple[list[object], str]] = [
 
 
 @pytest.mark.parametrize(("options", "words"), OTHERS, ids=lambda x: str(x[0]) if x else "")
-def test_a_tape_is_not_gone_on_with_by_another_command(
+def test_a_cache_is_not_gone_on_with_by_another_command(
     begun: list[object], digits: Dataset, kdcache: Any, options: list[object], words: str
 ) -> None:
     out = Path(str(begun[begun.index("--out") + 1]))
@@ -233,21 +233,21 @@ def test_a_tape_is_not_gone_on_with_by_another_command(
         line[at : at + 2] = []
     result = kdcache(*line, *(digits.path if x == "OTHER" else x for x in options))
     assert (result.code, len(result.err.splitlines())) == (2, 1), result.err
-    assert re.search(rf"holds another tape \(.*{words}", result.err), result.err
+    assert re.search(rf"holds another cache \(.*{words}", result.err), result.err
     assert contents(out) == before
 
 
 def test_nor_by_draws(begun: list[object], kdcache: Any) -> None:
     at = begun.index("--top-k")
-    line = [*begun[:at], *begun[at + 2 :], "--sampled", 4]
+    line = [*begun[:at], *begun[at + 2 :], "--num-draws", 4]
     assert "draws: 4 here, 0 there" in kdcache(*line).err
 
 
-def test_batch_size_and_workers_are_no_part_of_a_tape(begun: list[object], kdcache: Any) -> None:
+def test_batch_size_and_workers_are_no_part_of_a_cache(begun: list[object], kdcache: Any) -> None:
     assert kdcache(*begun, "--batch-size", 7, "--workers", 2).code == 0
-    tape = LogitCache.open(str(begun[begun.index("--out") + 1]))
-    assert tape.missing() == []
-    tape.discard(1, 0)
+    cache = LogitCache.open(str(begun[begun.index("--out") + 1]))
+    assert cache.missing() == []
+    cache.delete_shard(1, 0)
 
 
 def another_teacher(num_classes: int) -> nn.Module:

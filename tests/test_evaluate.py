@@ -22,14 +22,14 @@ from kdcache.models.classifier import Classifier, Ensemble
 from kdcache.views.order import view_order
 from kdcache.views.spec import evaluation_view_spec
 from tests.conftest import TEACHER, subset
-from tests.test_fidelity import calibration_by_loop, gram_cka
+from tests.test_metrics import calibration_by_loop, gram_cka
 
 HALF = (0.5, 0.5, 0.5)
 
 
-def network(seed: int, classes: int = 10) -> Classifier:
+def network(seed: int, num_classes: int = 10) -> Classifier:
     torch.manual_seed(seed)
-    return Classifier(nn.Sequential(nn.Flatten(), nn.Linear(192, classes)), "x", HALF, HALF)
+    return Classifier(nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes)), "x", HALF, HALF)
 
 
 def digits_pixels() -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,7 +47,7 @@ def test_figures_are_those_computed_by_hand(digits_test: Dataset) -> None:
         z, t = model(images).double(), teacher(images).double()
     log_q, log_p = torch.log_softmax(z, 1), torch.log_softmax(t, 1)
     found = evaluate(model, digits_test, size_px=8, teacher=teacher, batch_size=64)
-    assert found.samples == 297
+    assert found.num_samples == 297
     assert found.top1 == pytest.approx(float((z.argmax(1) == labels).double().mean()))
     rank = (z > z.gather(1, labels[:, None])).sum(1)
     assert found.top5 == pytest.approx(float((rank < 5).double().mean()))
@@ -87,7 +87,7 @@ def test_the_batch_size_does_not_matter(digits_test: Dataset, batch_size: int) -
     model = network(2)
     a = evaluate(model, digits_test, size_px=8, batch_size=batch_size)
     b = evaluate(model, digits_test, size_px=8)
-    assert (a.samples, a.top1, a.top5) == (b.samples, b.top1, b.top5)
+    assert (a.num_samples, a.top1, a.top5) == (b.num_samples, b.top1, b.top5)
     assert a.cross_entropy == pytest.approx(b.cross_entropy, rel=1e-5)
 
 
@@ -162,7 +162,7 @@ def test_more_processes_than_samples(digits: Dataset, tmp_path: Path) -> None:
     data = subset(digits, 3, tmp_path / "three.beton")
     options: dict[str, Any] = {"size_px": 8, "teacher": two_layers(2, 20)}
     whole = evaluate(two_layers(1, 8), data, **options)
-    assert whole.samples == 3
+    assert whole.num_samples == 3
     for found in in_parts(5, two_layers(1, 8), data, **options):
         approximately(found, whole)
 
@@ -314,7 +314,7 @@ def test_without_a_teacher_nothing_is_said_of_one(digits_test: Dataset) -> None:
 def test_top5_of_two_classes_means_nothing(photos: Dataset) -> None:
     two = network(3, classes=2)
     found = evaluate(two, photos, size_px=8, teacher=two)
-    assert found.samples == 41
+    assert found.num_samples == 41
     assert found.top5 is None
     assert found.agreement5 is None
     assert found.agreement == 1
@@ -326,11 +326,11 @@ def test_the_models_mode_is_restored(digits_test: Dataset, training: bool) -> No
     model = Classifier(
         nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 10)), "x", HALF, HALF
     ).train(training)
-    before = model.fingerprint()
+    before = model.content_hash()
     evaluate(model, digits_test, size_px=8)
     assert model.training is training
     assert model.network.training is training
-    assert model.fingerprint() == before
+    assert model.content_hash() == before
 
 
 def test_the_mode_is_restored_after_an_error(digits_test: Dataset) -> None:

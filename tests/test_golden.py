@@ -1,4 +1,4 @@
-"""Tapes of released versions stay readable: by kdcache, and by the reader in docs/tape-format.md.
+"""Caches of released versions stay readable: by kdcache, and by the reader in docs/cache-format.md.
 
 `python -m tests.test_golden` makes those of the current version anew: only while it is unreleased.
 """
@@ -21,7 +21,7 @@ from kdcache.cache.spec import CACHE_VERSION, CacheSpec
 from kdcache.views.spec import ViewSpec
 
 GOLDEN = Path(__file__).parent / "golden"
-PAGE = Path(__file__).parents[1] / "docs" / "tape-format.md"
+PAGE = Path(__file__).parents[1] / "docs" / "cache-format.md"
 VIEWS, SAMPLES, CLASSES = 2, 7, 20
 KINDS: dict[str, dict[str, Any]] = {
     "top-uint8": {"top_k": 4, "dtype": "uint8"},
@@ -34,11 +34,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "views": 1,
         "top_k": 4,
         "dtype": "float16",
-        "order": "sample",
+        "row_order": "dataset",
         "average": 3,
         "view": ViewSpec(8, mixup=0),
     },
-    "foreign": {"top_k": 4, "dtype": "float16", "order": "sample", "view": None},
+    "foreign": {"top_k": 4, "dtype": "float16", "row_order": "dataset", "view": None},
 }
 TAPES = sorted(GOLDEN.glob("v*/*.zarr"))
 
@@ -60,14 +60,14 @@ def make(folder: Path) -> None:
             "view": ViewSpec(8),
         }
         spec = CacheSpec(**{**base, **fields})
-        tape = LogitCache.create(folder / f"{name}.zarr", spec, {"teacher": "golden"})
-        for view, shard in tape.missing():
+        cache = LogitCache.create(folder / f"{name}.zarr", spec, {"teacher": "golden"})
+        for view, shard in cache.missing():
             z, rows = logits()[view], np.arange(SAMPLES)
             if spec.draws:
                 records = sampled.encode(z, spec.draws, 2.0, seed=0, view=view, rows_B=rows)
             else:
                 records = top_k.encode(z, spec.top_k, spec.dtype)
-            tape.write(view, shard, records)
+            cache.write(view, shard, records)
 
 
 def reader() -> Any:
@@ -79,16 +79,16 @@ def reader() -> Any:
 
 
 @pytest.mark.parametrize("path", TAPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_a_tape_of_each_version_is_read(path: Path) -> None:
+def test_a_cache_of_each_version_is_read(path: Path) -> None:
     """By us, and the truth comes out within what the record's type can keep."""
-    tape = LogitCache.open(path)
-    assert tape.missing() == []
-    wide = {"uint8": 0.15, "float16": 0.005, "float32": 1e-4}[tape.spec.dtype]
-    for view in range(tape.spec.views):
-        for T in (1.0, 4.0) if not tape.spec.draws else (2.0,):
-            found = tape.target(view, np.arange(SAMPLES), T)
-            truth = torch.log_softmax(logits()[view] / T, 1).gather(1, found.classes_BK)
-            if tape.spec.draws:
+    cache = LogitCache.open(path)
+    assert cache.missing() == []
+    wide = {"uint8": 0.15, "float16": 0.005, "float32": 1e-4}[cache.spec.dtype]
+    for view in range(cache.spec.num_views):
+        for T in (1.0, 4.0) if not cache.spec.draws else (2.0,):
+            found = cache.target(view, np.arange(SAMPLES), T)
+            truth = torch.log_softmax(logits()[view] / T, 1).gather(1, found.class_ids_BK)
+            if cache.spec.draws:
                 assert found.log_p_BK.exp().sum(1).allclose(torch.ones(SAMPLES))
                 assert truth.exp()[found.log_p_BK > -9].mean() > 1.5 / CLASSES
             else:
@@ -98,14 +98,14 @@ def test_a_tape_of_each_version_is_read(path: Path) -> None:
 
 @pytest.mark.parametrize("path", TAPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_the_reader_in_the_docs_reads_the_same(path: Path) -> None:
-    read, tape = reader(), LogitCache.open(path)
-    for view in range(tape.spec.views):
-        for T in (1.0, 3.0) if not tape.spec.draws else (2.0,):
-            ours = tape.target(view, np.arange(SAMPLES), T)
+    read, cache = reader(), LogitCache.open(path)
+    for view in range(cache.spec.num_views):
+        for T in (1.0, 3.0) if not cache.spec.draws else (2.0,):
+            ours = cache.target(view, np.arange(SAMPLES), T)
             classes, log_p, log_tail = read(path, view, T)
             np.testing.assert_allclose(ours.log_p_BK, log_p, rtol=1e-5, atol=1e-5)
             if classes is not None:
-                np.testing.assert_array_equal(ours.classes_BK, classes)
+                np.testing.assert_array_equal(ours.class_ids_BK, classes)
             if log_tail is not None:
                 np.testing.assert_allclose(ours.log_tail_B, log_tail, rtol=1e-5, atol=2e-5)
             assert (ours.log_tail_B is None) == (log_tail is None)
@@ -121,7 +121,7 @@ def test_the_reader_in_the_docs_notices(tmp_path: Path) -> None:
             reader()(tmp_path / "t", 0)
 
 
-def test_there_is_a_golden_tape_of_each_kind_and_version() -> None:
+def test_there_is_a_golden_cache_of_each_kind_and_version() -> None:
     wanted = {f"v{version}" for version in range(1, CACHE_VERSION + 1)}
     assert {path.parent.name for path in TAPES} == wanted
     assert {path.stem for path in TAPES if path.parent.name == f"v{CACHE_VERSION}"} == set(KINDS)
@@ -133,7 +133,7 @@ def test_records_are_written_as_they_were(path: Path, tmp_path: Path) -> None:
     make(tmp_path)
     ours, theirs = LogitCache.open(tmp_path / path.name), LogitCache.open(path)
     assert ours.spec.digest == theirs.spec.digest
-    for view in range(theirs.spec.views):
+    for view in range(theirs.spec.num_views):
         a, b = ours[view].arrays(), theirs[view].arrays()
         for name in b:
             np.testing.assert_allclose(a[name].astype(float), b[name].astype(float), rtol=1e-6)

@@ -21,9 +21,9 @@ from kdcache.training.run_folder import RunFolder
 from kdcache.training.spec import TrainSpec
 from kdcache.views.spec import ViewSpec
 
-SPEC = TrainSpec("labels", ViewSpec(8), epochs=1, batch_size=8, ema=0.5)
+SPEC = TrainSpec("labels", ViewSpec(8), epochs=1, batch_size=8, ema_decay=0.5)
 FOUND = Evaluation(10, 0.5, None, 1.0, 0.1, None, None, None, None, None, None)
-RECORD = {"student": "s", "classes": 10, "weights": "w", "view": SPEC.view.to_json()}
+RECORD = {"student": "s", "classes": 10, "weights": "w", "view": SPEC.view_spec.to_json()}
 
 
 class Clock:
@@ -148,28 +148,28 @@ def test_what_is_evaluated_and_kept_is_the_average(run: RunFolder, state: State)
     with torch.no_grad():
         for weight in state.student.parameters():
             weight += 1
-    state.average.update()
+    state.ema.update()
     seen: list[Any] = []
 
     def evaluate() -> Evaluation:
-        seen.append(state.student.fingerprint())
+        seen.append(state.student.content_hash())
         return FOUND
 
     state.step = 1
-    live = state.student.fingerprint()
+    live = state.student.content_hash()
     keeper = Keeper(
         run,
         SINGLE_PROCESS,
         Schedule(eval_every=1),
         9,
         evaluate=evaluate,
-        record=lambda found: {**RECORD, "weights": state.student.fingerprint()},
+        record=lambda found: {**RECORD, "weights": state.student.content_hash()},
     )
     keeper(state)
-    assert state.student.fingerprint() == live
+    assert state.student.content_hash() == live
     assert state.student.training
-    with state.average.applied():
-        assert seen == [state.student.fingerprint()]
+    with state.ema.applied():
+        assert seen == [state.student.content_hash()]
     assert load.read_run_json(run.folder / "best")["weights"] == seen[0]
     assert not all(map(torch.equal, own, state.student.parameters()))
 

@@ -1,4 +1,4 @@
-"""Tapes of other kinds, from teacher to student: sample order, averages, draws."""
+"""Caches of other kinds, from teacher to student: sample order, averages, draws."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from kdcache.data.loader import Loader
 from kdcache.errors import UsageError
 from kdcache.models import load
 from kdcache.models.classifier import Classifier
-from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.teacher.precompute import precompute
 from kdcache.teacher.targets import CachedTargets, FixedTargets
 from kdcache.views.spec import ViewSpec
-from tests.conftest import TEACHER, Result
-from tests.test_tape import equal
+from tests.conftest import TEACHER, Result, cache_spec
+from tests.test_cache import equal
 
 Run = Callable[..., Result]
-VIEW = ViewSpec(8, min_area=0.4, mixup=0, seed=3)
+VIEW = ViewSpec(8, min_scale=0.4, mixup=0, seed=3)
 STUDENT = "python:tests.conftest:convolutional_student"
 
 
@@ -46,7 +46,7 @@ def live(dataset: Dataset, teacher: Classifier, view: int) -> torch.Tensor:
     out = torch.zeros(len(dataset), 10)
     with Loader(dataset, VIEW, 100) as loader, torch.inference_mode():
         for batch in loader.batches(view):
-            out[torch.from_numpy(batch.samples_B)] = teacher(batch.images_BCHW)
+            out[torch.from_numpy(batch.sample_ids_B)] = teacher(batch.images_BCHW)
     return out
 
 
@@ -56,11 +56,11 @@ def batches(dataset: Dataset, spec: ViewSpec, view: int) -> list[Batch]:
 
 
 def test_sample_order(digits_test: Dataset, teacher: Classifier, tmp_path: Path) -> None:
-    spec = make_cache_spec(digits_test, teacher, VIEW, views=2, dtype="float32", order="sample")
-    tape = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=50)
-    assert tape.shards_per_view > 2
+    spec = cache_spec(digits_test, teacher, VIEW, num_views=2, dtype="float32", row_order="dataset")
+    cache = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=50)
+    assert cache.shards_per_view > 2
     for view in (0, 1):
-        found = top_k.decode(tape[view], 10).logits_BK
+        found = top_k.decode(cache[view], 10).logits_BK
         torch.testing.assert_close(
             found,
             top_k.dense_target(live(digits_test, teacher, view)).logits_BK,
@@ -72,63 +72,63 @@ def test_sample_order(digits_test: Dataset, teacher: Classifier, tmp_path: Path)
 def test_an_average_is_of_probabilities(
     digits_test: Dataset, teacher: Classifier, tmp_path: Path
 ) -> None:
-    spec = make_cache_spec(digits_test, teacher, VIEW, dtype="float32", order="sample", average=3)
-    tape = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=50)
+    spec = cache_spec(digits_test, teacher, VIEW, dtype="float32", row_order="dataset", num_averaged_views=3)
+    cache = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=50)
     mean = sum(torch.softmax(live(digits_test, teacher, v), 1) for v in range(3)) / 3
-    found = tape.target(0, np.arange(len(digits_test))).log_p_BK.exp()
+    found = cache.target(0, np.arange(len(digits_test))).log_p_BK.exp()
     torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-6)
-    for deleted in ((0, 1), (0, tape.shards_per_view - 1)):
-        before = tape.read_shard(*deleted)
-        tape.discard(*deleted)
+    for deleted in ((0, 1), (0, cache.shards_per_view - 1)):
+        before = cache.read_shard(*deleted)
+        cache.delete_shard(*deleted)
         precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=50)
-        assert equal(tape.read_shard(*deleted), before)
+        assert equal(cache.read_shard(*deleted), before)
 
 
 def test_draws(digits_test: Dataset, teacher: Classifier, tmp_path: Path) -> None:
-    spec = make_cache_spec(
-        digits_test, teacher, VIEW, views=2, dtype="uint8", draws=12, temperature=2.0
+    spec = cache_spec(
+        digits_test, teacher, VIEW, num_views=2, dtype="uint8", num_draws=12, temperature=2.0
     )
-    tape = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=50)
-    assert set(tape[0].arrays()) == {"classes", "counts"}
+    cache = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=50)
+    assert set(cache[0].arrays()) == {"classes", "counts"}
     with Loader(digits_test, VIEW, 50) as loader:
         logits = torch.cat([teacher(b.images_BCHW) for b in loader.batches(1)])
     again = sampled.encode(logits, 12, 2.0, seed=3, view=1, rows_B=np.arange(len(digits_test)))
     differ = [
-        (tape[1].arrays()[n] != again.arrays()[n]).any(1).sum() for n in ("classes", "counts")
+        (cache[1].arrays()[n] != again.arrays()[n]).any(1).sum() for n in ("classes", "counts")
     ]
     assert max(differ) <= 2  # a draw on the edge of two classes may fall either way
-    target = tape.target(1, [5, 3])
+    target = cache.target(1, [5, 3])
     assert (target.temperature, target.log_tail_B) == (2.0, None)
     with pytest.raises(UsageError, match="holds draws at T = 2, not 1"):
-        tape.target(1, [5], 1.0)
+        cache.target(1, [5], 1.0)
 
 
 def test_fixed_targets_follow_the_sample(
     digits_test: Dataset, teacher: Classifier, tmp_path: Path
 ) -> None:
     """Whatever view the student sees: other crops, another seed, any batch."""
-    spec = make_cache_spec(digits_test, teacher, VIEW, views=2, dtype="float32", order="sample")
-    tape = precompute(digits_test, teacher, spec, tmp_path / "t")
+    spec = cache_spec(digits_test, teacher, VIEW, num_views=2, dtype="float32", row_order="dataset")
+    cache = precompute(digits_test, teacher, spec, tmp_path / "t")
     other = ViewSpec(8, "center", 1.0, mixup=0, seed=99)
-    targets = FixedTargets(tape, digits_test.fingerprint, other)
+    targets = FixedTargets(cache, digits_test.content_hash, other)
     for view in (0, 1, 5):
-        answers = top_k.decode(tape[view % 2], 10).logits_BK
+        answers = top_k.decode(cache[view % 2], 10).logits_BK
         for batch in batches(digits_test, other, view)[:3]:
             found = targets(batch)
-            assert torch.equal(found.logits_BK, answers[torch.from_numpy(batch.samples_B)])
+            assert torch.equal(found.logits_BK, answers[torch.from_numpy(batch.sample_ids_B)])
 
 
 def test_what_does_not_go_together(
     digits_test: Dataset, digits: Dataset, teacher: Classifier, tmp_path: Path
 ) -> None:
-    spec = make_cache_spec(digits_test, teacher, VIEW, dtype="float32", order="sample")
-    tape = precompute(digits_test, teacher, spec, tmp_path / "t")
+    spec = cache_spec(digits_test, teacher, VIEW, dtype="float32", row_order="dataset")
+    cache = precompute(digits_test, teacher, spec, tmp_path / "t")
     with pytest.raises(UsageError, match="is in sample order: it goes with FixedTargets"):
-        CachedTargets(tape, digits_test.fingerprint, VIEW)
+        CachedTargets(cache, digits_test.content_hash, VIEW)
     with pytest.raises(UsageError, match="answers single images: train with --mixup 0"):
-        FixedTargets(tape, digits_test.fingerprint, ViewSpec(8))
+        FixedTargets(cache, digits_test.content_hash, ViewSpec(8))
     with pytest.raises(Exception, match="was made from other data"):
-        FixedTargets(tape, digits.fingerprint, VIEW)
+        FixedTargets(cache, digits.content_hash, VIEW)
 
 
 # --- the command line ------------------------------------------------------------------------
@@ -163,13 +163,13 @@ def trained(kdcache: Run, dataset: Dataset, out: Path, *options: object) -> Resu
 @pytest.mark.parametrize(
     ("options", "training", "kind"),
     [
-        (["--average", 3], [], {"average": 3, "order": "sample", "views": 1}),
-        (["--order", "sample", "--views", 2], ["--crop", "center"], {"order": "sample"}),
-        (["--sampled", 12, "--views", 2], [], {"draws": 12, "order": "position"}),
+        (["--average-views", 3], [], {"average": 3, "row_order": "dataset", "views": 1}),
+        (["--row-order", "dataset", "--views", 2], ["--crop", "center"], {"row_order": "dataset"}),
+        (["--num-draws", 12, "--views", 2], [], {"draws": 12, "order": "position"}),
         (
-            ["--sampled", 9, "--temperature", 3, "--order", "sample"],
+            ["--num-draws", 9, "--temperature", 3, "--row-order", "dataset"],
             ["--temperature", 3],
-            {"draws": 9, "temperature": 3.0, "order": "sample"},
+            {"draws": 9, "temperature": 3.0, "row_order": "dataset"},
         ),
     ],
 )
@@ -181,8 +181,8 @@ def test_recorded_and_trained_from(
     training: list[object],
     kind: dict[str, object],
 ) -> None:
-    tape = made(kdcache, digits_test, tmp_path / "t", *options)
-    assert kind.items() <= tape.spec.to_json().items()
+    cache = made(kdcache, digits_test, tmp_path / "t", *options)
+    assert kind.items() <= cache.spec.to_json().items()
     assert kdcache("inspect", tmp_path / "t").code == 0
     result = trained(kdcache, digits_test, tmp_path / "r", "--cache", tmp_path / "t", *training)
     assert result.code == 0, result.err
@@ -190,8 +190,8 @@ def test_recorded_and_trained_from(
 
 
 def test_refusals_are_one_line(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
-    made(kdcache, digits_test, tmp_path / "average", "--average", 2)
-    made(kdcache, digits_test, tmp_path / "draws", "--sampled", 5, "--temperature", 2)
+    made(kdcache, digits_test, tmp_path / "average", "--average-views", 2)
+    made(kdcache, digits_test, tmp_path / "draws", "--num-draws", 5, "--temperature", 2)
     line = ("--data", digits_test.path, "--teacher", TEACHER, "--out", tmp_path / "new")
     cache = {name: ("--cache", tmp_path / name) for name in ("average", "draws")}
 
@@ -201,10 +201,10 @@ def test_refusals_are_one_line(kdcache: Run, digits_test: Dataset, tmp_path: Pat
     for result, words in (
         (train(*cache["average"], "--mixup", 1), "answers single images: train with --mixup 0"),
         (train(*cache["draws"]), "holds draws at T = 2: train with --temperature 2"),
-        (kdcache("precompute", *line, "--average", 2, "--mixup", 1), "it needs --mixup 0"),
-        (kdcache("precompute", *line, "--average", 2, "--views", 2), "an averaged tape has one"),
-        (kdcache("precompute", *line, "--sampled", 5, "--top-k", 3), "goes without --top-k"),
-        (kdcache("precompute", *line, "--sampled", 256), "1 to 255 draws, not 256"),
+        (kdcache("precompute", *line, "--average-views", 2, "--mixup", 1), "it needs --mixup 0"),
+        (kdcache("precompute", *line, "--average-views", 2, "--views", 2), "an averaged cache has one"),
+        (kdcache("precompute", *line, "--num-draws", 5, "--top-k", 3), "goes without --top-k"),
+        (kdcache("precompute", *line, "--num-draws", 256), "1 to 255 draws, not 256"),
         (kdcache("precompute", *line, "--temperature", 2), "only draws have a temperature"),
         (kdcache("precompute", *line, "--part", "3/2"), "--part is i/n with i from 1 to n"),
     ):

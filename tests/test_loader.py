@@ -33,9 +33,9 @@ from tests.conftest import subset
 
 pytestmark = pytest.mark.timeout(90)
 
-MIXED = ViewSpec(8, min_area=0.3, mixup=1.0, seed=5)
-PLAIN = ViewSpec(8, min_area=0.3, mixup=0, seed=5)
-PHOTOS = ViewSpec(16, min_area=0.2, mixup=0.4, seed=1)
+MIXED = ViewSpec(8, min_scale=0.3, mixup=1.0, seed=5)
+PLAIN = ViewSpec(8, min_scale=0.3, mixup=0, seed=5)
+PHOTOS = ViewSpec(16, min_scale=0.2, mixup=0.4, seed=1)
 
 Played = dict[str, np.ndarray]
 
@@ -44,11 +44,11 @@ def joined(batches: list[Batch]) -> Played:
     """All rows of some batches as one array for each column."""
     return {
         "positions": np.concatenate([b.positions_B for b in batches]),
-        "samples": np.concatenate([b.samples_B for b in batches]),
+        "samples": np.concatenate([b.sample_ids_B for b in batches]),
         "images": torch.cat([b.images_BCHW for b in batches]).numpy(),
         "labels": torch.cat([b.labels_B for b in batches]).numpy(),
-        "partners": torch.cat([b.partners_B for b in batches]).numpy(),
-        "weights": torch.cat([b.weights_B for b in batches]).numpy(),
+        "partners": torch.cat([b.partner_labels_B for b in batches]).numpy(),
+        "weights": torch.cat([b.mix_weights_B for b in batches]).numpy(),
     }
 
 
@@ -103,15 +103,15 @@ def test_batch_size_and_workers_change_nothing(
     assert same(found, play(dataset, spec, 2))
 
 
-def contiguous(samples: int, rank: int) -> np.ndarray:
-    pairs = np.array_split(np.arange(-(-samples // 2)), 3)[rank]
-    return np.arange(2 * pairs[0], min(2 * pairs[-1] + 2, samples))
+def contiguous(num_samples: int, rank: int) -> np.ndarray:
+    pairs = np.array_split(np.arange(-(-num_samples // 2)), 3)[rank]
+    return np.arange(2 * pairs[0], min(2 * pairs[-1] + 2, num_samples))
 
 
-def dealt_round_robin(samples: int, rank: int) -> np.ndarray:
-    pairs = np.arange(-(-samples // 2))[rank::3]
+def dealt_round_robin(num_samples: int, rank: int) -> np.ndarray:
+    pairs = np.arange(-(-num_samples // 2))[rank::3]
     positions = (2 * pairs[:, None] + np.arange(2)).reshape(-1)
-    return positions[positions < samples]
+    return positions[positions < num_samples]
 
 
 @pytest.mark.parametrize("spec", [MIXED, PLAIN], ids=["mixed", "plain"])
@@ -156,9 +156,9 @@ def test_batches_have_the_promised_types_and_layout(digits: Dataset) -> None:
     assert batch.images_BCHW.shape == (6, 3, 8, 8)
     assert batch.images_BCHW.dtype == torch.uint8
     assert batch.images_BCHW.is_contiguous(memory_format=torch.channels_last)
-    assert (batch.labels_B.dtype, batch.partners_B.dtype) == (torch.int64, torch.int64)
-    assert batch.weights_B.dtype == torch.int16
-    assert (batch.positions_B.dtype, batch.samples_B.dtype) == (np.int64, np.int64)
+    assert (batch.labels_B.dtype, batch.partner_labels_B.dtype) == (torch.int64, torch.int64)
+    assert batch.mix_weights_B.dtype == torch.int16
+    assert (batch.positions_B.dtype, batch.sample_ids_B.dtype) == (np.int64, np.int64)
 
 
 def test_other_views_and_seeds_show_other_pixels(photos: Dataset) -> None:
@@ -275,7 +275,7 @@ def test_a_batch_holds_at_least_one_image(digits: Dataset, batch_size: int) -> N
 @pytest.mark.parametrize("mixup", [0, 1.0])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_tiny_datasets_play(digits: Dataset, tmp_path: Path, count: int, mixup: float) -> None:
-    spec = ViewSpec(8, crop="center", min_area=1.0, flip=False, mixup=mixup)
+    spec = ViewSpec(8, crop="center", min_scale=1.0, flip=False, mixup=mixup)
     few = subset(digits, count, tmp_path / "few.beton")
     for batch_size in (1, 2, 64):
         played = play(few, spec, batch_size=batch_size)
@@ -631,16 +631,16 @@ OTHER = replace(PLAIN, seed=77, crop="random", size_px=12)
 
 
 @pytest.mark.parametrize(
-    ("spec", "teacher_view"), [(MIXED, LARGER), (PLAIN, OTHER)], ids=["resized", "other"]
+    ("spec", "teacher_view_spec"), [(MIXED, LARGER), (PLAIN, OTHER)], ids=["resized", "other"]
 )
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_the_teacher_sees_its_view_of_the_same_samples(
-    digits_test: Dataset, spec: ViewSpec, teacher_view: ViewSpec, batch_size: int
+    digits_test: Dataset, spec: ViewSpec, teacher_view_spec: ViewSpec, batch_size: int
 ) -> None:
-    with Loader(digits_test, spec, batch_size, teacher_view=teacher_view) as loader:
+    with Loader(digits_test, spec, batch_size, teacher_view_spec=teacher_view_spec) as loader:
         found = list(loader.batches(3))
     assert same(joined(found), play(digits_test, spec, 3))
-    alone = play(digits_test, teacher_view, 3)
+    alone = play(digits_test, teacher_view_spec, 3)
     by_sample = alone["images"][np.argsort(alone["samples"])]
     seen = torch.cat([batch.for_teacher for batch in found]).numpy()
     assert (seen == by_sample[joined(found)["samples"]]).all()
@@ -659,9 +659,9 @@ def test_a_teacher_that_would_see_other_mixtures_is_refused(
     digits: Dataset, change: dict[str, Any]
 ) -> None:
     with pytest.raises(UsageError, match=r"the same pairs: one seed and one mixup, not 5 and 1 be"):
-        Loader(digits, MIXED, 10, teacher_view=replace(MIXED, **change))
+        Loader(digits, MIXED, 10, teacher_view_spec=replace(MIXED, **change))
     with pytest.raises(UsageError, match="the same pairs"):
-        Loader(digits, PLAIN, 10, teacher_view=MIXED)
+        Loader(digits, PLAIN, 10, teacher_view_spec=MIXED)
 
 
 @pytest.mark.parametrize("failing_px", [8, 20])
@@ -678,7 +678,7 @@ def test_an_error_in_either_pass_ends_both(
         return rows, labels
 
     monkeypatch.setattr(EpochIterator, "run_pipeline", third_fails)
-    with Loader(digits, MIXED, 10, teacher_view=LARGER) as loader:
+    with Loader(digits, MIXED, 10, teacher_view_spec=LARGER) as loader:
         seen: list[Batch] = []
         with pytest.raises(KDCacheError, match="the third batch"):
             seen.extend(loader.batches(0))
@@ -687,7 +687,7 @@ def test_an_error_in_either_pass_ends_both(
 
 
 def test_both_passes_end_when_left_or_closed(digits: Dataset) -> None:
-    loader = Loader(digits, MIXED, 10, teacher_view=LARGER)
+    loader = Loader(digits, MIXED, 10, teacher_view_spec=LARGER)
     running = loader.batches(0)
     next(running)
     assert passes_alive() == 2
@@ -704,7 +704,7 @@ def test_both_passes_end_when_left_or_closed(digits: Dataset) -> None:
 def test_a_damaged_sample_is_named_whoever_sees_it(photos: Dataset, tmp_path: Path) -> None:
     damaged = damaged_copy(photos, tmp_path, 17, one_bit)
     with (
-        Loader(damaged, PHOTOS, 2, teacher_view=replace(PHOTOS, size_px=24)) as loader,
+        Loader(damaged, PHOTOS, 2, teacher_view_spec=replace(PHOTOS, size_px=24)) as loader,
         pytest.raises(DatasetCorrupt, match="sample 17 is damaged"),
     ):
         list(loader.batches(0))

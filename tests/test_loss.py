@@ -17,9 +17,9 @@ from kdcache.losses.distillation import check_temperature, distillation_loss, di
 TAILS: tuple[Tail, ...] = get_args(Tail)
 
 
-def student_and_teacher(classes: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
-    torch.manual_seed(classes)
-    return 2 * torch.randn(16, classes), 2 * torch.randn(16, classes)
+def student_and_teacher(num_classes: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(num_classes)
+    return 2 * torch.randn(16, num_classes), 2 * torch.randn(16, num_classes)
 
 
 def recorded(teacher_BC: torch.Tensor, top_k: int) -> Target:
@@ -110,7 +110,7 @@ def test_an_infinite_temperature_is_refused() -> None:
 
 def test_below_one_only_targets_without_a_tail_are_defined() -> None:
     student, teacher = student_and_teacher()
-    with pytest.raises(UsageError, match=r"at least 1 for top-k targets, not 0\.5: a tape made"):
+    with pytest.raises(UsageError, match=r"at least 1 for top-k targets, not 0\.5: a cache made"):
         distillation_loss(student, recorded(teacher, 5), temperature=0.5)
     assert distillation_loss(student, recorded(teacher, 40), temperature=0.5).isfinite()
     labels = Target(torch.zeros(16, 1), torch.zeros(16, 1, dtype=torch.int64), None, 40)

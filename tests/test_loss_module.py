@@ -42,7 +42,7 @@ def target(kind: str, device: str = "cpu") -> Target:
 def tempered(kind: str = "sparse", temperature: float = 2.0) -> TemperedTarget:
     goal = target(kind)
     log_p, log_tail = log_probabilities(goal, temperature)
-    return TemperedTarget(log_p, goal.classes_BK.to(torch.uint16), log_tail, temperature, C)
+    return TemperedTarget(log_p, goal.class_ids_BK.to(torch.uint16), log_tail, temperature, C)
 
 
 def labels(device: str = "cpu") -> torch.Tensor:
@@ -60,7 +60,7 @@ def test_it_is_the_reference(kind: str, reduction: str, device: str) -> None:
         reduction=reduction,
     )  # fmt: skip
     true_B = reference.rows(
-        z.double(), goal.logits_BK, goal.classes_BK, goal.tail_B3, labels(device), weights, 3.0,
+        z.double(), goal.logits_BK, goal.class_ids_BK, goal.tail_B3, labels(device), weights, 3.0,
         0.25, "bucket",
     )  # fmt: skip
     true = reference.reduce(true_B, reduction)
@@ -105,7 +105,7 @@ def test_compiled_with_another_batch_stride_and_dtype_each_time() -> None:
     compiled, whole = torch.compile(step, fullgraph=True), tempered()
     for rows, dtype in ((B, torch.float32), (5, torch.float32), (7, torch.bfloat16)):
         goal = TemperedTarget(
-            whole.log_p_BK[:rows], whole.classes_BK[:rows], whole.log_tail_B[:rows], 2.0, C
+            whole.log_p_BK[:rows], whole.class_ids_BK[:rows], whole.log_tail_B[:rows], 2.0, C
         )
         z = torch.randn(C, rows).t().to(dtype).requires_grad_()
         results = [torch.autograd.grad(f(z, goal), z)[0] for f in (step, compiled)]
@@ -162,7 +162,7 @@ def test_the_operators_keep_their_word(
 ) -> None:
     goal, z = target(kind, device), student_logits(dtype).detach().to(device)
     z = (z.t().contiguous().t() if columns_first else z).requires_grad_()
-    inputs = (z, goal.logits_BK, goal.classes_BK, goal.tail_B3, labels(device), None)
+    inputs = (z, goal.logits_BK, goal.class_ids_BK, goal.tail_B3, labels(device), None)
     options = (2.0, 0.5, "bucket", False, True)
     torch.library.opcheck(ops.loss_forward, (*inputs, *options, True))
     torch.library.opcheck(ops.loss_forward, (z.detach(), *inputs[1:], *options, False))
@@ -187,7 +187,7 @@ z = torch.arange(12.0).reshape(3, 4).requires_grad_()
 goal = TemperedTarget(torch.full((3, 1), -0.5), torch.tensor([[0], [1], [3]]), None, 2.0, 4)
 loss = distillation_loss(z, goal, temperature=2.0)
 loss.backward()
-print(ops.backend(z, goal.classes_BK), loss.item(), z.grad.sum().abs().item() < 1e-6)
+print(ops.backend(z, goal.class_ids_BK), loss.item(), z.grad.sum().abs().item() < 1e-6)
 """
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]
@@ -260,7 +260,7 @@ class OnTheDevice(TorchDispatchMode):
 @pytest.mark.parametrize("in_forward", [False, True])
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
 def test_nothing_waits_for_the_device(
-    kind: str, in_forward: bool, reduction: str, classes: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, in_forward: bool, reduction: str, num_classes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On GPU tensors without contents, where there is no number to look at; launches do nothing."""
     from kdcache.kernels import launch, layout
@@ -275,18 +275,18 @@ def test_nothing_waits_for_the_device(
             return torch.empty(shape, device="cuda")
 
         named = some(B, 5).long(), some(B, 3)
-        teacher = (some(B, classes), None, None) if kind == "dense" else (some(B, 5), *named)
-        inputs = (some(B, classes), *teacher, some(B).long(), some(B))
+        teacher = (some(B, num_classes), None, None) if kind == "dense" else (some(B, 5), *named)
+        inputs = (some(B, num_classes), *teacher, some(B).long(), some(B))
         assert ops.backend(inputs[0], inputs[2]) == "triton"
         options = (2.0, 0.5, "bucket", False, reduction == "mean", reduction != "none")
         loss = ops._Loss.forward(context, *inputs, *options, in_forward, some(1))
         gradient = ops._gradient(context, torch.ones_like(loss))
-        assert gradient.shape == (B, classes)
+        assert gradient.shape == (B, num_classes)
         with pytest.raises(DataDependentOutputException):
             loss.sum().item()
         with pytest.raises(AssertionError, match="leaves it"):
             loss.cpu()
-    assert len(launched) == 2 + (in_forward and classes == 20000)
+    assert len(launched) == 2 + (in_forward and num_classes == 20000)
 
 
 def test_usage_errors() -> None:
@@ -298,12 +298,12 @@ def test_usage_errors() -> None:
     with pytest.raises(UsageError, match=r"must be floating-point, not torch.int64"):
         distillation_loss(z.long(), goal)
     for wrong, message in (
-        (Target(goal.logits_BK[1:], goal.classes_BK, goal.tail_B3, C), r"target must be \[12, 5\]"),
-        (Target(goal.logits_BK, goal.classes_BK[:, 1:], goal.tail_B3, C), r"target must be .12, 4"),
-        (Target(goal.logits_BK, goal.classes_BK, goal.tail_B3[:, 0], C), r"tail must be \[12, 3\]"),
+        (Target(goal.logits_BK[1:], goal.class_ids_BK, goal.tail_B3, C), r"target must be \[12, 5\]"),
+        (Target(goal.logits_BK, goal.class_ids_BK[:, 1:], goal.tail_B3, C), r"target must be .12, 4"),
+        (Target(goal.logits_BK, goal.class_ids_BK, goal.tail_B3[:, 0], C), r"tail must be \[12, 3\]"),
         (Target(goal.logits_BK, None, None, C), r"\[12, 50\] beside .*\[12, 50\], not \[12, 5\]"),
-        (Target(goal.logits_BK, goal.classes_BK.float(), None, C), "classes must be class numbers"),
-        (Target(goal.logits_BK[:, :0], goal.classes_BK[:, :0], None, C), "names no class"),
+        (Target(goal.logits_BK, goal.class_ids_BK.float(), None, C), "classes must be class numbers"),
+        (Target(goal.logits_BK[:, :0], goal.class_ids_BK[:, :0], None, C), "names no class"),
     ):
         with pytest.raises(UsageError, match=message):
             distillation_loss(z, wrong)
@@ -334,7 +334,7 @@ def test_usage_errors() -> None:
         distillation_loss(z, goal, temperature=0)
     with pytest.raises(UsageError, match=r"at least 1 for top-k targets, not 0.5"):
         distillation_loss(z, goal, temperature=0.5)
-    moving = Target(goal.logits_BK.clone().requires_grad_(), goal.classes_BK, goal.tail_B3, C)
+    moving = Target(goal.logits_BK.clone().requires_grad_(), goal.class_ids_BK, goal.tail_B3, C)
     with pytest.raises(UsageError, match="detach it"):
         distillation_loss(z, moving)
 

@@ -79,7 +79,7 @@ def test_a_factorys_student_starts_from_torchs_seed() -> None:
     prints = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        prints.append(load.load_model(STUDENT, "student", num_classes=10, size_px=8).fingerprint())
+        prints.append(load.load_model(STUDENT, "student", num_classes=10, size_px=8).content_hash())
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -116,10 +116,10 @@ def test_a_factory_may_bring_its_own_normalisation(
 
 
 def test_equal_weights_have_one_fingerprint() -> None:
-    assert classifier().fingerprint() == classifier().fingerprint()
-    assert classifier().eval().requires_grad_(False).fingerprint() == classifier().fingerprint()
+    assert classifier().content_hash() == classifier().content_hash()
+    assert classifier().eval().requires_grad_(False).content_hash() == classifier().content_hash()
     moved = classifier().to(memory_format=torch.channels_last)
-    assert moved.fingerprint() == classifier().fingerprint()
+    assert moved.content_hash() == classifier().content_hash()
 
 
 def _one_weight(model: Classifier) -> None:
@@ -146,9 +146,9 @@ def _buffer(model: Classifier) -> None:
 @pytest.mark.parametrize("change", [_one_weight, _mean, _std, _type, _buffer])
 def test_any_change_changes_the_fingerprint(change: Callable[[Classifier], None]) -> None:
     model = classifier()
-    before = model.fingerprint()
+    before = model.content_hash()
     change(model)
-    assert model.fingerprint() != before
+    assert model.content_hash() != before
 
 
 # --- a finished run --------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def write_run(folder: Path, student: Classifier) -> None:
     save_weights(student, folder / load.WEIGHTS_FILE)
     record = {
         "student": student.name,
-        "weights": student.fingerprint(),
+        "weights": student.content_hash(),
         "classes": student.num_classes,
         "view": ViewSpec(8).to_json(),
     }
@@ -178,7 +178,7 @@ def run_folder(tmp_path: Path) -> Path:
 def test_a_run_is_a_teacher(run_folder: Path) -> None:
     record = json.loads((run_folder / "run.json").read_text())
     teacher = load.load_model(str(run_folder), "teacher", num_classes=10, size_px=8)
-    assert teacher.fingerprint() == record["weights"]
+    assert teacher.content_hash() == record["weights"]
     assert teacher.name == str(run_folder)
     assert not teacher.training
     assert not any(w.requires_grad for w in teacher.parameters())
@@ -292,7 +292,7 @@ def test_a_student_that_starts_from_a_run_stands_on_its_own(
     write_run(tmp_path / "second", student)
     shutil.rmtree(run_folder)
     again = load.load_model(str(tmp_path / "second"), "teacher", num_classes=10, size_px=8)
-    assert again.fingerprint() == student.fingerprint()
+    assert again.content_hash() == student.content_hash()
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tapes in an S3 bucket: a server that speaks S3, on loopback, whole, mute, rude or dead."""
+"""Caches in an S3 bucket: a server that speaks S3, on loopback, whole, mute, rude or dead."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def bucket(client: Any, tmp_path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def whole(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """The same tape in a folder."""
+    """The same cache in a folder."""
     folder = tmp_path_factory.mktemp("whole")
     job = Job(digits_test.path, folder / "t", folder / "log")
     job.run()
@@ -102,7 +102,7 @@ def _read_with_zarr(url: str, folder: Path) -> None:
     np.testing.assert_array_equal(there["logits"][:], here["logits"][:])
 
 
-def test_a_tape_is_made_inspected_verified_and_trained_from(
+def test_a_cache_is_made_inspected_verified_and_trained_from(
     digits_test: Dataset, client: Any, bucket: str, tmp_path: Path
 ) -> None:
     url = f"s3://{bucket}/deep/t.zarr"
@@ -151,11 +151,11 @@ def test_a_killed_writer_is_finished_by_the_same_command(
     assert redone <= 2 * killed
 
 
-def test_parts_at_once_make_the_same_tape(
+def test_parts_at_once_make_the_same_cache(
     whole: Job, client: Any, bucket: str, tmp_path: Path
 ) -> None:
     job = Job(whole.data, f"s3://{bucket}/t", tmp_path / "log")
-    job.run()  # the tape must exist: a bucket has no locks
+    job.run()  # the cache must exist: a bucket has no locks
     before = objects(client, bucket)
     for key in before:
         if "/c/" in key:
@@ -177,15 +177,15 @@ def _train_and_watch(url: str, data: Path, most_held: int) -> None:
         return read(store, key)
 
     ObjectStore.read = watched  # type: ignore[method-assign]
-    dataset, tape = open_dataset(data), LogitCache.open(url)
-    assert tape.spec.view is not None
-    with Loader(dataset, tape.spec.view, 20, workers=1) as loader:
+    dataset, cache = open_dataset(data), LogitCache.open(url)
+    assert cache.spec.view_spec is not None
+    with Loader(dataset, cache.spec.view_spec, 20, workers=1) as loader:
         asked.clear()
-        targets = CachedTargets(tape, dataset.fingerprint, tape.spec.view)
+        targets = CachedTargets(cache, dataset.content_hash, cache.spec.view_spec)
         for view in (0, 1):
             for batch in loader.batches(view):
                 targets(batch)
-                ahead = (view, int(batch.positions_B[-1]) // tape.layout.shard_rows + 1)
+                ahead = (view, int(batch.positions_B[-1]) // cache.layout.shard_rows + 1)
                 later = [k for k in asked if _place(k) > ahead and k[-4:] != "json"]
                 assert later in ([], [k for k in asked if _place(k) == (view + 1, 0)])
                 assert len(targets._shards) <= most_held
@@ -230,7 +230,7 @@ def test_a_bucket_that_is_not_there(
     as_user(server)
     url = "s3://nobody-has-this/t"
     one_line(precompute(tmp_path, digits_test, url), "write s3://nobody", "bucket does not exist")
-    one_line(processes.command(tmp_path, "inspect", url)(), f"no tape at {url}")
+    one_line(processes.command(tmp_path, "inspect", url)(), f"no cache at {url}")
 
 
 def test_wrong_and_no_credentials(
@@ -288,10 +288,10 @@ def _train_from_a_dying_store(server: int, url: str, data: Path, out: Path) -> N
     """The server dies when the fourth shard is asked for."""
     read_shard, count = LogitCache.read_shard, iter(range(1000))
 
-    def read(tape: LogitCache, view: int, shard: int) -> Any:
+    def read(cache: LogitCache, view: int, shard: int) -> Any:
         if next(count) == 3:
             os.kill(server, signal.SIGKILL)
-        return read_shard(tape, view, shard)
+        return read_shard(cache, view, shard)
 
     LogitCache.read_shard = read  # type: ignore[method-assign]
     line = ["train", "--mode", "cached", "--data", str(data), "--student", STUDENT, "--cache", url]

@@ -1,4 +1,4 @@
-"""Several processes on one tape: each shard once, the bytes of one process, whoever dies."""
+"""Several processes on one cache: each shard once, the bytes of one process, whoever dies."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LAST_FAILS = "python:tests.test_parallel:teacher_whose_last_rank_fails"
 
 @pytest.fixture(scope="module")
 def whole(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A tape that one process made."""
+    """A cache that one process made."""
     folder = tmp_path_factory.mktemp("whole")
     job = Job(digits_test.path, folder / "t", folder / "log")
     job.run()
@@ -49,7 +49,7 @@ def same(job: Job, whole: Job) -> bool:
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_on_one_tape_do_each_shard_once(whole: Job, tmp_path: Path, count: int) -> None:
+def test_processes_on_one_cache_do_each_shard_once(whole: Job, tmp_path: Path, count: int) -> None:
     """From an empty place, all at the same instant."""
     for round in range(2):
         folder = tmp_path / str(round)
@@ -81,25 +81,25 @@ def test_a_killed_process_leaves_its_shards_to_the_other(whole: Job, tmp_path: P
 
 
 def test_of_two_specs_one_is_refused(whole: Job, tmp_path: Path) -> None:
-    """Also where both create the tape in the same instant."""
+    """Also where both create the cache in the same instant."""
     for round in range(2):
         folder = tmp_path / str(round)
         folder.mkdir()
         job = Job(whole.data, folder / "t", folder / "log", start_s=time.time() + 0.3)
-        running = [job.start(), replace(job, views=2).start()]
+        running = [job.start(), replace(job, num_views=2).start()]
         codes = [processes.ended(p) for p in running]
         assert sorted(codes) == [0, 2]
-        tape = LogitCache.open(job.out)
-        assert tape.spec.views == (3 if codes[0] == 0 else 2)
-        assert tape.missing() == []
-        assert len(job.computed()) == len(tape.places())
+        cache = LogitCache.open(job.out)
+        assert cache.spec.num_views == (3 if codes[0] == 0 else 2)
+        assert cache.missing() == []
+        assert len(job.computed()) == len(cache.shards())
 
 
 # --- parts -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 30])
-def test_parts_in_any_order_and_at_once_make_the_same_tape(
+def test_parts_in_any_order_and_at_once_make_the_same_cache(
     whole: Job, tmp_path: Path, n: int
 ) -> None:
     """Also of more parts than there are shards."""
@@ -151,7 +151,7 @@ def torchrun(*line: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_torchrun_makes_the_same_tape_and_one_rank_answers(
+def test_torchrun_makes_the_same_cache_and_one_rank_answers(
     digits_test: Dataset, tmp_path: Path
 ) -> None:
     line = ["precompute", "--data", digits_test.path, "--teacher", TEACHER, "--views", 5]

@@ -16,14 +16,14 @@ from kdcache.kernels import ops
 from kdcache.losses.distillation import distillation_loss
 from kdcache.models import load
 from kdcache.teacher import targets
-from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.teacher.precompute import precompute
 from kdcache.training import checkpoint
 from kdcache.training.loop import State, set_determinism, train
 from kdcache.training.spec import TrainSpec
 from kdcache.views.spec import ViewSpec
-from tests.conftest import TEACHER
+from tests.conftest import TEACHER, cache_spec
 
-VIEW = ViewSpec(8, min_area=0.4, mixup=1.0, seed=5)
+VIEW = ViewSpec(8, min_scale=0.4, mixup=1.0, seed=5)
 VIEWS = 2
 
 
@@ -37,7 +37,7 @@ def weights_after(
         batch_size=128,
         temperature=temperature,
         deterministic=True,
-        views=VIEWS,
+        num_views=VIEWS,
         seed=3,
     )
     set_determinism(spec)
@@ -48,14 +48,14 @@ def weights_after(
     return dict(student.network.state_dict())
 
 
-def test_a_tape_of_other_views_is_refused(digits: Dataset, tmp_path: Path) -> None:
+def test_a_cache_of_other_views_is_refused(digits: Dataset, tmp_path: Path) -> None:
     teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
-    spec = make_cache_spec(digits, teacher, VIEW, views=1, top_k=None, dtype="float32")
-    tape = precompute(digits, teacher, spec, tmp_path / "t.zarr")
+    spec = cache_spec(digits, teacher, VIEW, num_views=1, top_k=None, dtype="float32")
+    cache = precompute(digits, teacher, spec, tmp_path / "t.zarr")
     with pytest.raises(CacheMismatch, match="seed: 6 here, 5 there"):
-        targets.CachedTargets(tape, digits.fingerprint, replace(VIEW, seed=6))
+        targets.CachedTargets(cache, digits.content_hash, replace(VIEW, seed=6))
     with pytest.raises(CacheMismatch, match="was made from other data"):
-        targets.CachedTargets(tape, "0" * 16, VIEW)
+        targets.CachedTargets(cache, "0" * 16, VIEW)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -64,11 +64,11 @@ def test_cached_equals_online_to_the_bit(
 ) -> None:
     teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
     torch.set_num_threads(1)
-    spec = make_cache_spec(digits, teacher, VIEW, views=VIEWS, top_k=None, dtype="float32")
-    tape = precompute(digits, teacher, spec, tmp_path / "t.zarr", batch_size=128, workers=1)
+    spec = cache_spec(digits, teacher, VIEW, num_views=VIEWS, top_k=None, dtype="float32")
+    cache = precompute(digits, teacher, spec, tmp_path / "t.zarr", batch_size=128, workers=1)
     losses: tuple[list[float], list[float]] = ([], [])
     online = weights_after(digits, targets.OnlineTargets(teacher), "online", temperature, losses[0])
-    replay = targets.CachedTargets(tape, digits.fingerprint, VIEW)
+    replay = targets.CachedTargets(cache, digits.content_hash, VIEW)
     cached = weights_after(digits, replay, "cached", temperature, losses[1])
     assert losses[0] == losses[1]
     assert all(torch.equal(online[name], cached[name]) for name in online)
@@ -83,17 +83,17 @@ def test_one_may_go_on_with_what_the_other_began(
     with the weights of one that was online from beginning to end."""
     teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
     torch.set_num_threads(1)
-    tape = precompute(
+    cache = precompute(
         digits,
         teacher,
-        make_cache_spec(digits, teacher, VIEW, views=VIEWS, dtype="float32"),
+        cache_spec(digits, teacher, VIEW, num_views=VIEWS, dtype="float32"),
         tmp_path / "t.zarr",
         batch_size=128,
         workers=1,
     )
     sources: dict[str, TargetSource] = {
         "online": targets.OnlineTargets(teacher),
-        "cached": targets.CachedTargets(tape, digits.fingerprint, VIEW),
+        "cached": targets.CachedTargets(cache, digits.content_hash, VIEW),
     }
     spec = TrainSpec(
         "online",
@@ -101,8 +101,8 @@ def test_one_may_go_on_with_what_the_other_began(
         epochs=2,
         batch_size=128,
         deterministic=True,
-        views=VIEWS,
-        ema=0.9,
+        num_views=VIEWS,
+        ema_decay=0.9,
         label_weight=label_weight,
     )
 
@@ -137,19 +137,19 @@ def test_one_may_go_on_with_what_the_other_began(
     assert state.step % (len(digits) // 128)  # mid-epoch
     play(state, {"online": "cached", "cached": "online"}[first])
     assert state.step == whole.step == 22
-    assert state.student.fingerprint() == whole.student.fingerprint()
+    assert state.student.content_hash() == whole.student.content_hash()
     averages = [s.average.state_dict()["weights"] for s in (state, whole)]
     assert all(map(torch.equal, *averages))
 
 
 def test_the_parity_test_can_fail(digits: Dataset, tmp_path: Path) -> None:
-    """With another view seed on the tape, the same comparison must not hold."""
+    """With another view seed on the cache, the same comparison must not hold."""
     teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
-    other = ViewSpec(8, min_area=0.4, mixup=1.0, seed=6)
-    spec = make_cache_spec(digits, teacher, other, views=VIEWS, top_k=None, dtype="float32")
-    tape = precompute(digits, teacher, spec, tmp_path / "t.zarr", batch_size=128)
+    other = ViewSpec(8, min_scale=0.4, mixup=1.0, seed=6)
+    spec = cache_spec(digits, teacher, other, num_views=VIEWS, top_k=None, dtype="float32")
+    cache = precompute(digits, teacher, spec, tmp_path / "t.zarr", batch_size=128)
     online = weights_after(digits, targets.OnlineTargets(teacher), "online", 1.0, [])
-    replay = targets.CachedTargets(tape, digits.fingerprint, other)
+    replay = targets.CachedTargets(cache, digits.content_hash, other)
     cached = weights_after(digits, replay, "cached", 1.0, [])
     assert not all(torch.equal(online[name], cached[name]) for name in online)
 
@@ -158,9 +158,9 @@ def test_training_with_the_fused_loss_has_the_curve_of_the_reference(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
-    spec = make_cache_spec(digits, teacher, VIEW, views=VIEWS, top_k=3, dtype="float16")
-    tape = precompute(digits, teacher, spec, tmp_path / "t.zarr", batch_size=128)
-    replay = targets.CachedTargets(tape, digits.fingerprint, VIEW)
+    spec = cache_spec(digits, teacher, VIEW, num_views=VIEWS, top_k=3, dtype="float16")
+    cache = precompute(digits, teacher, spec, tmp_path / "t.zarr", batch_size=128)
+    replay = targets.CachedTargets(cache, digits.content_hash, VIEW)
     curves: dict[bool, list[float]] = {True: [], False: []}
 
     def recorded(*arguments: object, **options: object) -> torch.Tensor:

@@ -23,12 +23,12 @@ from kdcache.errors import CacheMismatch, NonFinite, StorageError, UsageError
 from kdcache.models import load
 from kdcache.models.classifier import Classifier
 from kdcache.teacher import precompute as recording
-from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.teacher.precompute import precompute
 from kdcache.views.spec import ViewSpec
 from tests import processes
-from tests.conftest import TEACHER, linear_teacher
+from tests.conftest import TEACHER, cache_spec, linear_teacher
 
-VIEW = ViewSpec(8, min_area=0.5, seed=3)
+VIEW = ViewSpec(8, min_scale=0.5, seed=3)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def spec_of(dataset: Dataset, teacher: Classifier, top_k: int | None = None) -> CacheSpec:
-    return make_cache_spec(dataset, teacher, VIEW, views=2, top_k=top_k, dtype="float32")
+    return cache_spec(dataset, teacher, VIEW, num_views=2, top_k=top_k, dtype="float32")
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -64,7 +64,7 @@ class Spoilt(nn.Module):
         return logits.masked_fill(hit[:, None], torch.nan)
 
 
-def test_the_tape_holds_the_teachers_answer_to_every_position(
+def test_the_cache_holds_the_teachers_answer_to_every_position(
     digits_test: Dataset, teacher: Classifier, tmp_path: Path
 ) -> None:
     made = precompute(digits_test, teacher, spec_of(digits_test, teacher), tmp_path / "t")
@@ -122,7 +122,7 @@ def test_deleted_shards_are_finished_to_the_same_bytes(
 def test_the_batch_size_changes_nothing_but_rounding(
     digits_test: Dataset, teacher: Classifier, tmp_path: Path, batch_size: int
 ) -> None:
-    spec = replace(spec_of(digits_test, teacher), views=1)
+    spec = replace(spec_of(digits_test, teacher), num_views=1)
     a = precompute(digits_test, teacher, spec, tmp_path / "a", batch_size=64)
     b = precompute(digits_test, teacher, spec, tmp_path / "b", batch_size=batch_size)
     np.testing.assert_allclose(
@@ -140,18 +140,18 @@ def test_a_k_that_saves_nothing_becomes_all(digits: Dataset, teacher: Classifier
 
 def test_the_spec_names_data_and_teacher(digits: Dataset, teacher: Classifier) -> None:
     spec = spec_of(digits, teacher)
-    assert (spec.samples, spec.classes, spec.view) == (1500, 10, VIEW)
-    assert spec.dataset == digits.fingerprint
-    assert spec.teacher == teacher.fingerprint()
+    assert (spec.num_samples, spec.num_classes, spec.view_spec) == (1500, 10, VIEW)
+    assert spec.dataset == digits.content_hash
+    assert spec.teacher == teacher.content_hash()
 
 
-def test_another_teacher_does_not_write_on_the_tape(
+def test_another_teacher_does_not_write_on_the_cache(
     digits_test: Dataset, teacher: Classifier, tmp_path: Path
 ) -> None:
     precompute(digits_test, teacher, spec_of(digits_test, teacher), tmp_path / "t")
     with torch.no_grad():
         teacher.network[1].bias[0] += 1e-3
-    with pytest.raises(CacheMismatch, match=r"another tape \(teacher: \w{16} here, \w{16} there\)"):
+    with pytest.raises(CacheMismatch, match=r"another cache \(teacher: \w{16} here, \w{16} there\)"):
         precompute(digits_test, teacher, spec_of(digits_test, teacher), tmp_path / "t")
 
 
@@ -167,7 +167,7 @@ def test_nan_names_its_sample_and_its_view_and_is_not_recorded(
     spoilt = Classifier(Spoilt((image - norm[0]) / norm[1]), "spoilt", *mean)
     spoilt.eval().requires_grad_(False)
     spec = spec_of(digits_test, spoilt)
-    expected = rf"spoilt gave NaN or infinity for sample {batch.samples_B[1]} in view 1: a teacher"
+    expected = rf"spoilt gave NaN or infinity for sample {batch.sample_ids_B[1]} in view 1: a teacher"
     with pytest.raises(NonFinite, match=expected):
         precompute(digits_test, spoilt, spec, tmp_path / "t", batch_size=32)
     made = LogitCache.open(tmp_path / "t")
@@ -229,16 +229,16 @@ def test_a_write_that_fails_stops_the_teacher_at_once_and_frees_the_shards(
 
 
 def _claim_all(path: Path) -> None:
-    tape = LogitCache.open(path)
-    assert all(tape.claim(*place) for place in tape.places())
+    cache = LogitCache.open(path)
+    assert all(cache.claim(*place) for place in cache.shards())
 
 
-def test_info_says_how_the_tape_was_made(
+def test_info_says_how_the_cache_was_made(
     digits_test: Dataset, teacher: Classifier, tmp_path: Path
 ) -> None:
     made = precompute(digits_test, teacher, spec_of(digits_test, teacher), tmp_path / "t")
     assert made.info["teacher"] == TEACHER
-    assert made.info["class_names"] == list(digits_test.classes)
+    assert made.info["class_names"] == list(digits_test.class_names)
     assert made.info["batch_size"] == 256
     assert made.info["device"].startswith("cpu")
     assert made.info["torch"] == torch.__version__

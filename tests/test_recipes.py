@@ -78,7 +78,7 @@ def test_the_papers_numbers(name: str) -> None:
     recipe = get_recipe(name)
     if name.startswith("flowers"):
         batch = 510  # of 1,020 images: two whole batches
-    view = ViewSpec(size, "inception", min_area=0.05, flip=True, mixup=1.0)
+    view = ViewSpec(size, "inception", min_scale=0.05, flip=True, mixup=1.0)
     assert recipe.spec == TrainSpec(
         "online",
         view,
@@ -88,14 +88,14 @@ def test_the_papers_numbers(name: str) -> None:
         weight_decay=decay,
         warmup=warmup,
         temperature=temperature,
-        setup="function-matching",
+        setting="function-matching",
         optimizer="adamw",
         label_weight=0,
     )
     assert recipe.spec.weight_decay == pytest.approx(wd / lr, rel=1e-5)
     assert recipe.student == "timm:resnetv2_50x1_bit"
     family = name.rpartition("-")[0]
-    assert (recipe.data.samples, recipe.data.classes) == DATA[family]
+    assert (recipe.data.num_samples, recipe.data.class_names) == DATA[family]
 
 
 def test_decay_shrinks_a_weight_as_the_papers_does() -> None:
@@ -139,7 +139,7 @@ def test_longer_is_longer() -> None:
         costs = [cost_of(get_recipe(f"{family}-{length}")) for length in ("fast", "medium", "long")]
         assert costs == sorted(costs, key=lambda cost: cost.steps)
         assert costs[0].steps < costs[2].steps
-        assert costs[0].tape_bytes < costs[2].tape_bytes
+        assert costs[0].cache_bytes < costs[2].cache_bytes
 
 
 def test_an_unknown_recipe_is_refused_with_the_list() -> None:
@@ -155,15 +155,15 @@ def test_an_unknown_recipe_is_refused_with_the_list() -> None:
 def test_costs_follow_from_data_and_codec() -> None:
     cost = cost_of(get_recipe("food-fast"))
     assert cost.steps == 133 * 100  # 68,175 images fill 133 batches of 512
-    assert cost.views == 100
+    assert cost.num_views == 100
     assert (cost.top_k, cost.record_bytes) == (16, 16 * (2 + 2) + 3 * 2)
-    assert cost.tape_bytes == 100 * 68_175 * 70
-    few = cost_of(get_recipe("food-fast"), samples=1030, classes=10)
+    assert cost.cache_bytes == 100 * 68_175 * 70
+    few = cost_of(get_recipe("food-fast"), num_samples=1030, classes=10)
     assert (few.steps, few.top_k, few.record_bytes) == (200, 10, 20)
-    assert few.tape_bytes == 100 * 1030 * 20
+    assert few.cache_bytes == 100 * 1030 * 20
     cycled = get_recipe("food-fast")
-    cycled = replace(cycled, spec=replace(cycled.spec, views=7))
-    assert cost_of(cycled).tape_bytes == 7 * 68_175 * 70
+    cycled = replace(cycled, spec=replace(cycled.spec, num_views=7))
+    assert cost_of(cycled).cache_bytes == 7 * 68_175 * 70
 
 
 def test_costs_have_the_defaults_of_precompute() -> None:
@@ -185,8 +185,8 @@ def test_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_list_fits_and_hours_scale(monkeypatch: pytest.MonkeyPatch, kdcache: Run) -> None:
     asked = []
 
-    def pace(recipe: Recipe, classes: int, device: str) -> float:
-        asked.append((recipe.student, recipe.spec.view.size_px))
+    def pace(recipe: Recipe, num_classes: int, device: str) -> float:
+        asked.append((recipe.student, recipe.spec.view_spec.size_px))
         return 36.0
 
     monkeypatch.setattr(recipes, "seconds_per_image", pace)
@@ -203,7 +203,7 @@ def test_the_list_fits_and_hours_scale(monkeypatch: pytest.MonkeyPatch, kdcache:
 
 def test_one_recipe_in_full(kdcache: Run) -> None:
     out = kdcache("recipes", "sun-long", "--no-measure").out
-    idle = {"teacher_view", "views", "deterministic", "momentum", "average", "ema", "label_weight"}
+    idle = {"teacher_view_spec", "views", "deterministic", "momentum", "average", "ema", "label_weight"}
     rows, _, command = out.partition("\nthe same as\n")
     assert {f.name for f in fields(TrainSpec) if f"\n{f.name} " not in rows} == idle
     assert "None" not in out
@@ -230,10 +230,10 @@ def spec_of(arguments: list[str]) -> TrainSpec:
     """The run that a command asks for; what it leaves out is as by default."""
     train = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
     given: dict[str, Any] = train.make_context("train", arguments[1:]).params
-    options = ("view_seed", "size", "crop", "min_area", "flip", "mixup")
+    options = ("view_seed", "size", "crop", "min_scale", "flip", "mixup")
     view = make_view_spec(given_view(*(given[name] for name in options)), 999)
     named = {f.name: given[f.name] for f in fields(TrainSpec) if f.name in given}
-    return TrainSpec(view=view, **{name: value for name, value in named.items() if value})
+    return TrainSpec(view_spec=view, **{name: value for name, value in named.items() if value})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -246,18 +246,18 @@ def test_the_printed_command_can_be_pasted_and_says_all_of_it(name: str, kdcache
 
 def test_what_differs_from_the_defaults_is_said() -> None:
     recipe = get_recipe("pet-fast")
-    view = ViewSpec(16, "random", min_area=0.05, flip=False, mixup=0.5, seed=4)
+    view = ViewSpec(16, "random", min_scale=0.05, flip=False, mixup=0.5, seed=4)
     spec = replace(
         recipe.spec,
         view=view,
         seed=3,
         optimizer="sgd",
         momentum=0.8,
-        views=7,
-        ema=0.9,
+        num_views=7,
+        ema_decay=0.9,
         label_weight=0.25,
         precision="bfloat16",
-        setup="custom",
+        setting="custom",
     )
     assert spec_of(command_of(replace(recipe, spec=spec))[1:]) == spec
 
@@ -280,7 +280,7 @@ def test_a_batch_above_the_images_makes_no_steps(
     assert listed[-1].startswith(f"-: {words}")
     out = kdcache("recipes", "pet-fast", *options).out
     assert words in " ".join(out.split())
-    assert "tape " not in out
+    assert "cache " not in out
     found = json.loads(kdcache("recipes", "pet-fast", *options, "--json").out)
     assert (found["steps"], found["hours"]) == (0, None)
 

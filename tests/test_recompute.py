@@ -1,4 +1,4 @@
-"""Records computed again: who made the tape passes, whatever the machine; anybody else fails."""
+"""Records computed again: who made the cache passes, whatever the machine; anybody else fails."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from kdcache.models import load
 from kdcache.models.classifier import Classifier
 from kdcache.spec import Precision
 from kdcache.teacher import recompute
-from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.teacher.precompute import precompute
 from kdcache.teacher.recompute import Measure, identify, require_recomputable
 from kdcache.views.spec import ViewSpec
-from tests.conftest import TEACHER, Result, linear_teacher, photo_source
+from tests.conftest import TEACHER, Result, cache_spec, linear_teacher, photo_source
 
 Run = Callable[..., Result]
-VIEW = ViewSpec(8, min_area=0.3, seed=5)
+VIEW = ViewSpec(8, min_scale=0.3, seed=5)
 PLAIN = replace(VIEW, mixup=0.0)
 KINDS: dict[str, dict[str, Any]] = {
     "uint8, top 3": {"top_k": 3, "dtype": "uint8"},
@@ -40,8 +40,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "uint8, all": {"top_k": None, "dtype": "uint8"},
     "float32, all": {"top_k": None, "dtype": "float32"},
     "unmixed": {"view": PLAIN, "top_k": 3},
-    "sample order": {"view": PLAIN, "top_k": 3, "order": "sample"},
-    "averaged": {"view": PLAIN, "top_k": 3, "order": "sample", "average": 3, "views": 1},
+    "sample order": {"view": PLAIN, "top_k": 3, "row_order": "dataset"},
+    "averaged": {"view": PLAIN, "top_k": 3, "row_order": "dataset", "average": 3, "views": 1},
     "draws": {"draws": 20, "dtype": "uint8"},
     "draws at T = 2": {"draws": 20, "dtype": "uint8", "temperature": 2.0},
 }
@@ -68,38 +68,38 @@ def teacher() -> Classifier:
 def recorded(
     dataset: Dataset, teacher: Classifier, out: Path, *, view: ViewSpec = VIEW, **kind: Any
 ) -> LogitCache:
-    spec = make_cache_spec(dataset, teacher, view, **{"views": 2, "dtype": "float16", **kind})
+    spec = cache_spec(dataset, teacher, view, **{"views": 2, "dtype": "float16", **kind})
     return precompute(dataset, teacher, spec, out)
 
 
 @pytest.fixture(scope="module")
-def tapes(
+def caches(
     digits_test: Dataset, teacher: Classifier, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], LogitCache]:
-    """The tape of each kind, made when it is first asked for."""
-    folder, made = tmp_path_factory.mktemp("tapes"), {}
+    """The cache of each kind, made when it is first asked for."""
+    folder, made = tmp_path_factory.mktemp("caches"), {}
 
-    def tape(kind: str) -> LogitCache:
+    def cache(kind: str) -> LogitCache:
         if kind not in made:
             made[kind] = recorded(digits_test, teacher, folder / str(len(made)), **KINDS[kind])
         return made[kind]
 
-    return tape
+    return cache
 
 
 def judged(
-    tape: LogitCache,
+    cache: LogitCache,
     dataset: Dataset,
     teacher: Classifier,
     *,
     count: int = 100,
     batch_size: int = 64,
 ) -> dict[str, Measure]:
-    faults, picked = read(tape, sample(tape.spec, count))
+    faults, picked = read(cache, sample(cache.spec, count))
     assert faults == []
     seen: list[int] = []
     found = recompute.recompute(
-        tape, dataset, teacher, picked, batch_size=batch_size, workers=1, progress=seen.append
+        cache, dataset, teacher, picked, batch_size=batch_size, workers=1, progress=seen.append
     )
     assert seen[-1] == sum(len(some.rows_B) for some in picked)
     return {measure.name: measure for measure in found}
@@ -109,11 +109,11 @@ def failed(found: dict[str, Measure]) -> set[str]:
     return {name for name, measure in found.items() if not measure.ok}
 
 
-def under(tape: LogitCache, out: Path, **spec: Any) -> LogitCache:
-    """The same records on a tape that says another spec."""
-    other = LogitCache.create(out, replace(tape.spec, **spec), tape.info, None)
-    for view, shard in other.places():
-        other.write(view, shard, tape.read_shard(view, shard))
+def under(cache: LogitCache, out: Path, **spec: Any) -> LogitCache:
+    """The same records on a cache that says another spec."""
+    other = LogitCache.create(out, replace(cache.spec, **spec), cache.metadata, None)
+    for view, shard in other.shards():
+        other.write(view, shard, cache.read_shard(view, shard))
     return other
 
 
@@ -122,37 +122,37 @@ def under(tape: LogitCache, out: Path, **spec: Any) -> LogitCache:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_the_teacher_of_the_tape_passes(
-    tapes: Callable[[str], LogitCache], digits_test: Dataset, kind: str, precision: Precision
+def test_the_teacher_of_the_cache_passes(
+    caches: Callable[[str], LogitCache], digits_test: Dataset, kind: str, precision: Precision
 ) -> None:
     here = linear_of(7)
     here.precision = precision
-    found = judged(tapes(kind), digits_test, here)
+    found = judged(caches(kind), digits_test, here)
     assert failed(found) == set(), found
     assert list(found) == (
         ["drawn", "distance", "reach"] if "draws" in kind else ["top1", "kl", "gap"]
     )
-    assert all(measure.ok for measure in identify(tapes(kind), digits_test, here))
+    assert all(measure.ok for measure in identify(caches(kind), digits_test, here))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 297])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_batches_and_threads_do_not_matter(
-    tapes: Callable[[str], LogitCache], digits_test: Dataset, batch_size: int, threads: int
+    caches: Callable[[str], LogitCache], digits_test: Dataset, batch_size: int, threads: int
 ) -> None:
     torch.set_num_threads(threads)
-    tape = tapes("uint8, top 3")
-    assert failed(judged(tape, digits_test, linear_of(7), batch_size=batch_size)) == set()
+    cache = caches("uint8, top 3")
+    assert failed(judged(cache, digits_test, linear_of(7), batch_size=batch_size)) == set()
 
 
 @pytest.mark.parametrize("kind", ["float32, all", "draws"])
-def test_a_tape_made_in_bfloat16_passes_in_float32(
+def test_a_cache_made_in_bfloat16_passes_in_float32(
     digits_test: Dataset, tmp_path: Path, kind: str
 ) -> None:
     here = linear_of(7)
     here.precision = "bfloat16"
-    tape = recorded(digits_test, here, tmp_path / "t", **KINDS[kind])
-    assert failed(judged(tape, digits_test, linear_of(7))) == set()
+    cache = recorded(digits_test, here, tmp_path / "t", **KINDS[kind])
+    assert failed(judged(cache, digits_test, linear_of(7))) == set()
 
 
 class Half(nn.Module):
@@ -170,12 +170,12 @@ class Half(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_smaller_copy_passes_on_the_records_and_is_named(
-    tapes: Callable[[str], LogitCache], digits_test: Dataset, dtype: torch.dtype
+    caches: Callable[[str], LogitCache], digits_test: Dataset, dtype: torch.dtype
 ) -> None:
     copy = linear_of(7)
     copy.network = Half(copy.network, dtype).requires_grad_(False)
-    assert failed(judged(tapes("float16, top 3"), digits_test, copy)) == set()
-    named = {m.name: m for m in identify(tapes("float16, top 3"), digits_test, copy)}
+    assert failed(judged(caches("float16, top 3"), digits_test, copy)) == set()
+    named = {m.name: m for m in identify(caches("float16, top 3"), digits_test, copy)}
     assert failed(named) == {"teacher"}
     assert "another type" in named["teacher"].note
 
@@ -183,9 +183,9 @@ def test_a_smaller_copy_passes_on_the_records_and_is_named(
 @pytest.mark.parametrize("mixup", [0.0, 1.0])
 def test_photos_of_an_odd_count_pass(photos: Dataset, tmp_path: Path, mixup: float) -> None:
     here = load.load_model(TEACHER, "teacher", num_classes=2, size_px=8)
-    tape = recorded(photos, here, tmp_path / "t", view=ViewSpec(8, mixup=mixup), top_k=None)
-    assert failed(judged(tape, photos, here, count=1000)) == set()
-    assert all(measure.ok for measure in identify(tape, photos, here))
+    cache = recorded(photos, here, tmp_path / "t", view=ViewSpec(8, mixup=mixup), top_k=None)
+    assert failed(judged(cache, photos, here, count=1000)) == set()
+    assert all(measure.ok for measure in identify(cache, photos, here))
 
 
 def test_a_peaked_teacher_passes(digits_test: Dataset, tmp_path: Path) -> None:
@@ -193,8 +193,8 @@ def test_a_peaked_teacher_passes(digits_test: Dataset, tmp_path: Path) -> None:
     here = linear_of(7)
     here.network[1].weight.mul_(20)
     for kind in ("uint8, top 3", "uint8, all", "averaged", "draws"):
-        tape = recorded(digits_test, here, tmp_path / kind, **KINDS[kind])
-        assert failed(judged(tape, digits_test, here)) == set(), kind
+        cache = recorded(digits_test, here, tmp_path / kind, **KINDS[kind])
+        assert failed(judged(cache, digits_test, here)) == set(), kind
 
 
 def restless(seed: int) -> Classifier:
@@ -218,15 +218,15 @@ def test_a_teacher_with_noisy_arithmetic_passes_and_another_does_not(
     precision: Precision,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tape = recorded(digits_test, restless(3), tmp_path / "t", **KINDS[kind])
+    cache = recorded(digits_test, restless(3), tmp_path / "t", **KINDS[kind])
     here, other = restless(3), restless(4)
     here.precision = other.precision = precision
-    assert failed(judged(tape, digits_test, here)) == set()
-    assert failed(judged(tape, digits_test, other)) != set()
+    assert failed(judged(cache, digits_test, here)) == set()
+    assert failed(judged(cache, digits_test, other)) != set()
     if precision == "bfloat16" and kind != "draws":
         monkeypatch.setattr(recompute, "LARGEST_NOISE", 0)
         monkeypatch.setattr(recompute, "TYPICAL_NOISE", 0)
-        assert failed(judged(tape, digits_test, here)) != set()
+        assert failed(judged(cache, digits_test, here)) != set()
 
 
 # --- who fails -------------------------------------------------------------------------------
@@ -234,44 +234,44 @@ def test_a_teacher_with_noisy_arithmetic_passes_and_another_does_not(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_teacher_fails(
-    tapes: Callable[[str], LogitCache], digits_test: Dataset, kind: str
+    caches: Callable[[str], LogitCache], digits_test: Dataset, kind: str
 ) -> None:
-    found = judged(tapes(kind), digits_test, linear_of(8))
+    found = judged(caches(kind), digits_test, linear_of(8))
     assert failed(found) == set(found)
-    named = {m.name: m for m in identify(tapes(kind), digits_test, linear_of(8))}
+    named = {m.name: m for m in identify(caches(kind), digits_test, linear_of(8))}
     assert failed(named) == {"teacher"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_normalisation_fails(
-    tapes: Callable[[str], LogitCache], digits_test: Dataset, kind: str
+    caches: Callable[[str], LogitCache], digits_test: Dataset, kind: str
 ) -> None:
     other = linear_of(7, mean=load.OWN_MEAN, std=load.OWN_STD)
-    found = judged(tapes(kind), digits_test, other)
+    found = judged(caches(kind), digits_test, other)
     assert failed(found) & {"gap", "reach"}, found
     assert failed(found) & {"kl", "drawn"}, found
-    assert not identify(tapes(kind), digits_test, other)[1].ok
+    assert not identify(caches(kind), digits_test, other)[1].ok
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_crop_range_fails(
-    tapes: Callable[[str], LogitCache], digits_test: Dataset, tmp_path: Path, kind: str
+    caches: Callable[[str], LogitCache], digits_test: Dataset, tmp_path: Path, kind: str
 ) -> None:
     """All fingerprints agree: only the records can tell."""
-    tape = tapes(kind)
-    assert tape.spec.view is not None
-    stated = under(tape, tmp_path / "t", view=replace(tape.spec.view, min_area=0.5))
+    cache = caches(kind)
+    assert cache.spec.view_spec is not None
+    stated = under(cache, tmp_path / "t", view=replace(cache.spec.view_spec, min_scale=0.5))
     found = judged(stated, digits_test, linear_of(7))
     assert failed(found) == set(found)
     assert all(measure.ok for measure in identify(stated, digits_test, linear_of(7)))
 
 
 def test_one_wrong_view_fails_and_is_named(
-    tapes: Callable[[str], LogitCache], digits_test: Dataset, tmp_path: Path
+    caches: Callable[[str], LogitCache], digits_test: Dataset, tmp_path: Path
 ) -> None:
-    tape = tapes("uint8, top 3")
-    other = under(tape, tmp_path / "t", views=2, teacher="0" * 16)
-    other.write(1, 0, tape.read_shard(0, 0))
+    cache = caches("uint8, top 3")
+    other = under(cache, tmp_path / "t", num_views=2, teacher="0" * 16)
+    other.write(1, 0, cache.read_shard(0, 0))
     found = judged(other, digits_test, linear_of(7))
     assert failed(found) == {"top1", "kl", "gap"}
     assert "view 1 row" in found["gap"].note
@@ -283,17 +283,17 @@ def test_a_wrong_tail_or_logit_fails(
 ) -> None:
     """A single number of a single record, among those that are sampled."""
     here = linear_of(7)
-    tape = recorded(digits_test, here, tmp_path / "t", top_k=top_k, dtype="float32", views=1)
-    records = tape.read_shard(0, 0)
+    cache = recorded(digits_test, here, tmp_path / "t", top_k=top_k, dtype="float32", num_views=1)
+    records = cache.read_shard(0, 0)
     assert records.logits is not None
-    row = int(sample(tape.spec, 100)[0][9])
+    row = int(sample(cache.spec, 100)[0][9])
     wrong = {name: array.copy() for name, array in records.arrays().items()}
     if top_k is None:
         wrong["logits"][row, records.logits[row].argmin()] -= 0.5
     else:
         wrong["tail"][row, 1] -= 0.5
-    tape.write(0, 0, type(records)(**wrong))
-    found = judged(tape, digits_test, here)
+    cache.write(0, 0, type(records)(**wrong))
+    found = judged(cache, digits_test, here)
     assert failed(found) == {"gap"}
     assert f"view 0 row {row}" in found["gap"].note
 
@@ -303,7 +303,7 @@ def test_another_decoder_fails(
 ) -> None:
     """It differs by one level in some pixels: too little for the teacher, enough for the digest."""
     here = load.load_model(TEACHER, "teacher", num_classes=2, size_px=8)
-    tape = recorded(photos, here, tmp_path / "t", top_k=None)
+    cache = recorded(photos, here, tmp_path / "t", top_k=None)
     real = render.split_rows
 
     def other_rounding(rows: Any, size_px: int) -> Any:
@@ -313,34 +313,34 @@ def test_another_decoder_fails(
         return images, *rest
 
     monkeypatch.setattr(render, "split_rows", other_rounding)
-    found = {measure.name: measure for measure in identify(tape, photos, here)}
+    found = {measure.name: measure for measure in identify(cache, photos, here)}
     assert failed(found) == {"pixels"}
     assert (
-        found["pixels"].note == "the decoder or the view code differs from where the tape was made"
+        found["pixels"].note == "the decoder or the view code differs from where the cache was made"
     )
 
 
 def test_data_encoded_again_fails(photos: Dataset, tmp_path: Path) -> None:
     here = load.load_model(TEACHER, "teacher", num_classes=2, size_px=8)
-    tape = recorded(photos, here, tmp_path / "t", top_k=None)
+    cache = recorded(photos, here, tmp_path / "t", top_k=None)
     again = convert(photo_source(), tmp_path / "p.beton", quality=80)[0]
-    found = {measure.name: measure for measure in identify(tape, again, here)}
+    found = {measure.name: measure for measure in identify(cache, again, here)}
     assert failed(found) == {"data", "pixels"}
     assert found["pixels"].note == "other data look otherwise"
 
 
 def test_other_data_is_not_compared_row_by_row(
-    tapes: Callable[[str], LogitCache], digits: Dataset, teacher: Classifier
+    caches: Callable[[str], LogitCache], digits: Dataset, teacher: Classifier
 ) -> None:
     with pytest.raises(UsageError, match=r"has 1500 samples, .* was made from 297"):
-        judged(tapes("unmixed"), digits, teacher)
+        judged(caches("unmixed"), digits, teacher)
 
 
-def test_an_imported_tape_cannot_be_recomputed(tmp_path: Path) -> None:
-    spec = CacheSpec(1, 20, 4, 2, "float16", "0" * 16, "0" * 16, None, order="sample")
-    tape = LogitCache.create(tmp_path / "t", spec, {"teacher": "someone's"})
+def test_an_imported_cache_cannot_be_recomputed(tmp_path: Path) -> None:
+    spec = CacheSpec(1, 20, 4, 2, "float16", "0" * 16, "0" * 16, None, row_order="dataset")
+    cache = LogitCache.create(tmp_path / "t", spec, {"teacher": "someone's"})
     with pytest.raises(UsageError, match="was imported, and its views are not of kdcache's making"):
-        require_recomputable(tape)
+        require_recomputable(cache)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -364,41 +364,41 @@ def test_a_draw_lies_on_its_class_or_as_far_from_it_as_the_logits_moved(temperat
 # --- the command -----------------------------------------------------------------------------
 
 
-def verified(kdcache: Run, tape: LogitCache, data: Dataset, *options: object) -> Result:
+def verified(kdcache: Run, cache: LogitCache, data: Dataset, *options: object) -> Result:
     return kdcache(
-        "verify", tape.url, "--data", data.path, "--teacher", TEACHER, "--samples", 60, *options
+        "verify", cache.url, "--data", data.path, "--teacher", TEACHER, "--samples", 60, *options
     )
 
 
 def test_verify_shows_each_measure(
-    kdcache: Run, tapes: Callable[[str], LogitCache], digits_test: Dataset
+    kdcache: Run, caches: Callable[[str], LogitCache], digits_test: Dataset
 ) -> None:
-    result = verified(kdcache, tapes("float16, top 3"), digits_test)
+    result = verified(kdcache, caches("float16, top 3"), digits_test)
     assert (result.code, result.err) == (0, "")
     lines = [" ".join(line.split()) for line in result.out.splitlines()]
     assert lines[1] == "shards 2 of 2 are there and right"
     assert lines[2] == "measure found allowed verdict"
-    fingerprint = digits_test.fingerprint
-    assert lines[3] == f"data {fingerprint} {fingerprint} ok"
+    content_hash = digits_test.content_hash
+    assert lines[3] == f"data {content_hash} {content_hash} ok"
     assert lines[6] == "top-1 agreement, near ties aside 100.00% 100.00% ok"
-    assert lines[7].startswith("mean KL(tape || live), nats ")
+    assert lines[7].startswith("mean KL(cache || live), nats ")
     assert lines[8].startswith("largest gap, of what is allowed 0.")
     assert "FAIL" not in result.out
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_verify_takes_a_precision(
-    kdcache: Run, tapes: Callable[[str], LogitCache], digits_test: Dataset, precision: str
+    kdcache: Run, caches: Callable[[str], LogitCache], digits_test: Dataset, precision: str
 ) -> None:
-    tape = tapes("draws")
-    result = verified(kdcache, tape, digits_test, "--precision", precision, "--batch-size", 5)
+    cache = caches("draws")
+    result = verified(kdcache, cache, digits_test, "--precision", precision, "--batch-size", 5)
     assert (result.code, result.err) == (0, "")
 
 
 def test_verify_in_json(
-    kdcache: Run, tapes: Callable[[str], LogitCache], digits_test: Dataset
+    kdcache: Run, caches: Callable[[str], LogitCache], digits_test: Dataset
 ) -> None:
-    result = verified(kdcache, tapes("averaged"), digits_test, "--json")
+    result = verified(kdcache, caches("averaged"), digits_test, "--json")
     assert (result.code, result.err) == (0, "")
     found = json.loads(result.out)
     assert (found["ok"], found["records"]) == (True, 60)
@@ -416,10 +416,10 @@ def another_teacher(num_classes: int) -> nn.Module:
 
 
 def test_verify_of_another_teacher_exits_with_1(
-    kdcache: Run, tapes: Callable[[str], LogitCache], digits_test: Dataset
+    kdcache: Run, caches: Callable[[str], LogitCache], digits_test: Dataset
 ) -> None:
     line = ("--teacher", "python:tests.test_recompute:another_teacher")
-    result = verified(kdcache, tapes("uint8, all"), digits_test, *line)
+    result = verified(kdcache, caches("uint8, all"), digits_test, *line)
     assert (result.code, result.err) == (1, "")
     assert result.out.count("FAIL") == 4
     assert "teacher: other weights, another type of them, another normalisation, or " in result.out
@@ -430,43 +430,43 @@ def test_verify_of_another_teacher_exits_with_1(
 @pytest.mark.parametrize("kind", ["averaged", "draws", "sample order"])
 def test_every_kind_of_record_is_drawn(
     kdcache: Run,
-    tapes: Callable[[str], LogitCache],
+    caches: Callable[[str], LogitCache],
     digits_test: Dataset,
     tmp_path: Path,
     kind: str,
 ) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "v.png"
-    line = ("inspect", tapes(kind).url, "--data", digits_test.path, "--sample", 5, "--draw", out)
+    line = ("inspect", caches(kind).url, "--data", digits_test.path, "--sample", 5, "--draw", out)
     result = kdcache(*line)
     assert (result.code, result.err) == (0, "")
     assert out.exists()
 
 
 def test_verify_with_other_data_exits_with_1(
-    kdcache: Run, tapes: Callable[[str], LogitCache], digits: Dataset
+    kdcache: Run, caches: Callable[[str], LogitCache], digits: Dataset
 ) -> None:
-    result = verified(kdcache, tapes("unmixed"), digits)
+    result = verified(kdcache, caches("unmixed"), digits)
     assert (result.code, result.err) == (1, "")
-    assert "data: other images or labels than the tape was made from" in result.out
+    assert "data: other images or labels than the cache was made from" in result.out
     assert "top-1" not in result.out
 
 
-def test_verify_of_an_imported_tape_with_data_is_refused(
+def test_verify_of_an_imported_cache_with_data_is_refused(
     kdcache: Run, digits_test: Dataset, tmp_path: Path
 ) -> None:
-    spec = CacheSpec(1, 297, 10, 2, "float16", "0" * 16, "0" * 16, None, order="sample")
-    tape = LogitCache.create(tmp_path / "t", spec, {"teacher": "someone's"})
-    result = verified(kdcache, tape, digits_test)
+    spec = CacheSpec(1, 297, 10, 2, "float16", "0" * 16, "0" * 16, None, row_order="dataset")
+    cache = LogitCache.create(tmp_path / "t", spec, {"teacher": "someone's"})
+    result = verified(kdcache, cache, digits_test)
     assert (result.code, result.out) == (2, "")
     assert "leave out --data and --teacher to check its shards" in result.err
 
 
-def test_what_is_there_of_an_incomplete_tape_is_judged(
+def test_what_is_there_of_an_incomplete_cache_is_judged(
     kdcache: Run, digits_test: Dataset, teacher: Classifier, tmp_path: Path
 ) -> None:
-    tape = recorded(digits_test, teacher, tmp_path / "t", top_k=None)
-    tape.discard(1, 0)
-    found = json.loads(verified(kdcache, tape, digits_test, "--json").out)
+    cache = recorded(digits_test, teacher, tmp_path / "t", top_k=None)
+    cache.delete_shard(1, 0)
+    found = json.loads(verified(kdcache, cache, digits_test, "--json").out)
     assert (found["ok"], found["records"]) == (False, 30)
     assert all(measure["ok"] for measure in found["measures"])

@@ -26,7 +26,7 @@ from kdcache.cli import app
 from kdcache.data.beton import Dataset, open_dataset
 from kdcache.models import load as models
 from kdcache.teacher import targets
-from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.teacher.precompute import precompute
 from kdcache.training import checkpoint, run_folder, session
 from kdcache.training.keeper import Schedule, Stopped
 from kdcache.training.loop import State, set_determinism, train
@@ -34,12 +34,12 @@ from kdcache.training.session import TrainingRun
 from kdcache.training.spec import TrainSpec
 from kdcache.views.spec import ViewSpec
 from tests import processes
-from tests.conftest import TEACHER, Result
+from tests.conftest import TEACHER, Result, cache_spec
 from tests.test_checkpoint import same
 
 STUDENT = "python:tests.conftest:convolutional_student"  # with batch norm and dropout
-VIEW = ViewSpec(8, min_area=0.4, seed=5)
-SPEC = TrainSpec("cached", VIEW, epochs=3, batch_size=64, views=2, deterministic=True, seed=3)
+VIEW = ViewSpec(8, min_scale=0.4, seed=5)
+SPEC = TrainSpec("cached", VIEW, epochs=3, batch_size=64, num_views=2, deterministic=True, seed=3)
 STEPS = 12
 SCHEDULE = Schedule(checkpoint_every=3, eval_every=5)
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -56,15 +56,15 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def tape(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher = models.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
-    spec = make_cache_spec(digits_test, teacher, VIEW, views=2, top_k=None, dtype="float32")
-    out = tmp_path_factory.mktemp("tape") / "t.zarr"
+    spec = cache_spec(digits_test, teacher, VIEW, num_views=2, top_k=None, dtype="float32")
+    out = tmp_path_factory.mktemp("cache") / "t.zarr"
     precompute(digits_test, teacher, spec, out, batch_size=64, workers=1)
     return out
 
 
-def job(dataset: Dataset, tape: Path, spec: TrainSpec, val: bool = True) -> TrainingRun:
+def job(dataset: Dataset, cache: Path, spec: TrainSpec, val: bool = True) -> TrainingRun:
     set_determinism(spec)
     student = models.load_model(STUDENT, "student", num_classes=10, size_px=8)
     teacher = models.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
@@ -73,7 +73,7 @@ def job(dataset: Dataset, tape: Path, spec: TrainSpec, val: bool = True) -> Trai
     if spec.mode == "online":
         source = targets.OnlineTargets(teacher)
     if spec.mode == "cached":
-        source = targets.CachedTargets(LogitCache.open(tape), dataset.fingerprint, spec.view)
+        source = targets.CachedTargets(LogitCache.open(cache), dataset.content_hash, spec.view_spec)
     return TrainingRun(
         spec, dataset, student, source, labels=labels, val=dataset if val else None, judge=teacher
     )
@@ -83,12 +83,12 @@ Go = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def go(digits_test: Dataset, tape: Path) -> Go:
+def go(digits_test: Dataset, cache: Path) -> Go:
     """Run a spec in a folder, from its last checkpoint if there is one."""
 
     def run(out: Path, spec: TrainSpec = SPEC, **options: Any) -> dict[str, Any]:
         options = {"schedule": SCHEDULE, "log_every": 2, "resume": True, "workers": 1, **options}
-        return session.run(job(digits_test, tape, spec), out, **options)
+        return session.run(job(digits_test, cache, spec), out, **options)
 
     return run
 
@@ -143,11 +143,11 @@ def test_a_run_that_dies_again_and_again_ends_the_same(go: Go, tmp_path: Path, n
 
 
 @pytest.fixture(scope="module")
-def whole(digits_test: Dataset, tape: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def whole(digits_test: Dataset, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What a run that nothing disturbed leaves."""
     out = tmp_path_factory.mktemp("whole") / "r"
     session.run(
-        job(digits_test, tape, replace(SPEC, ema=0.9)),
+        job(digits_test, cache, replace(SPEC, ema_decay=0.9)),
         out,
         schedule=SCHEDULE,
         log_every=2,
@@ -160,7 +160,7 @@ def whole(digits_test: Dataset, tape: Path, tmp_path_factory: pytest.TempPathFac
 def test_a_run_that_dies_after_any_step_ends_the_same(
     go: Go, whole: Any, tmp_path: Path, step: int
 ) -> None:
-    spec = replace(SPEC, ema=0.9)
+    spec = replace(SPEC, ema_decay=0.9)
     with pytest.raises(Killed):
         go(tmp_path / "r", spec, signal=dies(step))
     started: list[tuple[int, int]] = []
@@ -172,7 +172,7 @@ def test_a_run_that_dies_after_any_step_ends_the_same(
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_state_comes_back_whole(
-    digits_test: Dataset, tape: Path, tmp_path: Path, name: str
+    digits_test: Dataset, cache: Path, tmp_path: Path, name: str
 ) -> None:
     """What no later step may show is there too: the loss scale, sums for the log."""
     spec = replace(SPEC, **VARIANTS[name])
@@ -181,7 +181,7 @@ def test_a_state_comes_back_whole(
         if state.step == 7:
             raise Killed
 
-    this = job(digits_test, tape, spec)
+    this = job(digits_test, cache, spec)
     state = State(spec, this.student)
     with pytest.raises(Killed):
         train(
@@ -197,7 +197,7 @@ def test_a_state_comes_back_whole(
     if spec.precision == "float16":
         state.scaler.update(123.0)
     checkpoint.save(tmp_path / "c", state.state_dict())
-    again = State(spec, job(digits_test, tape, spec).student)
+    again = State(spec, job(digits_test, cache, spec).student)
     assert not same(again.state_dict(), checkpoint.load(tmp_path / "c"))
     again.load_state_dict(checkpoint.load(tmp_path / "c"))
     checkpoint.save(tmp_path / "d", again.state_dict())
@@ -228,7 +228,7 @@ def test_the_log_is_of_every_logged_step_and_evaluation_in_order(whole: Any) -> 
 def test_how_often_to_log_and_to_keep_is_no_part_of_a_run(
     go: Go, whole: Any, tmp_path: Path
 ) -> None:
-    spec = replace(SPEC, ema=0.9)
+    spec = replace(SPEC, ema_decay=0.9)
     with pytest.raises(Killed):
         go(tmp_path / "r", spec, signal=dies(8), log_every=5, keep=1, schedule=Schedule(7))
     go(tmp_path / "r", spec, log_every=1, schedule=Schedule(), workers=2)
@@ -246,7 +246,7 @@ def test_this_comparison_can_fail(
         state["optimizer"]["state"][0]["exp_avg"][0, 0, 0, 0] = 0
         return state
 
-    spec = replace(SPEC, ema=0.9)
+    spec = replace(SPEC, ema_decay=0.9)
     with pytest.raises(Killed):
         go(tmp_path / "r", spec, signal=dies(8))
     monkeypatch.setattr(checkpoint, "load", lossy)
@@ -261,7 +261,7 @@ def test_a_run_that_dies_after_its_last_step_ends_the_same(
     def die(*_: object, **__: object) -> None:
         raise Killed
 
-    spec = replace(SPEC, ema=0.9)
+    spec = replace(SPEC, ema_decay=0.9)
     with monkeypatch.context() as patch:
         if time == "before the evaluation":
             patch.setattr(session, "_evaluated", die)
@@ -307,7 +307,7 @@ def test_a_run_that_dies_while_it_evaluates_ends_the_same(
             raise Killed
         return real(*arguments, **options)
 
-    spec = replace(SPEC, ema=0.9)
+    spec = replace(SPEC, ema_decay=0.9)
     with monkeypatch.context() as patch:
         patch.setattr(module, name, die)
         with pytest.raises(Killed):
@@ -317,7 +317,7 @@ def test_a_run_that_dies_while_it_evaluates_ends_the_same(
 
 
 def test_a_signal_keeps_the_step_before_its_evaluation(go: Go, whole: Any, tmp_path: Path) -> None:
-    spec = replace(SPEC, ema=0.9)
+    spec = replace(SPEC, ema_decay=0.9)
     for step in (5, 7):
         asked = iter([0] * (step - (5 if step > 5 else 0) - 1) + [signal.SIGTERM])
         with pytest.raises(Stopped, match=f"stopped by signal 15 after step {step}"):
@@ -329,7 +329,7 @@ def test_a_signal_keeps_the_step_before_its_evaluation(go: Go, whole: Any, tmp_p
 
 def test_a_signal_at_the_last_step_lets_the_run_end(go: Go, whole: Any, tmp_path: Path) -> None:
     asked = iter([0] * (STEPS - 1) + [signal.SIGTERM])
-    go(tmp_path / "r", replace(SPEC, ema=0.9), signal=lambda: next(asked))
+    go(tmp_path / "r", replace(SPEC, ema_decay=0.9), signal=lambda: next(asked))
     assert outcome(tmp_path / "r") == whole
 
 
@@ -343,9 +343,9 @@ def test_a_finished_run_is_read_and_not_touched(go: Go, tmp_path: Path) -> None:
 # --- killed for real -------------------------------------------------------------------------
 
 
-def _life(out: Path, data: Path, tape: Path, prepare: Callable[..., None], *args: Any) -> None:
+def _life(out: Path, data: Path, cache: Path, prepare: Callable[..., None], *args: Any) -> None:
     """A life of a run, in a process that may be killed."""
-    this = job(open_dataset(data), tape, replace(SPEC, ema=0.9))
+    this = job(open_dataset(data), cache, replace(SPEC, ema_decay=0.9))
     os.fsync = lambda descriptor: None  # type: ignore[assignment]
     prepare(out, *args)
     session.run(this, out, schedule=SCHEDULE, log_every=2, resume=True, workers=1)
@@ -381,17 +381,17 @@ def _die_within_file(out: Path, size: int) -> None:
 
 @pytest.mark.parametrize("every", [27, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_before_any_change_of_a_file_it_ends_the_same(
-    digits_test: Dataset, tape: Path, whole: Any, tmp_path: Path, every: int
+    digits_test: Dataset, cache: Path, whole: Any, tmp_path: Path, every: int
 ) -> None:
     killed = random.Random(every).randrange(every)
     lives = 0
     while True:
         out = tmp_path / str(killed)
-        code = processes.run(_life, out, digits_test.path, tape, _die_before_change, killed)
+        code = processes.run(_life, out, digits_test.path, cache, _die_before_change, killed)
         if code == 0:
             break
         assert code == -signal.SIGKILL
-        assert processes.run(_life, out, digits_test.path, tape, _undisturbed) == 0
+        assert processes.run(_life, out, digits_test.path, cache, _undisturbed) == 0
         assert outcome(out) == whole
         killed, lives = killed + every, lives + 1
     assert killed > 50
@@ -401,25 +401,25 @@ def test_killed_before_any_change_of_a_file_it_ends_the_same(
 
 @pytest.mark.parametrize("size", [5_000, 60_000])
 def test_killed_within_the_write_of_a_checkpoint_it_ends_the_same(
-    digits_test: Dataset, tape: Path, whole: Any, tmp_path: Path, size: int
+    digits_test: Dataset, cache: Path, whole: Any, tmp_path: Path, size: int
 ) -> None:
     out = tmp_path / "r"
-    code = processes.run(_life, out, digits_test.path, tape, _die_within_file, size)
+    code = processes.run(_life, out, digits_test.path, cache, _die_within_file, size)
     assert code == -signal.SIGXFSZ
     left = list((out / "checkpoints").iterdir())
     assert left
     assert all(f.name.startswith(".tmp") or f.suffix == ".partial" for f in left)
     assert all(f.stat().st_size <= size for f in left)
-    assert processes.run(_life, out, digits_test.path, tape, _undisturbed) == 0
+    assert processes.run(_life, out, digits_test.path, cache, _undisturbed) == 0
     assert outcome(out) == whole
 
 
 # --- the command -----------------------------------------------------------------------------
 
 
-def line(mode: str, data: Dataset, tape: Path, out: Path, *options: object) -> list[object]:
-    source = ["--cache", tape] if mode == "cached" else ["--teacher", TEACHER, "--views", 2]
-    view = [] if mode == "cached" else ["--min-area", 0.4, "--view-seed", 5]
+def line(mode: str, data: Dataset, cache: Path, out: Path, *options: object) -> list[object]:
+    source = ["--cache", cache] if mode == "cached" else ["--teacher", TEACHER, "--views", 2]
+    view = [] if mode == "cached" else ["--min-scale", 0.4, "--view-seed", 5]
     return [
         "train",
         "--mode",
@@ -455,7 +455,7 @@ def line(mode: str, data: Dataset, tape: Path, out: Path, *options: object) -> l
 
 @pytest.fixture(scope="module")
 def commanded(
-    digits_test: Dataset, tape: Path, tmp_path_factory: pytest.TempPathFactory
+    digits_test: Dataset, cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Any]:
     """What the command leaves in a mode where nothing disturbs it."""
     known: dict[str, Any] = {}
@@ -463,7 +463,7 @@ def commanded(
     def get(mode: str) -> Any:
         if mode not in known:
             folder = tmp_path_factory.mktemp(mode)
-            result = processes.command(folder, *line(mode, digits_test, tape, folder / "r"))()
+            result = processes.command(folder, *line(mode, digits_test, cache, folder / "r"))()
             assert (result.code, without_wrap(result.err)) == (0, "")
             known[mode] = outcome(folder / "r")
         return known[mode]
@@ -495,11 +495,11 @@ def begun(folder: Path, *words: object) -> Iterator[Any]:
     [("cached", 3), *(pytest.param(m, 12, marks=pytest.mark.slow) for m in ("cached", "online"))],
 )
 def test_a_command_killed_at_random_moments_ends_the_same(
-    digits_test: Dataset, tape: Path, commanded: Any, tmp_path: Path, mode: str, kills: int
+    digits_test: Dataset, cache: Path, commanded: Any, tmp_path: Path, mode: str, kills: int
 ) -> None:
     whole = commanded(mode)
     dice = random.Random(kills)
-    words = line(mode, digits_test, tape, tmp_path / "r", "--resume")
+    words = line(mode, digits_test, cache, tmp_path / "r", "--resume")
     for _ in range(kills):
         wait = processes.command(tmp_path, *words)
         wait.process.join(dice.uniform(0.2, 0.7))
@@ -513,9 +513,9 @@ def test_a_command_killed_at_random_moments_ends_the_same(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_keeps_the_step_and_exits_as_schedulers_expect(
-    digits_test: Dataset, tape: Path, commanded: Any, tmp_path: Path, number: int, code: int
+    digits_test: Dataset, cache: Path, commanded: Any, tmp_path: Path, number: int, code: int
 ) -> None:
-    words = line("cached", digits_test, tape, tmp_path / "r")
+    words = line("cached", digits_test, cache, tmp_path / "r")
     with begun(tmp_path, *words) as wait:
         os.kill(wait.process.pid, number)
         result: Result = wait()
@@ -538,10 +538,10 @@ def test_a_signal_keeps_the_step_and_exits_as_schedulers_expect(
 
 @pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_at_any_moment_is_one_line(
-    digits_test: Dataset, tape: Path, commanded: Any, tmp_path: Path, seed: int
+    digits_test: Dataset, cache: Path, commanded: Any, tmp_path: Path, seed: int
 ) -> None:
     """From the start, while the model is loaded, to the end."""
-    words = line("online", digits_test, tape, tmp_path / "r", "--resume")
+    words = line("online", digits_test, cache, tmp_path / "r", "--resume")
     wait = processes.command(tmp_path, *words)
     wait.process.join(random.Random(seed).uniform(0.02, 0.6))
     if wait.process.exitcode is None:
@@ -555,9 +555,9 @@ def test_ctrl_c_at_any_moment_is_one_line(
 
 
 @pytest.mark.slow
-def test_a_real_command_in_a_shell(digits_test: Dataset, tape: Path, tmp_path: Path) -> None:
+def test_a_real_command_in_a_shell(digits_test: Dataset, cache: Path, tmp_path: Path) -> None:
     """Started, preempted, killed and finished as a scheduler would."""
-    words = [str(w) for w in line("online", digits_test, tape, tmp_path / "r", "--resume")]
+    words = [str(w) for w in line("online", digits_test, cache, tmp_path / "r", "--resume")]
     codes = []
     for number in (signal.SIGTERM, signal.SIGKILL, None):
         options: dict[str, Any] = {"cwd": Path(__file__).parents[1], "text": True}
@@ -589,8 +589,8 @@ def slow_teacher(num_classes: int) -> torch.nn.Module:
     return network
 
 
-def test_a_second_ctrl_c_does_not_wait(digits_test: Dataset, tape: Path, tmp_path: Path) -> None:
-    words = line("online", digits_test, tape, tmp_path / "r", "--log-every", 1)
+def test_a_second_ctrl_c_does_not_wait(digits_test: Dataset, cache: Path, tmp_path: Path) -> None:
+    words = line("online", digits_test, cache, tmp_path / "r", "--log-every", 1)
     words[words.index(TEACHER)] = "python:tests.test_resume:slow_teacher"
     with begun(tmp_path, *words) as wait:
         wait.process.join(0.5)
@@ -644,8 +644,8 @@ def _main(*words: object) -> tuple[int, str]:
     return 0, said.getvalue()
 
 
-def test_a_folder_that_is_read_only(digits_test: Dataset, tape: Path, tmp_path: Path) -> None:
-    words = line("online", digits_test, tape, tmp_path / "folder" / "x", "--epochs", 2, "--resume")
+def test_a_folder_that_is_read_only(digits_test: Dataset, cache: Path, tmp_path: Path) -> None:
+    words = line("online", digits_test, cache, tmp_path / "folder" / "x", "--epochs", 2, "--resume")
     (tmp_path / "folder").mkdir()
     for name in ("finished", "begun"):
         out = tmp_path / "folder" / name
@@ -678,10 +678,10 @@ def _on_a_full_disk(disk: Path, words: list[object], kib: int) -> None:
 
 @pytest.mark.parametrize("kib", [4, 60, 200, 300])
 def test_a_full_disk(
-    digits_test: Dataset, tape: Path, commanded: Any, tmp_path: Path, kib: int
+    digits_test: Dataset, cache: Path, commanded: Any, tmp_path: Path, kib: int
 ) -> None:
     """Full at spec.json, within the first checkpoint, within a later one, at the best weights."""
-    words = line("online", digits_test, tape, tmp_path / "x", "--resume")
+    words = line("online", digits_test, cache, tmp_path / "x", "--resume")
     (tmp_path / "disk").mkdir()
     code = processes.run(_on_a_full_disk, tmp_path / "disk", words, kib)
     if code == CANNOT:

@@ -32,11 +32,11 @@ def draws_of(
     return sampled.encode(logits_BC, draws, T, seed=seed, view=view, rows_B=rows)
 
 
-def dense(records: Records, draws: int, classes: int, T: float = 1.0) -> torch.Tensor:
+def dense(records: Records, draws: int, num_classes: int, T: float = 1.0) -> torch.Tensor:
     """The estimate as probabilities [B, C]."""
-    target = sampled.decode(records, draws, T, classes)
-    out = torch.zeros(len(records), classes)
-    return out.scatter_add(1, target.classes_BK, target.log_p_BK.exp())
+    target = sampled.decode(records, draws, T, num_classes)
+    out = torch.zeros(len(records), num_classes)
+    return out.scatter_add(1, target.class_ids_BK, target.log_p_BK.exp())
 
 
 @pytest.mark.parametrize("T", [1.0, 3.0])
@@ -81,7 +81,7 @@ def test_draws_are_a_function_of_seed_view_and_row() -> None:
 
 
 def test_draws_of_version_1_are_pinned() -> None:
-    """They may change only together with TAPE_VERSION: a tape that is resumed would be of two."""
+    """They may change only together with TAPE_VERSION: a cache that is resumed would be of two."""
     logits = torch.arange(6.0).expand(3, 6) / 2
     found = draws_of(logits, 6, seed=5, view=3, first=1000).arrays()
     assert found["classes"].tolist() == PINNED["classes"]

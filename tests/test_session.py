@@ -62,15 +62,15 @@ def test_the_average_is_what_the_run_gives(digits_test: Dataset, tmp_path: Path)
     """And what it is measured by; nothing of it is in the steps."""
     records = {}
     for ema in (0.0, 0.9):
-        this = job(digits_test, replace(SPEC, ema=ema), val=digits_test)
+        this = job(digits_test, replace(SPEC, ema_decay=ema), val=digits_test)
         records[ema] = session.run(this, tmp_path / str(ema), workers=1)
         given = load.load_model(str(tmp_path / str(ema)), "teacher", num_classes=10, size_px=8)
         assert records[ema]["ema"] == ema
-        assert records[ema]["weights"] == given.fingerprint()
+        assert records[ema]["weights"] == given.content_hash()
         assert records[ema]["evaluation"]["top1"] == evaluate(given, digits_test, size_px=8).top1
         # What is left in memory is the weights as they were trained.
-        assert (this.student.fingerprint() == given.fingerprint()) == (ema == 0)
-        records[ema]["live"] = this.student.fingerprint()
+        assert (this.student.content_hash() == given.content_hash()) == (ema == 0)
+        records[ema]["live"] = this.student.content_hash()
     assert records[0.0]["live"] == records[0.9]["live"]
     logs = [(tmp_path / str(ema) / "log.jsonl").read_text().splitlines() for ema in records]
     losses = [[json.loads(line).get("loss") for line in log] for log in logs]
@@ -119,7 +119,7 @@ def test_a_loss_that_is_nan_leaves_the_last_good_checkpoint(
 def test_a_run_that_cannot_begin_leaves_nothing(digits_test: Dataset, tmp_path: Path) -> None:
     for spec, words in (
         (replace(SPEC, batch_size=298), "batch size 298 is more than"),
-        (replace(SPEC, view=ViewSpec(8), batch_size=99), "batch size must be even with mixing"),
+        (replace(SPEC, view_spec=ViewSpec(8), batch_size=99), "batch size must be even with mixing"),
         (replace(SPEC, warmup=8), "a warm-up of 8 steps does not fit into the run's 8"),
         (replace(SPEC, label_weight=0.5), "a label weight needs labels"),
     ):

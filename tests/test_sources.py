@@ -12,8 +12,9 @@ import PIL.Image
 import pytest
 import torchvision.datasets as tvd
 
-from kdcache.data import sources
-from kdcache.data.sources import DEBIAN_FASHION_MNIST, FASHION_CLASSES, open_source
+from kdcache.data.sources import fashion_mnist
+from kdcache.data.sources import open_source
+from kdcache.data.sources.fashion_mnist import DEBIAN_FASHION_MNIST, FASHION_CLASSES
 from kdcache.errors import StorageError, UsageError
 
 
@@ -31,7 +32,7 @@ def test_class_folders_give_classes_and_files_in_sorted_order(tmp_path: Path) ->
     b2, b1 = put(tmp_path / "bees" / "2.png"), put(tmp_path / "bees" / "1.jpg")
     a1 = put(tmp_path / "ants" / "z.png")
     source = open_source(str(tmp_path), "train")
-    assert source.classes == ("ants", "bees")
+    assert source.class_names == ("ants", "bees")
     assert source.images == [a1, b1, b2]
     assert source.labels == [0, 1, 1]
     assert source.name(2) == str(b2)
@@ -71,7 +72,7 @@ def test_the_test_folder_goes_before_the_val_folder(tmp_path: Path) -> None:
 def test_a_train_folder_alone_is_a_split_not_a_class(tmp_path: Path) -> None:
     image = put(tmp_path / "train" / "ants" / "1.png")
     source = open_source(str(tmp_path), "train")
-    assert (source.classes, source.images) == (("ants",), [image])
+    assert (source.class_names, source.images) == (("ants",), [image])
     with pytest.raises(UsageError, match="no folder for the test split"):
         open_source(str(tmp_path), "test")
 
@@ -116,7 +117,7 @@ def test_digits_are_split_1500_to_297() -> None:
     train, test = open_source("digits", "train"), open_source("digits", "test")
     assert (len(train.images), len(train.labels)) == (1500, 1500)
     assert (len(test.images), len(test.labels)) == (297, 297)
-    assert train.classes == test.classes == tuple("0123456789")
+    assert train.classes == test.class_names == tuple("0123456789")
     first = train.images[0]
     assert isinstance(first, np.ndarray)
     assert (first.shape, first.dtype, train.labels[0]) == ((8, 8), np.uint8, 0)
@@ -130,11 +131,11 @@ def test_digits_are_split_1500_to_297() -> None:
 )
 def test_fashion_mnist_comes_from_the_debian_package() -> None:
     source = open_source("fashion-mnist", "test")
-    assert source.classes == FASHION_CLASSES
+    assert source.class_names == FASHION_CLASSES
     assert len(source.images) == 10_000
     assert np.bincount(source.labels).tolist() == [1000] * 10
     assert source.labels[:3] == [9, 2, 1]
-    assert source.classes[source.labels[0]] == "Ankle boot"
+    assert source.class_names[source.labels[0]] == "Ankle boot"
     first = source.images[0]
     assert isinstance(first, np.ndarray)
     assert (first.shape, first.dtype) == ((28, 28), np.uint8)
@@ -146,7 +147,7 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def test_idx_files_are_read_by_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path)
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_FASHION_MNIST", tmp_path)
     images = np.arange(2 * 3 * 5, dtype=np.uint8).reshape(2, 3, 5)
     for stem, labels in (("train", [7, 1]), ("t10k", [0, 9])):
         (tmp_path / f"{stem}-images-idx3-ubyte.gz").write_bytes(idx(images))
@@ -163,7 +164,7 @@ def test_fashion_mnist_without_package_or_network_says_how_to_get_it(
     def offline(*_: object, **__: object) -> None:
         raise OSError("no route to host")
 
-    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path)
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_FASHION_MNIST", tmp_path)
     monkeypatch.setattr(tvd.FashionMNIST, "__init__", offline)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(UsageError, match=r"apt-get install dataset-fashion-mnist.*no route"):

@@ -21,7 +21,7 @@ TAPE = CacheSpec(3, 1000, 100, 10, "float16", "0123456789abcdef", "fedcba9876543
 VIEW_CHANGES: dict[str, Any] = {
     "size_px": 33,
     "crop": "center",
-    "min_area": 0.25,
+    "min_scale": 0.25,
     "flip": True,
     "mixup": 0.3,
     "seed": 8,
@@ -35,7 +35,7 @@ TAPE_CHANGES: dict[str, Any] = {
     "dataset": "other",
     "teacher": "another",
     "view": replace(VIEW, seed=8),
-    "order": "sample",
+    "row_order": "dataset",
     "average": 5,
     "draws": 10,
     "temperature": 2.0,
@@ -48,10 +48,10 @@ TAPE_CHANGES: dict[str, Any] = {
         ({"size_px": 0}, "size must be a side of 1 to 4096 px, not 0"),
         ({"size_px": 4097}, "size must be a side of 1 to 4096 px, not 4097"),
         ({"crop": "round"}, "crop must be one of inception, random, center, whole, not 'round'"),
-        ({"min_area": 0}, r"min-area must be in \(0, 1\], not 0"),
-        ({"min_area": 2.0}, r"min-area must be in \(0, 1\], not 2.0"),
-        ({"min_area": float("nan")}, r"min-area must be in \(0, 1\], not nan"),
-        ({"crop": "whole", "min_area": 0.9}, "min-area must be 1 for all of the image, not 0.9"),
+        ({"min_scale": 0}, r"min-area must be in \(0, 1\], not 0"),
+        ({"min_scale": 2.0}, r"min-area must be in \(0, 1\], not 2.0"),
+        ({"min_scale": float("nan")}, r"min-area must be in \(0, 1\], not nan"),
+        ({"crop": "whole", "min_scale": 0.9}, "min-area must be 1 for all of the image, not 0.9"),
         ({"mixup": -1.0}, "mixup must be 0 or 0.05 to 100, not -1.0"),
         ({"mixup": 0.01}, "mixup must be 0 or 0.05 to 100, not 0.01"),
         ({"mixup": float("nan")}, "mixup must be 0 or 0.05 to 100, not nan"),
@@ -76,10 +76,10 @@ def test_a_view_spec_says_what_is_wrong(change: dict[str, Any], message: str) ->
         ({"top_k": 0}, "top-k must be 1 to 100, the number of classes, or 'all', not 0"),
         ({"top_k": 101}, "top-k must be 1 to 100, the number of classes, or 'all', not 101"),
         ({"dtype": "int4"}, "dtype must be one of float32, float16, uint8, not 'int4'"),
-        ({"version": 9}, "reads tapes of version 1, the tape has version 9: install the kdcache"),
+        ({"version": 9}, "reads caches of version 1, the cache has version 9: install the kdcache"),
     ],
 )
-def test_a_tape_spec_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
+def test_a_cache_spec_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         replace(TAPE, **change)
 
@@ -103,7 +103,7 @@ def test_canonical_json_is_sorted_and_tight_and_has_no_nan() -> None:
 
 
 def test_digests_are_those_of_version_1() -> None:
-    """They lie in tapes: they may change only together with VIEW_VERSION or TAPE_VERSION."""
+    """They lie in caches: they may change only together with VIEW_VERSION or TAPE_VERSION."""
     assert (VIEW_VERSION, CACHE_VERSION) == (1, 1)
     assert ViewSpec(224).digest == "9ad7b6578af24170"
     assert TAPE.digest == "932fa267bb22b9af"
@@ -115,12 +115,12 @@ def test_every_field_changes_a_views_digest(field: str) -> None:
 
 
 @pytest.mark.parametrize("field", TAPE_CHANGES)
-def test_every_field_changes_a_tapes_digest(field: str) -> None:
+def test_every_field_changes_a_caches_digest(field: str) -> None:
     base = TAPE
     if field in ("order", "average"):  # these ask for something of the other fields
-        base = replace(TAPE, views=1, view=replace(VIEW, mixup=0))
+        base = replace(TAPE, num_views=1, view=replace(VIEW, mixup=0))
     if field == "average":
-        base = replace(base, order="sample")
+        base = replace(base, row_order="dataset")
     if field == "temperature":
         base = replace(TAPE, draws=10)
     assert replace(base, **{field: TAPE_CHANGES[field]}).digest != base.digest
@@ -129,16 +129,16 @@ def test_every_field_changes_a_tapes_digest(field: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"order": "sample"}, "a tape in sample order answers single images: it needs --mixup 0"),
-        ({"average": 3}, "an averaged tape has one view, in sample order"),
+        ({"row_order": "dataset"}, "a cache in sample order answers single images: it needs --mixup 0"),
+        ({"average": 3}, "an averaged cache has one view, in sample order"),
         ({"temperature": 2.0}, "only draws have a temperature: the top k serve any T >= 1"),
         ({"draws": 256}, "sampled must be 1 to 255 draws, not 256"),
         ({"draws": 12}, "12 draws name at most 12 classes"),
-        ({"view": None}, "a tape in position order needs the spec of its views"),
+        ({"view": None}, "a cache in position order needs the spec of its views"),
         ({"draws": 10, "temperature": 0.0}, "temperature must be above 0, not 0.0"),
     ],
 )
-def test_a_tape_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
+def test_a_cache_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         replace(TAPE, **change)
 
@@ -150,20 +150,20 @@ def test_no_field_is_forgotten_here() -> None:
 
 def test_equal_specs_have_one_digest_and_one_text() -> None:
     """1 and 1.0 are equal in Python and differ in JSON."""
-    whole, real = ViewSpec(8, min_area=1, mixup=1), ViewSpec(8, min_area=1.0, mixup=1.0)
+    whole, real = ViewSpec(8, min_scale=1, mixup=1), ViewSpec(8, min_scale=1.0, mixup=1.0)
     assert whole == real
     assert whole.digest == real.digest
-    tapes = [replace(TAPE, view=v) for v in (whole, real)]
-    assert canonical_json(tapes[0].to_json()) == canonical_json(tapes[1].to_json())
+    caches = [replace(TAPE, view=v) for v in (whole, real)]
+    assert canonical_json(caches[0].to_json()) == canonical_json(caches[1].to_json())
 
 
 @pytest.mark.parametrize("view", [VIEW, ViewSpec(1, seed=(1 << 64) - 1), evaluation_view_spec(224)])
-def test_a_tape_spec_survives_json(view: ViewSpec) -> None:
-    tape = replace(TAPE, view=view)
-    again = CacheSpec.from_json(json.loads(json.dumps(tape.to_json())))
-    assert again == tape
-    assert again.digest == tape.digest
-    foreign = replace(TAPE, view=None, order="sample")
+def test_a_cache_spec_survives_json(view: ViewSpec) -> None:
+    cache = replace(TAPE, view=view)
+    again = CacheSpec.from_json(json.loads(json.dumps(cache.to_json())))
+    assert again == cache
+    assert again.digest == cache.digest
+    foreign = replace(TAPE, view=None, row_order="dataset")
     assert CacheSpec.from_json(json.loads(json.dumps(foreign.to_json()))) == foreign
 
 
@@ -181,10 +181,10 @@ def test_only_k_equal_to_c_is_dense() -> None:
 
 def test_differences_names_each_field_and_both_values() -> None:
     assert differences(TAPE, TAPE) == []
-    other = replace(TAPE, samples=60_000, view=replace(VIEW, min_area=0.25, flip=True))
+    other = replace(TAPE, num_samples=60_000, view=replace(VIEW, min_scale=0.25, flip=True))
     assert differences(TAPE, other) == [
         "samples: 1000 here, 60000 there",
-        "min_area: 0.5 here, 0.25 there",
+        "min_scale: 0.5 here, 0.25 there",
         "flip: False here, True there",
     ]
 

@@ -43,11 +43,11 @@ def whole(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Job
     return job
 
 
-def write_all(tape: LogitCache) -> None:
+def write_all(cache: LogitCache) -> None:
     torch.manual_seed(0)
-    for view, shard in tape.places():
-        logits = torch.randn(tape.rows(shard), SPEC.classes)
-        tape.write(view, shard, top_k.encode(logits, SPEC.top_k, SPEC.dtype))
+    for view, shard in cache.shards():
+        logits = torch.randn(cache.num_rows(shard), SPEC.classes)
+        cache.write(view, shard, top_k.encode(logits, SPEC.top_k, SPEC.dtype))
 
 
 # --- durable ---------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def _on_a_full_disk(job: Job, disk: Path, pages: int) -> None:
 
 @pytest.mark.parametrize("pages", [1, 4, 8, 9, 10, 11, 12, 30])
 def test_a_full_disk(whole: Job, tmp_path: Path, pages: int) -> None:
-    """Full while the tape is created, in a shard's first object, its second, its seal, or later."""
+    """Full while the cache is created, in a shard's first object, its second, its seal, or later."""
     disk = tmp_path / "disk"
     disk.mkdir()
     job = Job(whole.data, disk / "t", tmp_path / "log")
@@ -232,16 +232,16 @@ def test_a_folder_by_any_name(tmp_path: Path, name: str, monkeypatch: pytest.Mon
     assert len(list(tmp_path.rglob("zarr.json"))) == 5
 
 
-def test_a_tape_in_the_working_folder_itself(
+def test_a_cache_in_the_working_folder_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own folder may be prepared (striping, a mount), so it is not replaced."""
     monkeypatch.chdir(tmp_path)
     before = tmp_path.stat().st_ino
-    tape = LogitCache.create(".", SPEC, {})
-    assert tape.claim(0, 0)
-    write_all(tape)
-    tape.store.forget_claims()
+    cache = LogitCache.create(".", SPEC, {})
+    assert cache.claim(0, 0)
+    write_all(cache)
+    cache.store.forget_claims()
     assert LogitCache.open(".").missing() == []
     assert tmp_path.stat().st_ino == before
     assert not list(tmp_path.glob(".c*"))
@@ -250,25 +250,25 @@ def test_a_tape_in_the_working_folder_itself(
 @pytest.mark.parametrize("url", ["memory://bucket/t", "memory://bucket/deep/t/"])
 def test_an_object_store_keeps_the_same_bytes(tmp_path: Path, url: str) -> None:
     write_all(LogitCache.create(tmp_path / "t", SPEC, {}))
-    tape = LogitCache.create(url, SPEC, {})
-    assert isinstance(tape.store, ObjectStore)
-    write_all(tape)
-    assert {k: tape.store.read(k) for k in tape.store.sizes()} == contents(tmp_path / "t")
-    tape.discard(1, 0)
+    cache = LogitCache.create(url, SPEC, {})
+    assert isinstance(cache.store, ObjectStore)
+    write_all(cache)
+    assert {k: cache.store.read(k) for k in cache.store.sizes()} == contents(tmp_path / "t")
+    cache.delete_shard(1, 0)
     assert LogitCache.open(url).missing() == [(1, 0)]
-    tape.discard(1, 0)
-    for key in tape.store.sizes():
-        tape.store.delete(key)
+    cache.delete_shard(1, 0)
+    for key in cache.store.sizes():
+        cache.store.delete(key)
 
 
 def test_a_killed_creation_in_an_object_store_is_done_again() -> None:
     store = open_store("memory://bucket/killed")
     store.write("logits/zarr.json", b"{")
-    with pytest.raises(UsageError, match="exists and is not a tape"):
+    with pytest.raises(UsageError, match="exists and is not a cache"):
         LogitCache.open(store.url)
     assert LogitCache.create(store.url, SPEC, {}).spec == SPEC
     open_store("memory://bucket/other").write("thesis.txt", b"two years of work")
-    with pytest.raises(UsageError, match="exists and is not a tape"):
+    with pytest.raises(UsageError, match="exists and is not a cache"):
         LogitCache.create("memory://bucket/other", SPEC, {})
 
 
@@ -334,11 +334,11 @@ def test_where_there_are_no_locks_all_is_done(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    tape = LogitCache.create(tmp_path / "t", SPEC, {})
-    assert tape.claim(0, 0)
-    write_all(tape)
-    tape.release(0, 0)
-    tape.store.forget_claims()
+    cache = LogitCache.create(tmp_path / "t", SPEC, {})
+    assert cache.claim(0, 0)
+    write_all(cache)
+    cache.release(0, 0)
+    cache.store.forget_claims()
     assert LogitCache.open(tmp_path / "t").missing() == []
 
 

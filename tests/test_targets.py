@@ -1,4 +1,4 @@
-"""Targets of a batch: the tape's rows wherever they lie, the labels as they are mixed."""
+"""Targets of a batch: the cache's rows wherever they lie, the labels as they are mixed."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from numpy.typing import ArrayLike
 from kdcache.batch import Batch, Target
 from kdcache.cache import layout
 from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import ValueType
 from kdcache.cache.codecs import top_k as codec
-from kdcache.cache.records import ValueType
 from kdcache.data.beton import Dataset
 from kdcache.data.loader import Loader
 from kdcache.errors import CacheCorrupt, CacheIncomplete, NonFinite
 from kdcache.losses.distillation import distillation_loss
 from kdcache.models import load
 from kdcache.models.classifier import Classifier
-from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.teacher.precompute import precompute
 from kdcache.teacher.targets import AverageTargets, CachedTargets, LabelTargets, OnlineTargets
 from kdcache.views.spec import ViewSpec
-from tests.conftest import TEACHER, synthetic_tape
+from tests.conftest import TEACHER, cache_spec, synthetic_cache
 
 VIEWS, SAMPLES, CLASSES = 3, 150, 30
 
@@ -39,7 +39,7 @@ def batch_of(view: int, positions: ArrayLike) -> Batch:
 
 
 def same(a: Target, b: Target) -> bool:
-    pairs = ((a.logits_BK, b.logits_BK), (a.classes_BK, b.classes_BK), (a.tail_B3, b.tail_B3))
+    pairs = ((a.logits_BK, b.logits_BK), (a.class_ids_BK, b.class_ids_BK), (a.tail_B3, b.tail_B3))
     return all(
         (x is None and y is None) or (x is not None and y is not None and torch.equal(x, y))
         for x, y in pairs
@@ -50,13 +50,13 @@ def same(a: Target, b: Target) -> bool:
 def recording(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> LogitCache:
-    """A tape of many small blocks."""
+    """A cache of many small blocks."""
     monkeypatch.setattr(layout, "CHUNK_BYTES", 256)
     monkeypatch.setattr(layout, "SHARD_BYTES", 1024)
     torch.manual_seed(0)
     top_k, dtype = request.param
     logits = torch.randn(VIEWS, SAMPLES, CLASSES)
-    return synthetic_tape(tmp_path / "t", logits, top_k=top_k, dtype=dtype)
+    return synthetic_cache(tmp_path / "t", logits, top_k=top_k, dtype=dtype)
 
 
 def rows_of(recording: LogitCache, view: int, positions: ArrayLike) -> Target:
@@ -80,9 +80,9 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_cached_targets_are_the_tapes_rows_in_any_order(recording: LogitCache, order: str) -> None:
+def test_cached_targets_are_the_caches_rows_in_any_order(recording: LogitCache, order: str) -> None:
     assert recording.layout.chunk_rows < 40
-    targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view)
+    targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view_spec)
     for view in (0, 2, 1):
         found = targets(batch_of(view, ORDERS[order]))
         assert found.num_classes == CLASSES
@@ -92,7 +92,7 @@ def test_cached_targets_are_the_tapes_rows_in_any_order(recording: LogitCache, o
 @pytest.mark.parametrize("batch_size", [7, 64])
 def test_cached_targets_follow_a_training_run(recording: LogitCache, batch_size: int) -> None:
     """Views front to back, around the end to view 0 again."""
-    targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view)
+    targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view_spec)
     truth = [recording.read(view, 0, SAMPLES) for view in range(VIEWS)]
     for view in (0, 1, 2, 0):
         for start in range(0, SAMPLES, batch_size):
@@ -102,22 +102,22 @@ def test_cached_targets_follow_a_training_run(recording: LogitCache, batch_size:
 
 
 def test_reading_ahead_holds_a_bounded_number_of_shards(recording: LogitCache) -> None:
-    targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view)
+    targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view_spec)
     for start in range(0, SAMPLES, 10):
         targets(batch_of(1, np.arange(start, start + 10)))
         assert len(targets._shards) <= 10 // recording.layout.shard_rows + 3
 
 
-def test_an_incomplete_tape_is_refused_at_once(recording: LogitCache) -> None:
+def test_an_incomplete_cache_is_refused_at_once(recording: LogitCache) -> None:
     recording.store.delete(layout.key("logits", 1, 0))
     with pytest.raises(CacheIncomplete, match="the first is view 1 shard 0"):
-        CachedTargets(recording, recording.spec.dataset, recording.spec.view)
+        CachedTargets(recording, recording.spec.dataset, recording.spec.view_spec)
 
 
 def test_a_damaged_shard_is_an_error_where_it_is_needed(recording: LogitCache) -> None:
     key = layout.key("logits", 2, 0)
     recording.store.write(key, (recording.store.read(key) or b"")[:-1] + b"?")
-    targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view)
+    targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view_spec)
     targets(batch_of(0, np.arange(10)))
     with pytest.raises(CacheCorrupt, match=r"view 2 shard 0 \(positions 0 to \d+\) is damaged"):
         targets(batch_of(2, np.arange(10)))
@@ -127,15 +127,15 @@ def test_a_damaged_shard_is_an_error_where_it_is_needed(recording: LogitCache) -
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
-def test_the_tape_says_what_the_live_teacher_says(
+def test_the_cache_says_what_the_live_teacher_says(
     digits_test: Dataset, tmp_path: Path, dtype: ValueType
 ) -> None:
     """float32 to rounding, the others within the codec's bound."""
     teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
-    view = ViewSpec(8, min_area=0.4)
-    spec = make_cache_spec(digits_test, teacher, view, views=2, top_k=None, dtype=dtype)
-    tape = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=64)
-    cached = CachedTargets(tape, digits_test.fingerprint, tape.spec.view)
+    view = ViewSpec(8, min_scale=0.4)
+    spec = cache_spec(digits_test, teacher, view, num_views=2, top_k=None, dtype=dtype)
+    cache = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=64)
+    cached = CachedTargets(cache, digits_test.content_hash, cache.spec.view_spec)
     online = OnlineTargets(teacher)
     with Loader(digits_test, view, 50) as loader:
         for batch in loader.batches(1):
@@ -165,9 +165,9 @@ def labelled(labels: list[int], partners: list[int], weights: list[int]) -> Batc
 
 def mass(target: Target) -> torch.Tensor:
     """The distribution [B, C] that a target of labels stands for."""
-    assert target.classes_BK is not None
+    assert target.class_ids_BK is not None
     p = torch.softmax(target.logits_BK, 1)
-    return torch.zeros(len(p), target.num_classes).scatter_add(1, target.classes_BK, p)
+    return torch.zeros(len(p), target.num_classes).scatter_add(1, target.class_ids_BK, p)
 
 
 def test_labels_are_mixed_as_the_pixels_are() -> None:
@@ -186,8 +186,8 @@ def test_labels_of_real_batches_sum_to_one(digits: Dataset, mixup: float) -> Non
             p = mass(targets(batch))
             torch.testing.assert_close(p.sum(1), torch.ones(len(batch)))
             own = p.gather(1, batch.labels_B[:, None])[:, 0]
-            share = 1 - batch.weights_B.float() / 256
-            alone = batch.labels_B == batch.partners_B
+            share = 1 - batch.mix_weights_B.float() / 256
+            alone = batch.labels_B == batch.partner_labels_B
             torch.testing.assert_close(own, torch.where(alone, torch.ones_like(own), share))
 
 
@@ -210,7 +210,7 @@ def test_at_temperature_one_mixed_labels_give_mixups_cross_entropy() -> None:
     log_q = torch.log_softmax(student, 1)
     cross = -(
         0.75 * log_q.gather(1, batch.labels_B[:, None])
-        + 0.25 * log_q.gather(1, batch.partners_B[:, None])
+        + 0.25 * log_q.gather(1, batch.partner_labels_B[:, None])
     ).mean()
     entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
     found = distillation_loss(student, LabelTargets(3)(batch))
@@ -240,7 +240,7 @@ def test_a_teachers_nan_is_never_a_silent_target(digits_test: Dataset, value: fl
     with Loader(digits_test, ViewSpec(8), 6) as loader:
         batch = next(iter(loader.batches(0)))
     source = OnlineTargets(teacher)
-    with pytest.raises(NonFinite, match=rf"gave NaN or infinity for sample {batch.samples_B[1]} "):
+    with pytest.raises(NonFinite, match=rf"gave NaN or infinity for sample {batch.sample_ids_B[1]} "):
         source(batch)
     source._wait = False  # as on a GPU
     target = source(batch)
@@ -272,5 +272,5 @@ def test_moving_a_target_keeps_it() -> None:
     assert same(target.to(torch.device("cpu")), target)
     moved = target.to(torch.device("meta"))
     assert moved.logits_BK.is_meta
-    assert moved.classes_BK is not None
-    assert moved.classes_BK.is_meta
+    assert moved.class_ids_BK is not None
+    assert moved.class_ids_BK.is_meta

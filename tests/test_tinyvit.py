@@ -14,7 +14,7 @@ import torch
 
 from kdcache.cache import layout
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.records import ValueType
+from kdcache.cache.codecs import ValueType
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
 from kdcache.data.convert import convert
@@ -25,7 +25,7 @@ from kdcache.models import load
 from kdcache.teacher.precompute import make_cache_spec, precompute
 from kdcache.views.order import view_order
 from kdcache.views.spec import ViewSpec
-from tests.conftest import TEACHER, Result, synthetic_tape
+from tests.conftest import TEACHER, Result, synthetic_cache
 
 STUDENT = "python:tests.conftest:convolutional_student"
 PLAIN = ViewSpec(8, mixup=0)
@@ -81,32 +81,32 @@ def imported(folder: Path, dataset: Dataset, out: Path, **options: Any) -> Logit
     )
 
 
-def as_tinyvit_trains(folder: Path, top_k: int, samples: int, classes: int) -> torch.Tensor:
+def as_tinyvit_trains(folder: Path, top_k: int, num_samples: int, num_classes: int) -> torch.Tensor:
     """The targets [N, C] of TinyViT's loss: what is left is for all other classes alike."""
-    targets = torch.empty(samples, classes)
-    for i in range(samples):
+    targets = torch.empty(num_samples, num_classes)
+    for i in range(num_samples):
         _, named, p = tinyvit_reads(folder, top_k, str(i))
-        targets[i] = (1 - sum(p)) / max(1, classes - top_k)
+        targets[i] = (1 - sum(p)) / max(1, num_classes - top_k)
         targets[i, named] = torch.tensor(p)
     return targets
 
 
-def dense_p(tape: LogitCache, view: int) -> torch.Tensor:
+def dense_p(cache: LogitCache, view: int) -> torch.Tensor:
     """Probabilities [N, C] at T = 1, the tail spread evenly."""
-    target = tape.target(view, np.arange(tape.spec.samples))
-    left = max(1, tape.spec.classes - target.classes_BK.shape[1])
+    target = cache.target(view, np.arange(cache.spec.num_samples))
+    left = max(1, cache.spec.num_classes - target.class_ids_BK.shape[1])
     rest = 0 if target.log_tail_B is None else target.log_tail_B.exp()[:, None] / left
-    p = torch.zeros(tape.spec.samples, tape.spec.classes) + rest
-    return p.scatter(1, target.classes_BK.long(), target.log_p_BK.exp())
+    p = torch.zeros(cache.spec.num_samples, cache.spec.num_classes) + rest
+    return p.scatter(1, target.class_ids_BK.long(), target.log_p_BK.exp())
 
 
 def first_digits(count: int, out: Path) -> Dataset:
     whole = open_source("digits", "train")
-    return convert(Source(whole.classes, whole.images[:count], whole.labels[:count]), out)[0]
+    return convert(Source(whole.class_names, whole.images[:count], whole.labels[:count]), out)[0]
 
 
-def logits_of(seed: int, samples: int = 60, classes: int = 10, scale: float = 3) -> torch.Tensor:
-    return scale * torch.randn(samples, classes, generator=torch.Generator().manual_seed(seed))
+def logits_of(seed: int, num_samples: int = 60, num_classes: int = 10, scale: float = 3) -> torch.Tensor:
+    return scale * torch.randn(num_samples, num_classes, generator=torch.Generator().manual_seed(seed))
 
 
 # --- out -------------------------------------------------------------------------------------
@@ -114,15 +114,15 @@ def logits_of(seed: int, samples: int = 60, classes: int = 10, scale: float = 3)
 
 @pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
-def test_tinyvit_reads_what_the_tape_says(
+def test_tinyvit_reads_what_the_cache_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: ValueType, top_k: int
 ) -> None:
     monkeypatch.setattr(layout, "CHUNK_BYTES", 64)
     monkeypatch.setattr(layout, "SHARD_BYTES", 256)
     logits = torch.stack([logits_of(v, 60, 40) for v in (1, 2)])
-    tape = synthetic_tape(tmp_path / "t", logits, top_k=3, dtype=dtype, view=PLAIN)
-    assert tape.shards_per_view > 3
-    written = tinyvit.export(tape, tmp_path / "out", top_k)
+    cache = synthetic_cache(tmp_path / "t", logits, top_k=3, dtype=dtype, view=PLAIN)
+    assert cache.shards_per_view > 3
+    written = tinyvit.export(cache, tmp_path / "out", top_k)
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
     assert written == sum(p.stat().st_size for p in (tmp_path / "out").rglob("*.*"))
     for view in (0, 1):
@@ -130,15 +130,15 @@ def test_tinyvit_reads_what_the_tape_says(
         order = view_order(PLAIN, view, 60)
         for position in (0, 17, 59):
             _, classes, p = tinyvit_reads(folder, top_k, str(order[position]))
-            wanted = tape.target(view, [position])
-            assert classes == wanted.classes_BK[0, :top_k].tolist()
+            wanted = cache.target(view, [position])
+            assert classes == wanted.class_ids_BK[0, :top_k].tolist()
             assert p == wanted.log_p_BK[0, :top_k].exp().half().tolist()
 
 
 def test_seeds_are_31_bits_and_differ_by_view_and_sample(tmp_path: Path) -> None:
-    tape = synthetic_tape(tmp_path / "t", torch.zeros(2, 50, 5), top_k=2, view=PLAIN)
+    cache = synthetic_cache(tmp_path / "t", torch.zeros(2, 50, 5), top_k=2, view=PLAIN)
     for name in ("a", "b"):
-        tinyvit.export(tape, tmp_path / name, 2)
+        tinyvit.export(cache, tmp_path / name, 2)
     seeds = [
         tinyvit_reads(tmp_path / "a" / f"logits_top2_epoch{v}", 2, str(i))[0]
         for v in (0, 1)
@@ -152,14 +152,14 @@ def test_seeds_are_31_bits_and_differ_by_view_and_sample(tmp_path: Path) -> None
         assert file.read_bytes() == again.read_bytes()
 
 
-def test_a_tape_in_sample_order_is_exported_by_sample(digits_test: Dataset, tmp_path: Path) -> None:
+def test_a_cache_in_sample_order_is_exported_by_sample(digits_test: Dataset, tmp_path: Path) -> None:
     teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
-    spec = make_cache_spec(digits_test, teacher, PLAIN, views=2, top_k=2, order="sample")
-    tape = precompute(digits_test, teacher, spec, tmp_path / "t")
-    tinyvit.export(tape, tmp_path / "out", 2)
+    spec = make_cache_spec(digits_test, teacher, PLAIN, num_views=2, top_k=2, row_order="dataset")
+    cache = precompute(digits_test, teacher, spec, tmp_path / "t")
+    tinyvit.export(cache, tmp_path / "out", 2)
     for i in (0, 100, 296):
         _, classes, _ = tinyvit_reads(tmp_path / "out" / "logits_top2_epoch1", 2, str(i))
-        assert classes == tape.target(1, [i]).classes_BK[0].tolist()
+        assert classes == cache.target(1, [i]).class_ids_BK[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -167,25 +167,25 @@ def test_a_tape_in_sample_order_is_exported_by_sample(digits_test: Dataset, tmp_
     [
         ({"view": ViewSpec(8, mixup=0.4)}, None, "answers mixed pairs (mixup 0.4)"),
         ({"draws": 5, "dtype": "uint8", "top_k": 5}, None, "no place for random draws"),
-        ({"classes": 32_769}, None, "at most 32768 classes, the tape has 32769"),
-        ({}, 6, "top-k must be 1 to 5 for this tape, not 6"),
-        ({}, 0, "top-k must be 1 to 5 for this tape, not 0"),
-        ({"classes": 5}, 5, "top-k must be 1 to 4 for this tape, not 5"),
+        ({"classes": 32_769}, None, "at most 32768 classes, the cache has 32769"),
+        ({}, 6, "top-k must be 1 to 5 for this cache, not 6"),
+        ({}, 0, "top-k must be 1 to 5 for this cache, not 0"),
+        ({"classes": 5}, 5, "top-k must be 1 to 4 for this cache, not 5"),
     ],
 )
 def test_what_the_layout_cannot_hold_is_refused(
     changes: dict[str, Any], top_k: int | None, words: str
 ) -> None:
     options = {"classes": 100, "top_k": 5, "dtype": "float16", "view": PLAIN} | changes
-    spec = CacheSpec(views=1, samples=9, dataset="d", teacher="t", **options)
+    spec = CacheSpec(num_views=1, num_samples=9, dataset="d", teacher="t", **options)
     with pytest.raises(UsageError) as caught:
         tinyvit.exported_top_k(spec, top_k)
     assert words in str(caught.value)
 
 
 def test_the_k_that_is_exported() -> None:
-    def k(classes: int, top_k: int) -> int:
-        spec = CacheSpec(1, 9, classes, top_k, "float16", "d", "t", PLAIN)
+    def k(num_classes: int, top_k: int) -> int:
+        spec = CacheSpec(1, 9, num_classes, top_k, "float16", "d", "t", PLAIN)
         return tinyvit.exported_top_k(spec, None)
 
     assert k(1000, 16) == 16
@@ -195,17 +195,17 @@ def test_the_k_that_is_exported() -> None:
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    tape = synthetic_tape(tmp_path / "t", torch.zeros(2, 50, 5), top_k=2, view=PLAIN)
+    cache = synthetic_cache(tmp_path / "t", torch.zeros(2, 50, 5), top_k=2, view=PLAIN)
     key = layout.key("logits", 1, 0)
-    data = tape.store.read(key) or b""
-    tape.store.write(key, data[:-1] + bytes([data[-1] ^ 1]))
+    data = cache.store.read(key) or b""
+    cache.store.write(key, data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(Exception, match="view 1 shard 0"):
-        tinyvit.export(tape, tmp_path / "out", 2)
+        tinyvit.export(cache, tmp_path / "out", 2)
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").touch()
     with pytest.raises(UsageError, match="out exists; choose another folder"):
-        tinyvit.export(tape, tmp_path / "out", 2)
+        tinyvit.export(cache, tmp_path / "out", 2)
 
 
 # --- in --------------------------------------------------------------------------------------
@@ -213,21 +213,21 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
 @pytest.mark.parametrize("ranks", [1, 3, 7])
-def test_an_imported_tape_says_what_tinyvit_trains_on(
+def test_an_imported_cache_says_what_tinyvit_trains_on(
     tmp_path: Path, dtype: ValueType, ranks: int
 ) -> None:
     data = first_digits(60, tmp_path / "s.beton")
     folders = [save(tmp_path / "in", logits_of(e), 2, epoch=e, ranks=ranks) for e in (4, 5)]
-    tape = imported(tmp_path / "in", data, tmp_path / "t", dtype=dtype)
-    spec = tape.spec
-    assert (spec.views, spec.samples, spec.classes, spec.top_k) == (2, 60, 10, 2)
-    assert (spec.order, spec.view, spec.average) == ("sample", None, 0)
-    assert tape.info["epochs"] == [4, 5]
-    assert tape.info["imported_from"] == str((tmp_path / "in").resolve())
+    cache = imported(tmp_path / "in", data, tmp_path / "t", dtype=dtype)
+    spec = cache.spec
+    assert (spec.num_views, spec.num_samples, spec.num_classes, spec.top_k) == (2, 60, 10, 2)
+    assert (spec.order, spec.view_spec, spec.num_averaged_views) == ("sample", None, 0)
+    assert cache.metadata["epochs"] == [4, 5]
+    assert cache.metadata["imported_from"] == str((tmp_path / "in").resolve())
     bound = {"float32": 1e-6, "float16": 2e-3, "uint8": 6e-2}[dtype]
     for view, folder in enumerate(folders):
         wanted = as_tinyvit_trains(folder, 2, 60, 10)
-        found = dense_p(tape, view)
+        found = dense_p(cache, view)
         # What float16 leaves for the tail may be more than each of it can have; then it gets less.
         sane = (1 - wanted.topk(2).values.sum(1)) / 8 <= wanted.topk(2).values[:, 1] + 1e-6
         assert sane.float().mean() > 0.9
@@ -238,13 +238,13 @@ def test_an_imported_tape_says_what_tinyvit_trains_on(
 def test_the_tail_of_an_imported_record_is_uniform_at_every_temperature(tmp_path: Path) -> None:
     data = first_digits(60, tmp_path / "s.beton")
     folder = save(tmp_path / "in", logits_of(0, scale=1), 2)
-    tape = imported(tmp_path / "in", data, tmp_path / "t", dtype="float32")
+    cache = imported(tmp_path / "in", data, tmp_path / "t", dtype="float32")
     _, _, p = tinyvit_reads(folder, 2, "7")
     each = min((1 - sum(p)) / 8, p[1])
     whole = torch.tensor([*p, *[each] * 8], dtype=torch.float64).log()
     for T in (1, 2, 5, 10):
         wanted = (whole / T).log_softmax(0)
-        found = tape.target(0, [7], T)
+        found = cache.target(0, [7], T)
         torch.testing.assert_close(found.log_p_BK[0].double(), wanted[:2], atol=1e-5, rtol=0)
         torch.testing.assert_close(
             found.log_tail_B[0].double(), wanted[2:].logsumexp(0), atol=1e-5, rtol=0
@@ -252,13 +252,13 @@ def test_the_tail_of_an_imported_record_is_uniform_at_every_temperature(tmp_path
 
 
 @pytest.mark.parametrize("top_k", [6, 9, 10])
-def test_where_most_classes_are_named_the_tape_is_dense(tmp_path: Path, top_k: int) -> None:
+def test_where_most_classes_are_named_the_cache_is_dense(tmp_path: Path, top_k: int) -> None:
     data = first_digits(60, tmp_path / "s.beton")
     folder = save(tmp_path / "in", logits_of(0), top_k)
-    tape = imported(tmp_path / "in", data, tmp_path / "t", dtype="float32")
-    assert tape.spec.dense
+    cache = imported(tmp_path / "in", data, tmp_path / "t", dtype="float32")
+    assert cache.spec.dense
     wanted = as_tinyvit_trains(folder, top_k, 60, 10)
-    assert (dense_p(tape, 0) - wanted).abs().max() < 1e-3
+    assert (dense_p(cache, 0) - wanted).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
@@ -270,13 +270,13 @@ def test_records_of_a_sure_teacher_are_finite(tmp_path: Path, dtype: ValueType, 
     logits[:, 3] = 100
     logits[30:, 3] = 8
     save(tmp_path / "in", logits, top_k)
-    tape = imported(tmp_path / "in", data, tmp_path / "t", dtype=dtype)
+    cache = imported(tmp_path / "in", data, tmp_path / "t", dtype=dtype)
     for T in (1, 4):
-        target = tape.target(0, np.arange(60), T)
+        target = cache.target(0, np.arange(60), T)
         assert bool(target.log_p_BK.isfinite().all())
         if target.log_tail_B is not None:
             assert bool(target.log_tail_B.isfinite().all())
-    p = dense_p(tape, 0)
+    p = dense_p(cache, 0)
     assert (p[:30, 3] > 0.9999).all()
     assert p.sum(1).sub(1).abs().max() < 1e-5
 
@@ -284,8 +284,8 @@ def test_records_of_a_sure_teacher_are_finite(tmp_path: Path, dtype: ValueType, 
 def test_the_mean_of_all_epochs(tmp_path: Path) -> None:
     data = first_digits(60, tmp_path / "s.beton")
     folders = [save(tmp_path / "in", logits_of(e, scale=1), 4, epoch=e, ranks=2) for e in range(3)]
-    tape = imported(tmp_path / "in", data, tmp_path / "t", dtype="float32", average=True)
-    assert (tape.spec.views, tape.spec.average) == (1, 3)
+    cache = imported(tmp_path / "in", data, tmp_path / "t", dtype="float32", num_averaged_views=True)
+    assert (cache.spec.num_views, cache.spec.num_averaged_views) == (1, 3)
     # The rest is at most what the last named class has, six times.
     each = []
     for folder in folders:
@@ -295,8 +295,8 @@ def test_the_mean_of_all_epochs(tmp_path: Path) -> None:
         each.append(p / p.sum(1, keepdim=True))
     mean = torch.stack(each).mean(0)
     top = mean.topk(4)
-    found = tape.target(0, np.arange(60))
-    assert torch.equal(found.classes_BK.long(), top.indices)
+    found = cache.target(0, np.arange(60))
+    assert torch.equal(found.class_ids_BK.long(), top.indices)
     assert (found.log_p_BK.exp() - top.values).abs().max() < 2e-3
 
 
@@ -310,8 +310,8 @@ def test_padding_repeats_samples_and_the_first_rank_wins(tmp_path: Path) -> None
     rows = np.fromfile(values, tinyvit_reader.record_dtype(2)).copy()
     rows["values"][keys[3].index(double)] = [0.5, 0.25]
     rows.tofile(values)
-    tape = imported(tmp_path / "in", data, tmp_path / "t", dtype="float32")
-    p = tape.target(0, [int(double)]).log_p_BK[0].exp()
+    cache = imported(tmp_path / "in", data, tmp_path / "t", dtype="float32")
+    p = cache.target(0, [int(double)]).log_p_BK[0].exp()
     assert abs(float(p[0]) - 0.5) > 1e-3
 
 
@@ -344,7 +344,7 @@ def test_a_killed_import_is_finished_by_the_same_command(
     for e in (0, 1):
         save(tmp_path / "in", logits_of(e), 2, epoch=e, ranks=2)
     whole = imported(tmp_path / "in", data, tmp_path / "whole")
-    assert len(whole.places()) > 6
+    assert len(whole.shards()) > 6
 
     class Killed(BaseException):
         pass
@@ -358,15 +358,15 @@ def test_a_killed_import_is_finished_by_the_same_command(
     with pytest.raises(Killed):
         tinyvit.import_cache(saved, data, spec, tmp_path / "t", kill)
     partial = LogitCache.open(tmp_path / "t")
-    assert 0 < len(partial.missing()) < len(whole.places())
+    assert 0 < len(partial.missing()) < len(whole.shards())
     with pytest.raises(CacheIncomplete, match="run the same `kdcache import` again to finish it"):
         partial.require_complete()
     seen: list[int] = []
-    tape = tinyvit.import_cache(saved, data, spec, tmp_path / "t", seen.append)
+    cache = tinyvit.import_cache(saved, data, spec, tmp_path / "t", seen.append)
     assert 30 < seen[0] < seen[-1] == 120
     for view in (0, 1):
         for name, array in whole[view].arrays().items():
-            assert np.array_equal(array, tape[view].arrays()[name])
+            assert np.array_equal(array, cache[view].arrays()[name])
 
 
 def test_other_files_are_another_teacher(tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def test_hundreds_of_files_are_not_open_at_once(tmp_path: Path) -> None:
     saved = tinyvit_reader.open_saved(tmp_path / "in", data)
     assert len(os.listdir("/proc/self/fd")) <= before + 2
     tinyvit.import_cache(
-        saved, data, tinyvit.make_cache_spec(saved, data, average=True), tmp_path / "t"
+        saved, data, tinyvit.make_cache_spec(saved, data, num_averaged_views=True), tmp_path / "t"
     )
     assert len(os.listdir("/proc/self/fd")) <= before + 2
 
@@ -493,17 +493,17 @@ def test_files_of_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
 def test_out_and_in_again_says_the_same(tmp_path: Path) -> None:
     data = first_digits(60, tmp_path / "s.beton")
     logits = torch.stack([logits_of(v) for v in (0, 1)])
-    tape = synthetic_tape(tmp_path / "t", logits, top_k=2, view=PLAIN, dataset=data.fingerprint)
-    tinyvit.export(tape, tmp_path / "out", 2)
+    cache = synthetic_cache(tmp_path / "t", logits, top_k=2, view=PLAIN, dataset=data.content_hash)
+    tinyvit.export(cache, tmp_path / "out", 2)
     back = imported(tmp_path / "out", data, tmp_path / "u", dtype="float32")
     for view in (0, 1):
         order = view_order(PLAIN, view, 60)
-        there, here = tape.target(view, np.arange(60)), back.target(view, order)
-        assert torch.equal(there.classes_BK.int(), here.classes_BK.int())
+        there, here = cache.target(view, np.arange(60)), back.target(view, order)
+        assert torch.equal(there.class_ids_BK.int(), here.class_ids_BK.int())
         assert (there.log_p_BK.exp() - here.log_p_BK.exp()).abs().max() < 2.0**-10
 
 
-def test_the_commands_from_tape_to_student(
+def test_the_commands_from_cache_to_student(
     kdcache: Command, digits_test: Dataset, tmp_path: Path
 ) -> None:
     def done(*line: object) -> dict[str, Any]:
@@ -535,7 +535,7 @@ def test_the_commands_from_tape_to_student(
     assert (found["views"], found["samples"], found["top_k"]) == (2, 297, 2)
     assert 0 <= found["accuracy"] <= 1
     assert done("import", out, u, *data)["bytes"] == found["bytes"]
-    done("import", out, tmp_path / "mean.zarr", *data, "--average", "--dtype", "uint8")
+    done("import", out, tmp_path / "mean.zarr", *data, "--average-views", "--dtype", "uint8")
     for cache in (u, tmp_path / "mean.zarr"):
         run = done(
             "train",
@@ -595,9 +595,9 @@ def test_names_come_from_a_file(kdcache: Command, digits_test: Dataset, tmp_path
     save(tmp_path / "in", logits, 2, keys=names)
     (tmp_path / "names").write_text("\n".join(names))
     line = ("import", tmp_path / "in", tmp_path / "t", "--data", digits_test.path)
-    result = kdcache(*line, "--names", tmp_path / "names", "--json")
+    result = kdcache(*line, "--keys-file", tmp_path / "names", "--json")
     assert json.loads(result.out)["accuracy"] == 1
     assert result.err == ""
-    missing = kdcache(*line, "--names", tmp_path / "none")
+    missing = kdcache(*line, "--keys-file", tmp_path / "none")
     assert (missing.code, len(missing.err.splitlines())) == (2, 1)
     assert "cannot read" in missing.err

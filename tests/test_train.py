@@ -27,8 +27,8 @@ from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER
 
 STUDENT = "python:tests.conftest:convolutional_student"
-SPEC = TrainSpec("labels", ViewSpec(8, min_area=0.5), epochs=2, batch_size=64, deterministic=True)
-UNMIXED = replace(SPEC, view=replace(SPEC.view, mixup=0))
+SPEC = TrainSpec("labels", ViewSpec(8, min_scale=0.5), epochs=2, batch_size=64, deterministic=True)
+UNMIXED = replace(SPEC, view_spec=replace(SPEC.view_spec, mixup=0))
 
 
 def fresh(spec: TrainSpec = SPEC) -> Classifier:
@@ -101,17 +101,17 @@ def test_the_logged_rate_is_the_schedules(digits_test: Dataset) -> None:
 
 def test_equal_runs_give_equal_weights_and_other_seeds_others(digits_test: Dataset) -> None:
     first, second = trained(digits_test)[0], trained(digits_test)[0]
-    assert first.fingerprint() == second.fingerprint()
-    assert first.fingerprint() != fresh().fingerprint()
+    assert first.content_hash() == second.content_hash()
+    assert first.content_hash() != fresh().content_hash()
     other_student = trained(digits_test, replace(SPEC, seed=1))[0]
-    other_views = trained(digits_test, replace(SPEC, view=replace(SPEC.view, seed=1)))[0]
-    different = {s.fingerprint() for s in (first, other_student, other_views)}
+    other_views = trained(digits_test, replace(SPEC, view_spec=replace(SPEC.view_spec, seed=1)))[0]
+    different = {s.content_hash() for s in (first, other_student, other_views)}
     assert len(different) == 3
 
 
 def test_training_lowers_the_loss(digits: Dataset) -> None:
-    view = ViewSpec(8, crop="center", min_area=1.0, flip=False, mixup=0)
-    spec = replace(SPEC, view=view, epochs=5)
+    view = ViewSpec(8, crop="center", min_scale=1.0, flip=False, mixup=0)
+    spec = replace(SPEC, view_spec=view, epochs=5)
     student, steps = trained(digits, spec)
     assert steps[-1].loss < 0.5
     assert evaluate(student, digits, size_px=8).top1 > 0.85
@@ -133,14 +133,14 @@ class Spy:
 
 
 @pytest.mark.parametrize(
-    ("views", "played"), [(None, [0, 1, 2, 3, 4]), (2, [0, 1, 0, 1, 0]), (1, [0] * 5)]
+    ("num_views", "played"), [(None, [0, 1, 2, 3, 4]), (2, [0, 1, 0, 1, 0]), (1, [0] * 5)]
 )
 def test_epochs_cycle_through_the_views(
-    digits_test: Dataset, views: int | None, played: list[int]
+    digits_test: Dataset, num_views: int | None, played: list[int]
 ) -> None:
     spy = Spy()
-    spec = replace(SPEC, epochs=5, batch_size=100, views=views)
-    assert spec.view.mixup
+    spec = replace(SPEC, epochs=5, batch_size=100, num_views=num_views)
+    assert spec.view_spec.mixup
     train(spec, digits_test, fresh(), spy)
     assert [b.view for b in spy.batches] == [v for v in played for _ in range(2)]
     assert [b.positions_B.tolist() for b in spy.batches] == 5 * [
@@ -253,7 +253,7 @@ def test_what_dropout_draws_depends_on_the_step_alone(digits_test: Dataset) -> N
             LabelTargets(10),
             after_step=lambda state, extra=extra: torch.rand(extra),
         )
-        weights.add(student.fingerprint())
+        weights.add(student.content_hash())
     assert len(weights) == 1
 
 
@@ -279,10 +279,10 @@ def test_agreement_is_the_share_of_the_targets_own_classes() -> None:
     logits_BC = torch.tensor([[0.0, 2.0, 1.0], [5.0, 2.0, 1.0], [0.0, 2.0, 3.0]])
     dense = Target(torch.tensor([[-1.0, 0, -2], [-1, 0, -2], [-9, -9, 0]]), None, None, 3)
     meter.add(1, torch.tensor(3.0), logits_BC, dense)
-    classes_BK = torch.tensor([[2, 1], [1, 0], [0, 2]])
-    top = Target(torch.tensor([[-1.0, 0], [0, -1], [-1, 0]]), classes_BK, None, 3)
+    class_ids_BK = torch.tensor([[2, 1], [1, 0], [0, 2]])
+    top = Target(torch.tensor([[-1.0, 0], [0, -1], [-1, 0]]), class_ids_BK, None, 3)
     meter.add(2, torch.tensor(1.0), logits_BC, top)
-    mine = TemperedTarget(torch.tensor([[-1.0, -2], [-2, -1], [-2, -1]]), classes_BK, None, 2.0, 3)
+    mine = TemperedTarget(torch.tensor([[-1.0, -2], [-2, -1], [-2, -1]]), class_ids_BK, None, 2.0, 3)
     meter.add(3, torch.tensor(2.0), logits_BC, mine)
     assert meter.images == 9
     assert meter.state_dict(SINGLE_PROCESS)["sums"].tolist() == pytest.approx(
@@ -319,7 +319,7 @@ def test_a_label_weight_mixes_two_losses(digits_test: Dataset) -> None:
         student = fresh()
         spec = replace(SPEC, label_weight=weight)
         train(spec, digits_test, student, sources[0], labels=sources[1], workers=1)
-        return student.fingerprint()
+        return student.content_hash()
 
     assert weights(0, teacher, labels) == weights(0, teacher, None)
     assert weights(1, teacher, labels) == weights(0, labels, None)
@@ -335,7 +335,7 @@ def test_the_labels_share_of_the_loss(
     teacher = OnlineTargets(load.load_model(TEACHER, "teacher", num_classes=10, size_px=8))
     spec = TrainSpec(
         "online",
-        SPEC.view,
+        SPEC.view_spec,
         epochs=1,
         batch_size=296,
         optimizer="sgd",
@@ -380,7 +380,7 @@ def test_half_precision_trains(digits_test: Dataset, precision: Any) -> None:
     assert all(w.dtype == torch.float32 for w in student.parameters())
     assert steps[-1].loss < 0.8 * steps[0].loss
     whole, _ = trained(digits_test, replace(spec, precision="float32"))
-    assert student.fingerprint() != whole.fingerprint()
+    assert student.content_hash() != whole.content_hash()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "soap"])

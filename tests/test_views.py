@@ -13,15 +13,15 @@ from scipy.stats import beta
 
 from kdcache.data import render
 from kdcache.views.crops import aspect_ratios, crop_boxes
-from kdcache.views.flips import flip_draws
 from kdcache.views.mixing import mix_pairs, mix_weight_table, pair_mix_weights
 from kdcache.views.order import view_order, view_positions, view_tokens
 from kdcache.views.spec import Crop, ViewSpec
+from kdcache.views.transforms.flip import flip_draws
 
 # These values may change only together with the view spec's version.
-PLAIN = ViewSpec(8, min_area=0.4, mixup=1.0, seed=5)
-FAR = ViewSpec(32, crop="random", min_area=0.5, mixup=0.2, seed=2**64 - 1)
-CENTRAL = ViewSpec(8, crop="center", min_area=(7 / 8) ** 2)
+PLAIN = ViewSpec(8, min_scale=0.4, mixup=1.0, seed=5)
+FAR = ViewSpec(32, crop="random", min_scale=0.5, mixup=0.2, seed=2**64 - 1)
+CENTRAL = ViewSpec(8, crop="center", min_scale=(7 / 8) ** 2)
 FAR_VIEW = 2**24 - 1
 SHAPES = ((480, 640), (1, 500), (500, 1), (8, 8), (1, 1), (333, 250), (3000, 200), (65535, 65535))
 
@@ -147,7 +147,7 @@ def test_the_last_sample_has_a_golden_box(spec: ViewSpec, view: int) -> None:
 
 @pytest.mark.parametrize(("spec", "view"), FLIPS)
 def test_flips_are_golden(spec: ViewSpec, view: int) -> None:
-    found = flip_draws(spec, view, np.arange(24))
+    found = flip_draws(spec.seed, view, np.arange(24))
     assert "".join(str(int(f)) for f in found) == FLIPS[spec, view]
 
 
@@ -183,17 +183,17 @@ def test_mixed_pixels_are_golden() -> None:
 @given(seeds, view_numbers, st.integers(0, 300))
 @settings(max_examples=50, deadline=None)
 def test_an_order_is_a_permutation_and_position_its_inverse(
-    seed: int, view: int, samples: int
+    seed: int, view: int, num_samples: int
 ) -> None:
     spec = ViewSpec(8, seed=seed)
-    order, position = view_order(spec, view, samples), view_positions(spec, view, samples)
-    assert sorted(order.tolist()) == list(range(samples))
-    assert order[position].tolist() == list(range(samples))
-    assert position[order].tolist() == list(range(samples))
+    order, position = view_order(spec, view, num_samples), view_positions(spec, view, num_samples)
+    assert sorted(order.tolist()) == list(range(num_samples))
+    assert order[position].tolist() == list(range(num_samples))
+    assert position[order].tolist() == list(range(num_samples))
 
 
 def test_only_the_seed_and_the_view_decide_an_order() -> None:
-    other = ViewSpec(32, crop="center", min_area=0.9, flip=False, mixup=0, seed=PLAIN.seed)
+    other = ViewSpec(32, crop="center", min_scale=0.9, flip=False, mixup=0, seed=PLAIN.seed)
     assert (view_order(PLAIN, 3, 500) == view_order(other, 3, 500)).all()
 
 
@@ -228,7 +228,7 @@ def everything(spec: ViewSpec, view: int, samples: np.ndarray) -> tuple[object, 
     return (
         view_order(spec, view, n).tolist(),
         crop_boxes(spec, view, samples, 1000, 1000).tolist(),
-        flip_draws(spec, view, samples).tolist(),
+        flip_draws(spec.seed, view, samples).tolist(),
         pair_mix_weights(spec, view, np.arange(n), n).tolist(),
     )
 
@@ -270,7 +270,7 @@ def test_a_subset_of_samples_gives_the_rows_of_the_whole() -> None:
 def test_boxes_lie_inside_the_image(
     crop: Crop, area: float, height: int, width: int, seed: int, view: int, sample: int
 ) -> None:
-    spec = ViewSpec(8, crop=crop, min_area=area, seed=seed)
+    spec = ViewSpec(8, crop=crop, min_scale=area, seed=seed)
     top, left, h, w = box_of(spec, view, sample, height, width)
     assert 0 <= top <= top + h <= height
     assert 0 <= left <= left + w <= width
@@ -283,7 +283,7 @@ def test_boxes_lie_inside_the_image(
 def test_inception_boxes_keep_area_and_aspect_within_rounding(
     area: float, height: int, width: int, seed: int, sample: int
 ) -> None:
-    spec = ViewSpec(8, crop="inception", min_area=area, seed=seed)
+    spec = ViewSpec(8, crop="inception", min_scale=area, seed=seed)
     top, left, h, w = box_of(spec, 0, sample, height, width)
     assert (w + 0.5) / (h - 0.5) >= 3 / 4
     assert (w - 0.5) / (h + 0.5) <= 4 / 3
@@ -292,7 +292,7 @@ def test_inception_boxes_keep_area_and_aspect_within_rounding(
 
 
 def test_inception_boxes_use_the_whole_range() -> None:
-    spec = ViewSpec(8, min_area=0.1)
+    spec = ViewSpec(8, min_scale=0.1)
     boxes = crop_boxes(spec, 0, np.arange(5000), 4000, 4000)
     share = boxes[:, 2] * boxes[:, 3] / 4000**2
     aspect = boxes[:, 3] / boxes[:, 2]
@@ -306,7 +306,7 @@ def test_inception_boxes_use_the_whole_range() -> None:
 
 
 def test_an_image_that_no_try_fits_is_cropped_in_the_middle() -> None:
-    spec = ViewSpec(8, min_area=0.9)
+    spec = ViewSpec(8, min_scale=0.9)
     assert box_of(spec, 0, 0, 100, 1000) == [0, 433, 100, 133]
     assert box_of(spec, 0, 0, 1000, 100) == [433, 0, 133, 100]
 
@@ -316,7 +316,7 @@ def test_an_image_that_no_try_fits_is_cropped_in_the_middle() -> None:
 def test_other_crops_are_squares_of_the_wanted_area(
     crop: Crop, area: float, height: int, width: int, seed: int
 ) -> None:
-    spec = ViewSpec(8, crop=crop, min_area=area, seed=seed)
+    spec = ViewSpec(8, crop=crop, min_scale=area, seed=seed)
     top, left, h, w = box_of(spec, 0, 0, height, width)
     assert h == w
     assert h == 1 or abs(h - area**0.5 * min(height, width)) <= 0.5 + 1e-6
@@ -325,7 +325,7 @@ def test_other_crops_are_squares_of_the_wanted_area(
 
 
 def test_random_squares_reach_every_corner() -> None:
-    boxes = crop_boxes(ViewSpec(8, crop="random", min_area=0.25), 0, np.arange(2000), 6, 10)
+    boxes = crop_boxes(ViewSpec(8, crop="random", min_scale=0.25), 0, np.arange(2000), 6, 10)
     assert {int(x) for x in boxes[:, 0]} == set(range(4))
     assert {int(x) for x in boxes[:, 1]} == set(range(8))
 
@@ -337,7 +337,7 @@ def test_compiled_boxes_equal_the_definition(crop: Crop) -> None:
         area = float(random.choice([1.0, 0.05, random.uniform(1e-3, 1)]))
         seed = int(random.integers(0, 2**64, dtype=np.uint64))
         view = int(random.integers(0, 2**24))
-        spec = ViewSpec(8, crop=crop, min_area=area, seed=seed)
+        spec = ViewSpec(8, crop=crop, min_scale=area, seed=seed)
         samples = random.integers(0, 2**40, 50)
         heights, widths = np.exp(random.uniform(0, np.log(65536), (2, 50))).astype(np.int64)
         boxes = crop_boxes(spec, view, samples, heights, widths)
@@ -378,11 +378,11 @@ def test_drawn_weights_fit_the_beta_distribution(alpha: float) -> None:
 @given(st.floats(0.05, 100), st.integers(1, 200), view_numbers, seeds)
 @settings(max_examples=100, deadline=None)
 def test_partners_share_a_weight_of_at_most_half(
-    alpha: float, samples: int, view: int, seed: int
+    alpha: float, num_samples: int, view: int, seed: int
 ) -> None:
     spec = ViewSpec(8, mixup=alpha, seed=seed)
-    weights = pair_mix_weights(spec, view, np.arange(samples), samples)
-    paired = samples // 2 * 2
+    weights = pair_mix_weights(spec, view, np.arange(num_samples), num_samples)
+    paired = num_samples // 2 * 2
     assert weights.dtype == np.int16
     assert 0 <= weights.min() <= weights.max() <= 128
     assert (weights[:paired:2] == weights[1:paired:2]).all()
@@ -457,7 +457,7 @@ def test_mixing_gives_a_new_tensor_even_when_nothing_is_mixed() -> None:
 
 
 def test_all_of_the_image_is_all_of_it() -> None:
-    spec = ViewSpec(8, crop="whole", min_area=1.0)
+    spec = ViewSpec(8, crop="whole", min_scale=1.0)
     boxes = crop_boxes(spec, 3, [0, 1, 2], [5, 70, 9], [8, 3, 9])
     assert boxes.tolist() == [[0, 0, 5, 8], [0, 0, 70, 3], [0, 0, 9, 9]]
-    assert spec.digest != ViewSpec(8, crop="center", min_area=1.0).digest
+    assert spec.digest != ViewSpec(8, crop="center", min_scale=1.0).digest

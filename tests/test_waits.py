@@ -1,7 +1,7 @@
 """A training step lets the host run ahead: no number of a device's is asked for between log lines.
 
 Counted on the CPU, in the operators that would make a GPU's host wait. What is the CPU's alone is
-left out: the check of a live teacher's answer, the records of a tape, which are decoded on the host
+left out: the check of a live teacher's answer, the records of a cache, which are decoded on the host
 for any device, and numba's form of the loss (Triton's has a test of its own).
 """
 
@@ -21,14 +21,14 @@ from kdcache.data.beton import Dataset
 from kdcache.kernels import ops
 from kdcache.models import load
 from kdcache.models.classifier import Classifier
-from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.teacher.precompute import precompute
 from kdcache.teacher.targets import CachedTargets, LabelTargets, OnlineTargets
 from kdcache.training.loop import train
 from kdcache.training.spec import TrainSpec
 from kdcache.views.spec import ViewSpec
-from tests.conftest import TEACHER
+from tests.conftest import TEACHER, cache_spec
 
-VIEW = ViewSpec(8, min_area=0.5)
+VIEW = ViewSpec(8, min_scale=0.5)
 SPEC = TrainSpec("labels", VIEW, epochs=2, batch_size=32)
 STEPS = 18
 WAITS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "is_nonzero")
@@ -55,7 +55,7 @@ def _is_mask(x: torch.Tensor | None) -> bool:
 
 
 class OnTheHost:
-    """Asks a tape where nothing is counted."""
+    """Asks a cache where nothing is counted."""
 
     def __init__(self, source: CachedTargets) -> None:
         self.source = source
@@ -92,10 +92,10 @@ def source(request: pytest.FixtureRequest, digits_test: Dataset, tmp_path: Path)
         "top 1": {"top_k": 1, "dtype": "float16"},
         "draws": {"top_k": 1, "dtype": "float16", "draws": 5},
     }[request.param]
-    spec = make_cache_spec(digits_test, teacher, VIEW, views=2, **kept)
+    spec = cache_spec(digits_test, teacher, VIEW, num_views=2, **kept)
     assert spec.dense == (request.param == "dense")
-    tape = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=64)
-    return OnTheHost(CachedTargets(tape, digits_test.fingerprint, VIEW))
+    cache = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=64)
+    return OnTheHost(CachedTargets(cache, digits_test.content_hash, VIEW))
 
 
 def waits(
@@ -127,7 +127,7 @@ def waits(
 
 @pytest.fixture(autouse=True)
 def _plain_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "backend", lambda student_BC, classes_BK: "reference")
+    monkeypatch.setattr(ops, "backend", lambda student_BC, class_ids_BK: "reference")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

@@ -1,25 +1,25 @@
-"""The tape: records in a store, view after view, that cannot be changed unnoticed.
+"""The logit cache: records in a store, view after view, that cannot be changed unnoticed.
 
-In: `Records` of one shard of one view at a time. Out: the records of any run of positions. What
-stays true: the manifest comes first and says what the tape is; a shard counts once its seal lies
-in the store, and the seal comes last; no byte reaches a reader that is not the one written for
-this tape, this view and this place; nothing is written to or read from a tape of another spec.
+In: `Records` of one shard of one view at a time. Out: the records of any run of rows. What stays
+true: the manifest comes first and says what the cache is; a shard counts once its checksums lie in
+the store, and they come last; no byte reaches a reader that is not the one written for this cache,
+this view and this place; nothing is written to or read from a cache of another spec; views that are
+being added change nothing for a reader until all of them are complete.
 
-    tape = Tape.open("tape.zarr")                 # or s3://bucket/tape.zarr
-    tape[2, 100:200]                              # records, as they lie on the tape
-    for view, start, records in tape: ...         # all of them, shard by shard
-    tape.target(2, positions, temperature=4.0)    # log-probabilities for a loss
+    cache = LogitCache.open("cache.zarr")           # or s3://bucket/cache.zarr
+    cache[2, 100:200]                               # records, as they are stored
+    for view, start, records in cache: ...          # all of them, shard by shard
+    cache.target(2, positions, temperature=4.0)     # log-probabilities for a loss
 
-The format is in docs/tape-format.md. Cost: reading in order reads and hashes each object once.
+The format is in docs/cache-format.md. Cost: reading in order reads and hashes each object once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
+import os
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ import torch
 from numpy.typing import ArrayLike
 
 from kdcache.batch import Target, TemperedTarget
-from kdcache.cache import layout as shards
-from kdcache.cache.codecs import sampled, top_k
-from kdcache.cache.layout import GROUP, Layout
+from kdcache.cache import layout as layouts
+from kdcache.cache.layout import GROUP, SEALS
+from kdcache.cache.manifest import KEY, Manifest, array_names, read_manifest
 from kdcache.cache.records import Records
-from kdcache.cache.spec import CacheSpec, require_cache_version
+from kdcache.cache.spec import CacheSpec
 from kdcache.cache.store import Store, open_store
 from kdcache.errors import (
     CacheCorrupt,
@@ -42,174 +42,228 @@ from kdcache.errors import (
     StorageError,
     UsageError,
 )
-from kdcache.losses.distillation import check_temperature, log_probabilities
+from kdcache.losses.distillation import log_probabilities
 from kdcache.spec import differences
 from kdcache.views.spec import ViewSpec
 
-KEY = "kdcache"
 ANOTHER_PATH = "choose another path"
-WHAT_IS_A_CACHE = "a tape is the folder that `kdcache precompute --out` or `kdcache import` made"
-NO_DIGEST = "0" * 64
+WHAT_IS_A_CACHE = "a cache is the folder that `kdcache precompute --out` or `kdcache import` made"
+
+PathLike = str | os.PathLike[str]
 
 
 class LogitCache:
-    """A tape that exists. Make one with `create`, or `open` it."""
+    """A cache that exists. Make one with `create`, or `open` it.
 
-    def __init__(
-        self,
-        store: Store,
-        spec: CacheSpec,
-        layout: Layout,
-        info: dict[str, Any],
-        pixels: str | None,
-        zarr_json: dict[str, bytes],
-    ) -> None:
+    url        where it is
+    spec       what it holds; while views are being added, with these
+    manifest   what is stored about it
+    """
+
+    def __init__(self, store: Store, manifest: Manifest) -> None:
         self.store = store
         self.url = store.url
-        self.spec = spec
-        self.layout = layout
-        self.info = info
-        self.pixels = pixels
-        self._zarr_json = zarr_json
-        self._names = tuple(shards.columns(spec))
-        self._command = "`kdcache precompute`" if spec.view else "`kdcache import`"
+        self.manifest = manifest
+        # As stored, and with the views that are being added.
+        self._stored = manifest
+        self._command = "`kdcache precompute`" if manifest.spec.view_spec else "`kdcache import`"
         self._recent: tuple[tuple[int, int], Records] | None = None
+
+    @property
+    def spec(self) -> CacheSpec:
+        return self.manifest.spec
+
+    @property
+    def layout(self) -> layouts.Layout:
+        return self.manifest.layout
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What may differ between equal caches: teacher's name, software, device."""
+        return self.manifest.metadata
+
+    @property
+    def render_digest(self) -> str | None:
+        """16 hex digits of some rendered views, where the cache was made (`loader.render_digest`)."""
+        return self.manifest.render_digest
+
+    @property
+    def num_stored_views(self) -> int:
+        """Views that readers see; fewer than `spec.num_views` while views are being added."""
+        return self._stored.spec.num_views
 
     @staticmethod
     def create(
-        url: str | Path, spec: CacheSpec, info: dict[str, Any], pixels: str | None = None
+        url: PathLike, spec: CacheSpec, metadata: dict[str, Any], render_digest: str | None = None
     ) -> LogitCache:
-        """Open the tape of this spec for writing, making it first where there is none.
+        """Open the cache of this spec for writing, making it first where there is none.
 
-        `info` is what may differ between equal tapes: teacher's name, software, device. `pixels` is
-        the digest of some rendered views (`loader.pixel_digest`). Raises UsageError where something
-        else lies at the place, TapeMismatch where another tape does.
+        A cache with fewer views gets more: see `add_views`. One with more keeps them.
+
+        metadata, render_digest   as in `Manifest`
+
+        Raises UsageError where something else lies at the place, CacheMismatch where another cache
+        does.
         """
         store = open_store(url)
         if store.read(GROUP) is None:
-            objects = _manifest(spec, Layout.of(spec), info, pixels)
+            objects = Manifest.of(spec, metadata, render_digest).zarr_json
             # What a killed creation left, or another process is creating, is no obstacle.
             foreign = store.sizes().keys() - objects.keys() or Path(store.url).is_file()
             if foreign and store.read(GROUP) is None:
-                raise UsageError(f"{store.url} exists and is not a tape; {ANOTHER_PATH}")
+                raise UsageError(f"{store.url} exists and is not a cache; {ANOTHER_PATH}")
             store.create(objects, last=GROUP)
-        tape = _open(store, ANOTHER_PATH)
-        tape.require(spec)
-        tape.require_pixels(pixels)
-        return tape
+        cache = _open(store, ANOTHER_PATH)
+        cache.require(spec)
+        cache.require_same_rendering(render_digest)
+        if spec.num_views > cache.spec.num_views:
+            cache.manifest = cache.manifest.grown(spec.num_views)
+        return cache
 
     @staticmethod
-    def open(url: str | Path) -> LogitCache:
-        """The tape at a path or URL. Raises UsageError for none, TapeCorrupt for damage."""
+    def open(url: PathLike) -> LogitCache:
+        """The cache at a path or URL. Raises UsageError for none, CacheCorrupt for damage."""
         return _open(open_store(url), WHAT_IS_A_CACHE)
 
     def require(self, spec: CacheSpec) -> None:
-        """Raise TapeMismatch, naming each difference, unless this tape has exactly this spec."""
-        different = differences(spec, self.spec)
+        """Raise CacheMismatch, naming each difference, unless records of `spec` belong here."""
+        own = replace(self.spec, num_views=spec.num_views)
+        if own.precision is None:
+            own = replace(own, precision=spec.precision)
+        different = differences(spec, own)
         if different:
-            line = (
-                f"{self.url} holds another tape ({'; '.join(different)}): {ANOTHER_PATH}, "
-                "or the same options"
-            )
-            if spec.views != self.spec.views:
-                line += "; a tape cannot grow: another number of views needs another path"
-            raise CacheMismatch(line)
-
-    def require_pixels(self, pixels: str | None) -> None:
-        """Raise TapeMismatch if views are rendered otherwise here than where the tape was made."""
-        if pixels and self.pixels and pixels != self.pixels:
             raise CacheMismatch(
-                f"{self.url} was made from other pixels ({self.pixels}) than the same views have "
-                f"here ({pixels}): another JPEG decoder or kdcache; precompute the tape here"
+                f"{self.url} is a different cache ({'; '.join(different)}): {ANOTHER_PATH}, or the "
+                "same options"
             )
 
-    def require_plays(self, dataset: str, view: ViewSpec | None, *, resized: bool = False) -> None:
-        """Raise TapeMismatch unless the tape is of this data and, if it plays views, of these.
+    def require_same_rendering(self, render_digest: str | None) -> None:
+        """Raise CacheMismatch if views are rendered otherwise here than where it was made."""
+        own = self.render_digest
+        if render_digest and own and render_digest != own:
+            raise CacheMismatch(
+                f"{self.url} was rendered differently ({own}) than the same views are here "
+                f"({render_digest}): the JPEG decoder or kdcache's version differs; recreate the "
+                "cache here"
+            )
 
-        With `resized`, the views may have another size: the student's boxes, pairs and order are
-        still the teacher's.
+    def require_compatible(
+        self, dataset_hash: str, view_spec: ViewSpec | None, *, resized: bool = False
+    ) -> None:
+        """Raise CacheMismatch unless the cache is of this data and, in view order, of these views.
+
+        resized   the views may have another size: the student's boxes, pairs and order are still
+                  the teacher's
         """
-        if self.spec.dataset != dataset:
+        if self.spec.dataset_hash != dataset_hash:
             raise CacheMismatch(
-                f"{self.url} was made from other data ({self.spec.dataset}) than this "
-                f"({dataset}): use the data it was made from, or precompute a tape for this"
+                f"{self.url} was made from other data ({self.spec.dataset_hash}) than this "
+                f"({dataset_hash}): use the data it was made from, or precompute a cache for this"
             )
-        if resized and view is not None and self.spec.view is not None:
-            view = replace(view, size_px=self.spec.view.size_px)
-        different = differences(view, self.spec.view) if self.spec.order == "position" else None
+        if self.spec.row_order != "view":
+            return
+        if resized and view_spec is not None and self.spec.view_spec is not None:
+            view_spec = replace(view_spec, size_px=self.spec.view_spec.size_px)
+        different = differences(view_spec, self.spec.view_spec)
         if different:
             raise CacheMismatch(
                 f"{self.url} holds other views ({'; '.join(different)}): in cached mode the view "
-                "options come from the tape, so leave them out"
+                "options come from the cache, so leave them out"
             )
 
     @property
     def shards_per_view(self) -> int:
-        return self.layout.shards(self.spec.samples)
+        return self.layout.shards(self.spec.num_samples)
 
-    def places(self) -> list[tuple[int, int]]:
+    def shards(self) -> list[tuple[int, int]]:
         """Every (view, shard), in order."""
-        return [(v, s) for v in range(self.spec.views) for s in range(self.shards_per_view)]
+        return [(v, s) for v in range(self.spec.num_views) for s in range(self.shards_per_view)]
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(self.spec.codec.columns(self.spec.num_classes))
 
     def shard_range(self, shard: int) -> tuple[int, int]:
         """Positions [start, stop) of a shard."""
         start = shard * self.layout.shard_rows
-        return start, min(start + self.layout.shard_rows, self.spec.samples)
+        return start, min(start + self.layout.shard_rows, self.spec.num_samples)
 
-    def rows(self, shard: int) -> int:
+    def num_rows(self, shard: int) -> int:
         start, stop = self.shard_range(shard)
         return stop - start
 
-    def has(self, view: int, shard: int) -> bool:
+    def has_shard(self, view: int, shard: int) -> bool:
         """Whether all objects of a shard are in the store."""
-        return all(self.store.size(shards.key(n, view, shard)) for n in (*self._names, "seals"))
+        return all(self.store.size(layouts.key(n, view, shard)) for n in (*self._names, SEALS))
 
     def missing(self) -> list[tuple[int, int]]:
         """The (view, shard) pairs of which any object is not in the store, in order."""
         sizes = self.store.sizes()
-        names = (*self._names, "seals")
-        return [at for at in self.places() if any(not sizes.get(shards.key(n, *at)) for n in names)]
+        names = (*self._names, SEALS)
+        return [
+            at for at in self.shards() if any(not sizes.get(layouts.key(n, *at)) for n in names)
+        ]
 
     def require_complete(self) -> None:
         missing = self.missing()
         if missing:
             view, shard = missing[0]
             raise CacheIncomplete(
-                f"{self.url} lacks {len(missing)} of {len(self.places())} "
+                f"{self.url} lacks {len(missing)} of {len(self.shards())} "
                 f"shards, the first is view {view} shard {shard}: run the same "
                 f"{self._command} again to finish it"
             )
 
     def write(self, view: int, shard: int, records: Records) -> None:
-        """Put the records of one whole shard on the tape, its seal last. Raises StorageError."""
+        """Store the records of one whole shard, its checksums last. Raises StorageError."""
         start, stop = self.shard_range(shard)
         assert len(records) == stop - start
-        objects = shards.encode(self._zarr_json, view, start, records)
-        seal = b"".join(self._seal(name, view, shard, objects[name]) for name in self._names)
+        objects = self.manifest.encode(view, start, records)
+        seal = b"".join(self.manifest.seal(n, view, shard, objects[n]) for n in self._names)
         try:
-            self.store.delete(shards.key("seals", view, shard))
+            self.store.delete(layouts.key(SEALS, view, shard))
             for name in self._names:
-                self.store.write(shards.key(name, view, shard), objects[name])
-            self.store.write(shards.key("seals", view, shard), seal)
+                self.store.write(layouts.key(name, view, shard), objects[name])
+            self.store.write(layouts.key(SEALS, view, shard), seal)
         except StorageError as error:
             with contextlib.suppress(StorageError):
-                self.discard(view, shard)
+                self.delete_shard(view, shard)
             raise StorageError(
-                f"view {view} shard {shard}: {error}; mend that and run the same command again, "
-                "finished shards are kept"
+                f"view {view} shard {shard}: {error}; fix the storage and run the same command "
+                "again, finished shards are kept"
             ) from error
 
-    def discard(self, view: int, shard: int) -> None:
-        """Take a shard off the tape, the seal first."""
-        for name in ("seals", *self._names):
-            self.store.delete(shards.key(name, view, shard))
+    def add_views(self) -> None:
+        """Make views that were being added part of the cache: `num_stored_views` is then all.
 
-    def claim(self, view: int, shard: int) -> bool:
+        Until this returns, every reader sees the cache as it was. Raises CacheIncomplete where one
+        of the views lacks a shard, StorageError.
+        """
+        if self.num_stored_views >= self.spec.num_views:
+            return
+        self.require_complete()
+        if self._stored.version < self.manifest.version:  # its digests cover the number of views
+            self._replace_manifest(self._stored.grown(self.num_stored_views))
+        for key, text in self.manifest.zarr_json.items():
+            if key != GROUP:
+                self.store.write(key, text)
+        self._replace_manifest(self.manifest)
+
+    def _replace_manifest(self, manifest: Manifest) -> None:
+        self.store.write(GROUP, manifest.zarr_json[GROUP])
+        self._stored = manifest
+
+    def delete_shard(self, view: int, shard: int) -> None:
+        """Remove a shard, its checksums first."""
+        for name in (SEALS, *self._names):
+            self.store.delete(layouts.key(name, view, shard))
+
+    def lock_shard(self, view: int, shard: int) -> bool:
         """Whether this process may write the shard; False while another process does."""
-        return self.store.claim(view * self.shards_per_view + shard)
+        return self.store.lock_shard(view * self.shards_per_view + shard)
 
-    def release(self, view: int, shard: int) -> None:
-        self.store.release(view * self.shards_per_view + shard)
+    def unlock_shard(self, view: int, shard: int) -> None:
+        self.store.unlock_shard(view * self.shards_per_view + shard)
 
     def read_shard(self, view: int, shard: int) -> Records:
         """All records of a shard.
@@ -218,25 +272,25 @@ class LogitCache:
         was written there, MissingDependency where Zarr or its codecs cannot read what was.
         """
         objects = {}
-        for name in ("seals", *self._names):
-            data = self.store.read(shards.key(name, view, shard))
+        for name in (SEALS, *self._names):
+            data = self.store.read(layouts.key(name, view, shard))
             if not data:
                 raise CacheIncomplete(
                     f"{self.url} lacks view {view} shard {shard} ({name}): run the same "
                     f"{self._command} again to finish it"
                 )
             objects[name] = data
-        seal = objects.pop("seals")
+        seal = objects.pop(SEALS)
         start, stop = self.shard_range(shard)
-        if seal != b"".join(self._seal(n, view, shard, objects[n]) for n in self._names):
+        if seal != b"".join(self.manifest.seal(n, view, shard, objects[n]) for n in self._names):
             raise CacheCorrupt(
                 f"{self.url}: view {view} shard {shard} (positions {start} to {stop - 1}) is "
-                "damaged, or is of another place or tape: `kdcache verify --discard` takes it off "
-                f"the tape, then run the same {self._command} again"
+                "damaged, or is of another place or cache: `kdcache verify --delete-damaged` removes it, "
+                f"then run the same {self._command} again"
             )
-        placed = {shards.key(name, view, shard): data for name, data in objects.items()}
+        placed = {layouts.key(name, view, shard): data for name, data in objects.items()}
         try:
-            return shards.decode(self._zarr_json, view, start, stop, placed)
+            return layouts.decode(self.manifest.zarr_json, view, start, stop, placed)
         except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
             raise MissingDependency(
                 f"{self.url}: view {view} shard {shard} is as it was written, and cannot be "
@@ -255,39 +309,35 @@ class LogitCache:
         return Records.concatenate(parts)
 
     def __getitem__(self, place: int | tuple[int, int | slice]) -> Records:
-        """tape[view], tape[view, position] or tape[view, start:stop]; IndexError beyond the end."""
+        """cache[view], cache[view, position] or cache[view, start:stop]; IndexError beyond the end."""
         view, rows = place if isinstance(place, tuple) else (place, slice(None))
-        if not -self.spec.views <= view < self.spec.views:
-            raise IndexError(f"the tape has views 0 to {self.spec.views - 1}, not {view}")
+        if not -self.spec.num_views <= view < self.spec.num_views:
+            raise IndexError(f"the cache has views 0 to {self.spec.num_views - 1}, not {view}")
         if isinstance(rows, slice):
-            start, stop, step = rows.indices(self.spec.samples)
+            start, stop, step = rows.indices(self.spec.num_samples)
             if step != 1:
-                raise IndexError("a tape is read in order: the step must be 1")
+                raise IndexError("a cache is read in order: the step must be 1")
         else:
-            start = range(self.spec.samples)[rows]
+            start = range(self.spec.num_samples)[rows]
             stop = start + 1
-        return self.read(view % self.spec.views, start, max(start, stop))
+        return self.read(view % self.spec.num_views, start, max(start, stop))
 
     def __iter__(self) -> Iterator[tuple[int, int, Records]]:
         """(view, first position, records) of every shard, in order."""
-        for view, shard in self.places():
+        for view, shard in self.shards():
             yield view, self.shard_range(shard)[0], self.read_shard(view, shard)
 
     def decode(self, records: Records) -> Target | TemperedTarget:
-        """Targets of records of this tape. Raises TapeCorrupt for what no teacher can have said."""
-        if self.spec.draws:
-            return sampled.decode(
-                records, self.spec.draws, self.spec.temperature, self.spec.classes
-            )
-        return top_k.decode(records, self.spec.classes)
+        """Targets of records of this cache. Raises CacheCorrupt for impossible ones."""
+        return self.spec.codec.decode(records, self.spec.num_classes)
 
     def target(
         self, view: int, positions: ArrayLike, temperature: float | None = None
     ) -> TemperedTarget:
         """Log-probabilities at T of the teacher's answers to these positions of a view.
 
-        `temperature` is 1 by default, on a tape of draws that of the draws. Raises UsageError for a
-        temperature that the tape does not serve.
+        `temperature` is 1 by default, on a cache of draws that of the draws. Raises UsageError for a
+        temperature that the cache does not serve.
         """
         places = np.asarray(positions, np.int64).reshape(-1)
         order = np.argsort(places, kind="stable")  # so that each shard is read once
@@ -300,79 +350,33 @@ class LogitCache:
                 )
             return target
         T = 1.0 if temperature is None else temperature
-        check_temperature(T, sparse=target.tail_B3 is not None)
+        self.spec.codec.require_temperature(T)
         log_p_BK, log_tail_B = log_probabilities(target, T)
-        classes_BK = target.classes_BK
-        if classes_BK is None:
-            classes_BK = torch.arange(target.num_classes).expand_as(log_p_BK)
-        return TemperedTarget(log_p_BK, classes_BK, log_tail_B, T, target.num_classes)
+        class_ids_BK = target.class_ids_BK
+        if class_ids_BK is None:
+            class_ids_BK = torch.arange(target.num_classes).expand_as(log_p_BK)
+        return TemperedTarget(log_p_BK, class_ids_BK, log_tail_B, T, target.num_classes)
 
     def stored_bytes(self) -> int:
-        """Bytes of the tape's objects."""
+        """Bytes of the cache's objects."""
         return sum(self.store.sizes().values())
-
-    def _seal(self, name: str, view: int, shard: int, data: bytes) -> bytes:
-        """SHA-256 of an object and of where it belongs."""
-        place = f"kdcache {self.spec.digest} {name} {view} {shard}\n".encode()
-        return hashlib.sha256(place + data).digest()
-
-
-def _manifest(
-    spec: CacheSpec, layout: Layout, info: dict[str, Any], pixels: str | None
-) -> dict[str, bytes]:
-    """Every zarr.json of a new tape. The group's holds the digests of the arrays', and its own."""
-    arrays = shards.metadata(spec, layout, {})
-    manifest = {
-        "digest": NO_DIGEST,
-        "spec": spec.to_json(),
-        "layout": asdict(layout),
-        "arrays": {
-            name.partition("/")[0]: hashlib.sha256(text).hexdigest()
-            for name, text in arrays.items()
-            if name != GROUP
-        },
-        "pixels": pixels,
-        "info": info,
-    }
-    objects = shards.metadata(spec, layout, {KEY: manifest})
-    text = objects[GROUP]
-    own = hashlib.sha256(text).hexdigest()
-    return {**objects, GROUP: text.replace(NO_DIGEST.encode(), own.encode())}
 
 
 def _open(store: Store, remedy: str) -> LogitCache:
-    """`Tape.open`; the remedy is for something else at the place."""
-    foreign = f"{store.url} exists and is not a tape; {remedy}"
+    """`LogitCache.open`; the remedy is for something else at the place."""
+    foreign = f"{store.url} exists and is not a cache; {remedy}"
     text = store.read(GROUP)
     if text is None:
         if store.sizes() or Path(store.url).is_file():
             raise UsageError(foreign)
-        raise UsageError(f"no tape at {store.url}: make one with `kdcache precompute`")
+        raise UsageError(f"no cache at {store.url}: make one with `kdcache precompute`")
     try:
-        return _read_manifest(store, text)
+        arrays = {name: store.read(f"{name}/{GROUP}") for name in array_names(text)}
+        return LogitCache(store, read_manifest(text, arrays))
     except UsageError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
         if KEY.encode() not in text:
             raise UsageError(foreign) from None
-        line = f"the manifest of {store.url} is damaged ({error}): make the tape anew"
+        line = f"the manifest of {store.url} is damaged ({error}): recreate the cache"
         raise CacheCorrupt(line) from error
-
-
-def _read_manifest(store: Store, text: bytes) -> LogitCache:
-    """Raises UsageError for another version, ValueError and its like for anything else wrong."""
-    manifest = json.loads(text)["attributes"][KEY]
-    require_cache_version(manifest["spec"]["version"])
-    own = manifest["digest"].encode()
-    if hashlib.sha256(text.replace(own, NO_DIGEST.encode())).hexdigest().encode() != own:
-        raise ValueError("its digest is not that of its contents")
-    zarr_json = {GROUP: text}
-    for name, expected in manifest["arrays"].items():
-        key = f"{name}/{GROUP}"
-        found = store.read(key)
-        if found is None or hashlib.sha256(found).hexdigest() != expected:
-            raise ValueError(f"{key} is {'missing' if found is None else 'not what was written'}")
-        zarr_json[key] = found
-    spec = CacheSpec.from_json(manifest["spec"])
-    layout = Layout(**manifest["layout"])
-    return LogitCache(store, spec, layout, manifest["info"], manifest["pixels"], zarr_json)

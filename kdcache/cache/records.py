@@ -1,52 +1,33 @@
-"""`Records`: NumPy arrays of some rows of a cache, as they are stored."""
+"""`Records`: some rows of a cache as NumPy arrays, column by column, as they are stored."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-ValueType = Literal["float32", "float16", "uint8"]
-
 
 @dataclass(frozen=True)
 class Records:
-    """Rows of a tape; what a kind of tape does not have is None.
+    """Rows of a cache.
 
-    logits   [B, K] of the tape's dtype
-    classes  [B, K] uint16 or uint32
-    tail     [B, 3] of the tape's dtype
-    counts   [B, K] uint8: how often each class was drawn; 0 where fewer than K were
+    columns   by name [B, K]; the record codec says which there are (`codecs/`)
     """
 
-    logits: NDArray[np.generic] | None = None
-    classes: NDArray[np.generic] | None = None
-    tail: NDArray[np.generic] | None = None
-    counts: NDArray[np.generic] | None = None
-
-    def arrays(self) -> dict[str, NDArray[np.generic]]:
-        """Those that are there, by name."""
-        found = {name: getattr(self, name) for name in ("logits", "classes", "tail", "counts")}
-        return {name: array for name, array in found.items() if array is not None}
+    columns: Mapping[str, NDArray[Any]]
 
     def __len__(self) -> int:
-        return len(next(iter(self.arrays().values())))
+        return len(next(iter(self.columns.values())))
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> Records:
-        return Records(**{name: array[rows] for name, array in self.arrays().items()})
+        return Records({name: array[rows] for name, array in self.columns.items()})
 
     @staticmethod
-    def concatenate(parts: list[Records]) -> Records:
+    def concatenate(parts: Sequence[Records]) -> Records:
         if len(parts) == 1:
             return parts[0]
-        joined = {
-            name: np.concatenate([part.arrays()[name] for part in parts])
-            for name in parts[0].arrays()
-        }
-        return Records(**joined)
-
-
-def class_dtype(classes: int) -> np.dtype[np.generic]:
-    return np.dtype(np.uint16 if classes <= 1 << 16 else np.uint32)
+        names = parts[0].columns
+        return Records({n: np.concatenate([part.columns[n] for part in parts]) for n in names})

@@ -21,33 +21,33 @@ from kdcache.views.settings import (
 from kdcache.views.spec import ViewSpec
 
 
-def cache_setting_name(tape: CacheSpec) -> str:
-    """The name of the set-up that a tape serves; "custom" for none of ours."""
-    return next((setup.name for setup in SETTINGS if _serves(setup, tape)), CUSTOM)
+def cache_setting_name(cache: CacheSpec) -> str:
+    """The name of the setting that a cache serves; "custom" for none of ours."""
+    return next((setting.name for setting in SETTINGS.values() if _serves(setting, cache)), CUSTOM)
 
 
 def cached_view_spec(
-    setup: Setting | None, tape: CacheSpec, url: str, given: dict[str, Any], natural_size_px: int
+    setting: Setting | None, cache: CacheSpec, url: str, given: dict[str, Any], natural_size_px: int
 ) -> tuple[str, ViewSpec]:
-    """The set-up's name and the student's view of a run from this tape.
+    """The setting's name and the student's view of a run from this cache.
 
-    What is not given comes from the tape; where no set-up is named, that comes from the tape too,
-    or is "custom" where the options contradict it. Raises TapeMismatch where the tape serves
-    another set-up or other views than the named one, UsageError for options that contradict that.
+    What is not given comes from the cache; where no setting is named, that comes from the cache too,
+    or is "custom" where the options contradict it. Raises CacheMismatch where the cache serves
+    another setting or other views than the named one, UsageError for options that contradict that.
     """
-    if setup is not None:
-        implied = _implied_options(setup, _served_view(setup, tape, url))
-        view = setup.student_view({**implied, **given}, natural_size_px)
-        require_setting(setup, tape, url, view, resized="size_px" in given)
-        return setup.name, view
-    if tape.order == "position":
-        assert tape.view is not None
-        view = replace(tape.view, **given)
+    if setting is not None:
+        implied = _implied_options(setting, _served_view(setting, cache, url))
+        view = setting.student_view_spec({**implied, **given}, natural_size_px)
+        require_setting(setting, cache, url, view, resized="size_px" in given)
+        return setting.name, view
+    if cache.row_order == "view":
+        assert cache.view_spec is not None
+        view = replace(cache.view_spec, **given)
         return setting_name(view), view
-    serves = cache_setting_name(tape)
+    serves = cache_setting_name(cache)
     if serves != CUSTOM:
         with contextlib.suppress(UsageError, CacheMismatch):
-            return cached_view_spec(get_setting(serves), tape, url, given, natural_size_px)
+            return cached_view_spec(get_setting(serves), cache, url, given, natural_size_px)
     view = make_view_spec({"mixup": 0, **given}, natural_size_px)
     if view.mixup:
         raise UsageError(f"{url} answers single images: train with --mixup 0")
@@ -55,21 +55,21 @@ def cached_view_spec(
 
 
 def require_setting(
-    setting: Setting, tape: CacheSpec, url: str, student: ViewSpec, *, resized: bool = False
+    setting: Setting, cache: CacheSpec, url: str, student: ViewSpec, *, resized: bool = False
 ) -> None:
-    """Raise TapeMismatch unless the tape holds what the teacher says in this set-up.
+    """Raise CacheMismatch unless the cache holds what the teacher says in this setting.
 
-    resized   the student's size was asked for, and the tape's may differ from it. A fixed
+    resized   the student's size was asked for, and the cache's may differ from it. A fixed
               teacher serves every seed, independent noise every seed but the student's own.
     """
-    seen = _served_view(setting, tape, url)
+    seen = _served_view(setting, cache, url)
     if setting.independent and seen.seed == student.seed:
         raise CacheMismatch(
             f"{url} has the student's own seed ({student.seed}), so teacher and student would "
             f"see the same crops: give another --view-seed, or {_remedy(setting)}"
         )
-    expected = setting.tape_view(student, size_px=seen.size_px if resized else None)
-    if setting.order == "sample":
+    expected = setting.cache_view_spec(student, size_px=seen.size_px if resized else None)
+    if setting.row_order == "dataset":
         expected = replace(expected, seed=seen.seed)
     different = differences(expected, seen)
     if different:
@@ -79,43 +79,50 @@ def require_setting(
         )
 
 
-def _served_view(setting: Setting, tape: CacheSpec, url: str) -> ViewSpec:
-    """The tape's view. Raises TapeMismatch where the tape serves another set-up."""
-    serves = cache_setting_name(tape)
-    if tape.view is None:
+def _served_view(setting: Setting, cache: CacheSpec, url: str) -> ViewSpec:
+    """The cache's view. Raises CacheMismatch where the cache serves another setting."""
+    serves = cache_setting_name(cache)
+    if cache.view_spec is None:
         raise CacheMismatch(
-            f"{url} was imported, and its views are not of kdcache's making: leave --setup "
+            f"{url} was imported, and its views are not of kdcache's making: leave --setting "
             f"out, or {_remedy(setting)}"
         )
     if serves != setting.name:
-        other = "leave --setup out" if serves == CUSTOM else f"train with --setup {serves}"
+        other = "leave --setting out" if serves == CUSTOM else f"train with --setting {serves}"
         raise CacheMismatch(
-            f"{url} was made for {'no set-up of kdcache' if serves == CUSTOM else serves}, "
+            f"{url} was made for {'no setting of kdcache' if serves == CUSTOM else serves}, "
             f"not for {setting.name}: {other}, or {_remedy(setting)}"
         )
-    return tape.view
+    return cache.view_spec
 
 
-def _implied_options(setting: Setting, tape_view: ViewSpec) -> dict[str, Any]:
-    """The options of the student's view that a tape's view implies."""
-    seed = other_seed(tape_view.seed) if setting.independent else tape_view.seed
-    given = {"size_px": tape_view.size_px, "min_area": tape_view.min_area, "seed": seed}
+def _implied_options(setting: Setting, cache_view_spec: ViewSpec) -> dict[str, Any]:
+    """The options of the student's view that a cache's view implies."""
+    seed = other_seed(cache_view_spec.seed) if setting.independent else cache_view_spec.seed
+    given = {
+        "size_px": cache_view_spec.size_px,
+        "min_scale": cache_view_spec.min_scale,
+        "seed": seed,
+    }
     if setting.mixing:
-        given["mixup"] = tape_view.mixup
+        given["mixup"] = cache_view_spec.mixup
     if setting.teacher_crop != "center":
-        given["flip"] = tape_view.flip
+        given["flip"] = cache_view_spec.flip
     return given
 
 
-def _serves(setting: Setting, tape: CacheSpec) -> bool:
-    """Whether the tape is of this set-up, whatever its size, seed and area."""
-    seen = tape.view
-    if seen is None or (tape.order, bool(tape.average)) != (setting.order, bool(setting.average)):
+def _serves(setting: Setting, cache: CacheSpec) -> bool:
+    """Whether the cache is of this setting, whatever its size, seed and area."""
+    seen = cache.view_spec
+    if seen is None or (cache.row_order, bool(cache.num_averaged_views)) != (
+        setting.row_order,
+        bool(setting.num_averaged_views),
+    ):
         return False
-    one = setting.fixed and not setting.average
+    one = setting.fixed and not setting.num_averaged_views
     alike = (seen.crop, bool(seen.mixup)) == (setting.teacher_crop or setting.crop, setting.mixing)
-    return alike and not (setting.fixed and tape.views > 1) and not (one and seen.flip)
+    return alike and not (setting.fixed and cache.num_views > 1) and not (one and seen.flip)
 
 
 def _remedy(setting: Setting) -> str:
-    return f"precompute a tape with --setup {setting.name}"
+    return f"precompute a cache with --setting {setting.name}"

@@ -2,109 +2,137 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, get_args
 
-from kdcache.cache.records import ValueType
+from kdcache.cache.codecs import (
+    Dense,
+    RecordCodec,
+    Rows,
+    Sampled,
+    TopK,
+    codec_from_json,
+    codec_to_json,
+    record_bytes,
+)
 from kdcache.errors import UsageError
-from kdcache.spec import digest, require
+from kdcache.spec import (
+    Precision,
+    digest,
+    require,
+    require_known_fields,
+    require_version,
+    spec_to_json,
+)
 from kdcache.views.settings import RowOrder
 from kdcache.views.spec import MAX_VIEWS, ViewSpec
 
-CACHE_VERSION = 1
-
-
-def require_cache_version(version: object) -> None:
-    """Raise UsageError for a tape of another version, whose spec may have other fields."""
-    if version != CACHE_VERSION:
-        raise UsageError(
-            f"this kdcache reads tapes of version {CACHE_VERSION}, the tape has version "
-            f"{version}: install the kdcache that made it"
-        )
+CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What a tape is: whose answers, to which views, kept how.
+    """What a cache is.
 
-    classes      C, the number of classes of the teacher
-    top_k        k <= C classes kept for each record; k = C keeps all logits, without indices
-    dtype        how a kept logit is stored: "float32", "float16", or "uint8"
-    dataset      fingerprint of the samples; teacher: fingerprint of the weights
-    view         what the teacher saw; None where it is not a view of ours (an imported cache)
-    order        "position": row p of view v answers position p of that view, for training on the
-                 same views; "sample": row i answers sample i, for training on others (the "fixed
-                 teacher" and "independent noise" of Beyer et al. 2022, section 3)
-    average      each record is of the mean probabilities over views 0 ... average - 1; 0: it is of
-                 one view
-    draws        keep this many random draws from softmax(logits / temperature) instead of the top k
-                 (Random Sampling KD, arXiv 2503.16870); top_k is then the most classes of a record
-    temperature  of the draws, and so of training from them; 1 without draws
+    num_views     views that it holds; a cache may grow, so this is no part of its identity
+    num_samples   samples of the dataset
+    num_classes   C, of the teacher
+    codec         what is kept of a record, and how
+    dataset_hash  content hash of the samples; teacher_hash: of the teacher's parameters
+    view_spec     what the teacher saw; None where it is not a view of kdcache's (an imported cache)
+    row_order     "view": row p of view v belongs to position p of that view, for training on the
+                  same views; "dataset": row i belongs to sample i, for training on others (the
+                  "fixed teacher" and "independent noise" of Beyer et al. 2022, section 3)
+    num_averaged_views  each record is of the mean probabilities over this many views, from view 0;
+                  0: it is of one view
+    precision     of the teacher's forward passes; None where it is not known
     """
 
-    views: int
-    samples: int
-    classes: int
-    top_k: int
-    dtype: ValueType
-    dataset: str
-    teacher: str
-    view: ViewSpec | None
-    order: RowOrder = "position"
-    average: int = 0
-    draws: int = 0
-    temperature: float = 1.0
-    version: int = CACHE_VERSION
+    num_views: int
+    num_samples: int
+    num_classes: int
+    codec: RecordCodec
+    dataset_hash: str
+    teacher_hash: str
+    view_spec: ViewSpec | None
+    row_order: RowOrder = "view"
+    num_averaged_views: int = 0
+    precision: Precision | None = "float32"
 
     def __post_init__(self) -> None:
-        require(1 <= self.views <= MAX_VIEWS, "views", f"1 to {MAX_VIEWS}", self.views)
-        require(self.samples >= 1, "samples", "at least 1", self.samples)
-        require(self.classes >= 2, "classes", "at least 2", self.classes)
-        require(
-            1 <= self.top_k <= self.classes,
-            "top-k",
-            f"1 to {self.classes}, the number of classes, or 'all'",
-            self.top_k,
-        )
-        require(
-            self.dtype in get_args(ValueType),
-            "dtype",
-            f"one of {', '.join(get_args(ValueType))}",
-            self.dtype,
-        )
-        require(
-            self.order in get_args(RowOrder), "order", " or ".join(get_args(RowOrder)), self.order
-        )
-        require(0 <= self.average <= MAX_VIEWS, "average", f"0 to {MAX_VIEWS}", self.average)
-        require(0 <= self.draws <= 255, "sampled", "1 to 255 draws", self.draws)
-        require(0 < self.temperature < math.inf, "temperature", "above 0", self.temperature)
-        require_cache_version(self.version)
-        if self.view is None and self.order == "position":
-            raise UsageError("a tape in position order needs the spec of its views")
-        if self.average and (self.views != 1 or self.order != "sample"):
-            raise UsageError("an averaged tape has one view, in sample order")
-        if self.order == "sample" and self.view is not None and self.view.mixup:
-            raise UsageError("a tape in sample order answers single images: it needs --mixup 0")
-        if not self.draws and self.temperature != 1:
-            raise UsageError("only draws have a temperature: the top k serve any T >= 1")
-        if self.draws and self.top_k != min(self.draws, self.classes):
-            raise UsageError(f"{self.draws} draws name at most {self.draws} classes")
+        require(1 <= self.num_views <= MAX_VIEWS, "views", f"1 to {MAX_VIEWS}", self.num_views)
+        require(self.num_samples >= 1, "samples", "at least 1", self.num_samples)
+        require(self.num_classes >= 2, "classes", "at least 2", self.num_classes)
+        self.codec.require_classes(self.num_classes)
+        orders = get_args(RowOrder)
+        require(self.row_order in orders, "row-order", " or ".join(orders), self.row_order)
+        averaged = self.num_averaged_views
+        require(0 <= averaged <= MAX_VIEWS, "average-views", f"0 to {MAX_VIEWS}", averaged)
+        known = (None, *get_args(Precision))
+        require(self.precision in known, "precision", f"one of {known}", self.precision)
+        if self.view_spec is None and self.row_order == "view":
+            raise UsageError("a cache in view order needs the spec of its views")
+        if averaged and (self.num_views != 1 or self.row_order != "dataset"):
+            raise UsageError("a cache of averaged views has one view, in dataset order")
+        if self.row_order == "dataset" and self.view_spec is not None and self.view_spec.mixup:
+            raise UsageError("a cache in dataset order is of single images: it needs --mixup 0")
 
     @property
-    def dense(self) -> bool:
-        """Every class's logit is kept."""
-        return self.top_k == self.classes and not self.draws
+    def record_bytes(self) -> int:
+        """Bytes of a record before compression."""
+        return record_bytes(self.codec, self.num_classes)
 
     @property
-    def digest(self) -> str:
-        return digest(self.to_json())
+    def identity(self) -> str:
+        """16 hex digits over all that decides a record: everything but the number of views."""
+        found = self.to_json()
+        del found["num_views"]
+        return digest(found)
+
+    def rows(self, view: int, row_ids: Any) -> Rows:
+        """These rows of a view, as a record codec is told of them."""
+        return Rows(self.view_spec.seed if self.view_spec else 0, view, row_ids)
 
     def to_json(self) -> dict[str, Any]:
-        view = self.view.to_json() if self.view else None
-        return {**asdict(self), "view": view, "temperature": float(self.temperature)}
+        found = {"version": CACHE_VERSION, **spec_to_json(self), "codec": codec_to_json(self.codec)}
+        if self.view_spec is None:
+            found["view_spec"] = None
+        return found
 
-    @staticmethod
-    def from_json(value: dict[str, Any]) -> CacheSpec:
-        view = ViewSpec(**value["view"]) if value["view"] else None
-        return CacheSpec(**{**value, "view": view})
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], metadata: Mapping[str, Any]) -> CacheSpec:
+        """The spec that any version of kdcache wrote.
+
+        metadata   of the manifest, which holds what version 1 had not in its spec
+
+        Raises UsageError for a later version's.
+        """
+        found = dict(value)
+        if require_version("caches", found.pop("version"), CACHE_VERSION) == 1:
+            return _from_version_1(found, metadata.get("precision"))
+        require_known_fields(cls, found, "the cache's spec")
+        view_spec = found.pop("view_spec")
+        return cls(
+            **{**found, "codec": codec_from_json(found["codec"])},
+            view_spec=ViewSpec.from_json(view_spec) if view_spec else None,
+        )
+
+
+def _from_version_1(found: dict[str, Any], precision: Precision | None) -> CacheSpec:
+    num_classes, top_k, dtype = found["classes"], found["top_k"], found["dtype"]
+    codec: RecordCodec = Dense(dtype) if top_k == num_classes else TopK(top_k, dtype)
+    if found["draws"]:
+        codec = Sampled(found["draws"], found["temperature"])
+    return CacheSpec(
+        num_views=found["views"],
+        num_samples=found["samples"],
+        num_classes=num_classes,
+        codec=codec,
+        dataset_hash=found["dataset"],
+        teacher_hash=found["teacher"],
+        view_spec=ViewSpec.from_json(found["view"]) if found["view"] else None,
+        row_order="view" if found["order"] == "position" else "dataset",
+        num_averaged_views=found["average"],
+        precision=precision,
+    )

@@ -1,4 +1,4 @@
-"""Where a tape's objects lie: bytes by key, in a folder or in an object store.
+"""Where a cache's objects lie: bytes by key, in a folder or in an object store.
 
 In: a path or a URL. Out: a `Store`. What stays true: an object is there whole or not at all; what
 `write` has returned from survives a power cut (a folder's files are fsynced, renamed, and their
@@ -61,19 +61,19 @@ class Store(Protocol):
     def create(self, objects: dict[str, bytes], last: str) -> None:
         """Put the first objects of a store, `last` last; where that is there already, none."""
 
-    def claim(self, number: int) -> bool:
+    def lock_shard(self, number: int) -> bool:
         """Whether this process may do piece `number`; False while another one does."""
 
-    def release(self, number: int) -> None:
+    def unlock_shard(self, number: int) -> None:
         """Give a claimed piece back."""
 
-    def forget_claims(self, whole: bool = True) -> None:
+    def release_locks(self, whole: bool = True) -> None:
         """Give all claims back; where the work is whole, remove what they were made with."""
 
 
-def open_store(url: str | Path) -> Store:
+def open_store(url: str | os.PathLike[str]) -> Store:
     """A folder, or `s3://…` and whatever else fsspec knows. Raises MissingDependency."""
-    text = str(url)
+    text = os.fspath(url)
     protocol, separator, rest = text.partition("://")
     if not separator or protocol in ("file", "local"):
         return FolderStore(Path(rest if separator else text))
@@ -120,18 +120,18 @@ class FolderStore:
                 for key in sorted(objects, key=lambda key: key == last):
                     _write_file(self.root / key, objects[key])
 
-    def claim(self, number: int) -> bool:
+    def lock_shard(self, number: int) -> bool:
         # Byte `number` of an empty file: a lock that ends with its process.
         with self._doing("write"):
             if self._claims is None:
                 self._claims = os.open(self.root / CLAIMS, os.O_RDWR | os.O_CREAT, 0o666)
             return _lock(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
 
-    def release(self, number: int) -> None:
+    def unlock_shard(self, number: int) -> None:
         assert self._claims is not None
         _lock(self._claims, fcntl.LOCK_UN, 1, number)
 
-    def forget_claims(self, whole: bool = True) -> None:
+    def release_locks(self, whole: bool = True) -> None:
         if self._claims is not None:
             os.close(self._claims)
             self._claims = None
@@ -206,12 +206,12 @@ class ObjectStore:
             for key in sorted(objects, key=lambda key: key == last):
                 self.write(key, objects[key])
 
-    def claim(self, number: int) -> bool:
+    def lock_shard(self, number: int) -> bool:
         return True
 
-    def release(self, number: int) -> None: ...
+    def unlock_shard(self, number: int) -> None: ...
 
-    def forget_claims(self, whole: bool = True) -> None: ...
+    def release_locks(self, whole: bool = True) -> None: ...
 
     @contextmanager
     def _doing(self, verb: str) -> Iterator[None]:

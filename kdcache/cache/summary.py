@@ -1,7 +1,7 @@
-"""What a tape holds, in figures.
+"""What a cache holds, in figures.
 
-In: a tape. Out: a `Summary` of all of it (coverage, size, how sure and how right the teacher was),
-or an `Entry`: one record as probabilities. Cost: some shards are read, spread over the tape.
+In: a cache. Out: a `Summary` of all of it (coverage, size, how sure and how right the teacher was),
+or an `Entry`: one record as probabilities. Cost: some shards are read, spread over the cache.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Summary:
-    """Distributions are over `rows` records of shards that are there, spread over the tape, at T.
+    """Distributions are over `rows` records of shards that are there, spread over the cache, at T.
 
     entropy       nats, the tail taken as evenly spread; tail_mass and largest are shares of 1
     temperature   1, or that of the draws
@@ -104,39 +104,41 @@ class Entry:
     entropy: float
 
 
-def summarise(tape: LogitCache, labels: NDArray[np.int64] | None = None) -> Summary:
+def summarise(cache: LogitCache, labels: NDArray[np.int64] | None = None) -> Summary:
     """Coverage, size and the teacher's statistics; its accuracy where labels [N] are given.
 
     Raises TapeCorrupt for a damaged shard among those that are read.
     """
-    spec = tape.spec
-    missing = tape.missing()
+    spec = cache.spec
+    missing = cache.missing()
     absent = gaps(missing)
     parts, hits = [], []
-    for view, rows_B in _rows(tape, missing):
-        target = tape.decode(tape.read(view, int(rows_B[0]), int(rows_B[-1]) + 1))
-        named = _Named.of(target, spec)[rows_B - rows_B[0]]
+    for view, rows_B in _rows(cache, missing):
+        target = cache.decode(cache.read(view, int(rows_B[0]), int(rows_B[-1]) + 1))
+        named = _Named.of(target)[rows_B - rows_B[0]]
         parts.append(named.figures(spec))
         if labels is not None:
             hits.append(_hits(spec, view, rows_B, named.first(), labels))
-    stored = tape.stored_bytes()
-    recorded = spec.views * spec.samples - sum(tape.rows(shard) for _, shard in missing)
+    stored = cache.stored_bytes()
+    recorded = spec.num_views * spec.num_samples - sum(
+        cache.num_rows(shard) for _, shard in missing
+    )
     entropy = largest = tail_mass = None
     if parts:
         entropy, largest, tail_mass = (Distribution.of(x) for x in np.concatenate(parts, 1))
     accuracy = None
     if hits:
         own, partner = (float(x) for x in np.concatenate(hits, 1).mean(1))
-        accuracy = Accuracy(own, partner if spec.view and spec.view.mixup else None)
+        accuracy = Accuracy(own, partner if spec.view_spec and spec.view_spec.mixup else None)
     return Summary(
-        spec.views - len(absent),
-        len(tape.places()),
+        spec.num_views - len(absent),
+        len(cache.shards()),
         len(missing),
         absent,
         stored,
         stored / recorded if recorded else None,
         sum(part.shape[1] for part in parts),
-        spec.temperature,
+        spec.codec.default_temperature,
         entropy,
         largest,
         tail_mass,
@@ -144,27 +146,31 @@ def summarise(tape: LogitCache, labels: NDArray[np.int64] | None = None) -> Summ
     )
 
 
-def entry(tape: LogitCache, sample: int, view: int, names: Sequence[str] | None = None) -> Entry:
-    """The record of a sample in a view; names are the classes', by default those on the tape.
+def entry(cache: LogitCache, sample: int, view: int, names: Sequence[str] | None = None) -> Entry:
+    """The record of a sample in a view; names are the classes', by default those on the cache.
 
-    Raises UsageError for a sample or view that the tape does not have, TapeIncomplete for a shard.
+    Raises UsageError for a sample or view that the cache does not have, TapeIncomplete for a shard.
     """
-    spec = tape.spec
-    for what, number, count in (("sample", sample, spec.samples), ("view", view, spec.views)):
+    spec = cache.spec
+    for what, number, count in (
+        ("sample", sample, spec.num_samples),
+        ("view", view, spec.num_views),
+    ):
         if not 0 <= number < count:
-            raise UsageError(f"{what} must be 0 to {count - 1} on {tape.url}, not {number}")
+            raise UsageError(f"{what} must be 0 to {count - 1} on {cache.url}, not {number}")
     position, partner, weight = sample, None, 0.0
-    if spec.order == "position":
-        assert spec.view is not None
-        position = int(view_positions(spec.view, view, spec.samples)[sample])
-        share = int(pair_mix_weights(spec.view, view, position, spec.samples))
+    if spec.row_order == "view":
+        assert spec.view_spec is not None
+        position = int(view_positions(spec.view_spec, view, spec.num_samples)[sample])
+        share = int(pair_mix_weights(spec.view_spec, view, position, spec.num_samples))
         if share:
-            partner = int(view_order(spec.view, view, spec.samples)[position ^ 1])
+            partner = int(view_order(spec.view_spec, view, spec.num_samples)[position ^ 1])
             weight = share / MIX_UNIT
-    named = _Named.of(tape.decode(tape[view, position]), spec)
+    target = cache.decode(cache[view, position])
+    named = _Named.of(target)
     found = [(p, c) for p, c in zip(*named.sorted(), strict=True) if p > 0]
     if names is None:
-        names = tape.info.get("class_names") or [str(c) for c in range(spec.classes)]
+        names = cache.metadata.get("class_names") or [str(c) for c in range(spec.num_classes)]
     entropy, _, tail = named.figures(spec)[:, 0]
     return Entry(
         view,
@@ -172,7 +178,7 @@ def entry(tape: LogitCache, sample: int, view: int, names: Sequence[str] | None 
         sample,
         partner,
         weight,
-        spec.temperature,
+        spec.codec.default_temperature,
         [c for _, c in found],
         [names[c] for _, c in found],
         [p for p, _ in found],
@@ -189,15 +195,15 @@ def gaps(missing: Iterable[tuple[int, int]]) -> tuple[Gap, ...]:
     return tuple(Gap(view, tuple(shards)) for view, shards in lacks.items())
 
 
-def coverage(tape: LogitCache, absent: Sequence[Gap]) -> str:
+def coverage(cache: LogitCache, absent: Sequence[Gap]) -> str:
     """Such as "views 0-3, 5 whole; view 4 lacks shards 1, 7; views 6-9 lack all"."""
     alike: dict[tuple[int, ...], list[int]] = {}
     for gap in absent:
         alike.setdefault(gap.shards, []).append(gap.view)
-    whole = sorted(set(range(tape.spec.views)) - {gap.view for gap in absent})
+    whole = sorted(set(range(cache.spec.num_views)) - {gap.view for gap in absent})
     phrases = [f"{_plural('view', whole)} whole"] if whole else []
     for shards, where in alike.items():
-        some = len(shards) < tape.shards_per_view
+        some = len(shards) < cache.shards_per_view
         what = _plural("shard", shards) if some else "all"
         phrases.append(f"{_plural('view', where)} {'lack' if len(where) > 1 else 'lacks'} {what}")
     return "; ".join(phrases)
@@ -223,18 +229,18 @@ class _Named:
     """Log-probabilities of named classes and of the tail."""
 
     log_p_BK: torch.Tensor
-    classes_BK: torch.Tensor | None
+    class_ids_BK: torch.Tensor | None
     log_tail_B: torch.Tensor | None
 
     @staticmethod
-    def of(target: Target | TemperedTarget, spec: CacheSpec) -> _Named:
+    def of(target: Target | TemperedTarget) -> _Named:
         if isinstance(target, TemperedTarget):
-            return _Named(target.log_p_BK, target.classes_BK, target.log_tail_B)
+            return _Named(target.log_p_BK, target.class_ids_BK, target.log_tail_B)
         log_p_BK, log_tail_B = log_probabilities(target)
-        return _Named(log_p_BK, target.classes_BK, log_tail_B)
+        return _Named(log_p_BK, target.class_ids_BK, log_tail_B)
 
     def __getitem__(self, rows: NDArray[np.int64]) -> _Named:
-        classes, tail = self.classes_BK, self.log_tail_B
+        classes, tail = self.class_ids_BK, self.log_tail_B
         return _Named(
             self.log_p_BK[rows],
             None if classes is None else classes[rows],
@@ -247,7 +253,7 @@ class _Named:
         mass_B = torch.zeros_like(entropy_B)
         if self.log_tail_B is not None:
             mass_B = self.log_tail_B.exp()
-            left = float(np.log(spec.classes - spec.top_k))
+            left = float(np.log(spec.num_classes - self.log_p_BK.shape[1]))
             entropy_B = entropy_B - mass_B * (self.log_tail_B - left)
         largest_B = self.log_p_BK.amax(1).exp()
         return torch.stack([entropy_B, largest_B, mass_B]).double().numpy()
@@ -255,26 +261,26 @@ class _Named:
     def first(self) -> NDArray[np.int64]:
         """The likeliest class [B]."""
         first_B1 = self.log_p_BK.argmax(1, keepdim=True)
-        if self.classes_BK is not None:
-            first_B1 = self.classes_BK.gather(1, first_B1)
+        if self.class_ids_BK is not None:
+            first_B1 = self.class_ids_BK.gather(1, first_B1)
         return first_B1[:, 0].numpy()
 
     def sorted(self) -> tuple[list[float], list[int]]:
         """Probabilities and classes of the one row, likeliest first."""
         p_K, at_K = self.log_p_BK[0].exp().sort(descending=True, stable=True)
-        classes_K = at_K if self.classes_BK is None else self.classes_BK[0][at_K]
+        classes_K = at_K if self.class_ids_BK is None else self.class_ids_BK[0][at_K]
         return p_K.tolist(), classes_K.tolist()
 
 
-def _rows(tape: LogitCache, missing: list[tuple[int, int]]) -> list[tuple[int, NDArray[np.int64]]]:
+def _rows(cache: LogitCache, missing: list[tuple[int, int]]) -> list[tuple[int, NDArray[np.int64]]]:
     """Views, and rows of one shard of each, spread over what is there."""
     absent = set(missing)
-    there = [place for place in tape.places() if place not in absent]
+    there = [place for place in cache.shards() if place not in absent]
     shards = min(len(there), SUMMARY_SHARDS)
     chosen = [there[len(there) * i // shards] for i in range(shards)]
     found = []
     for view, shard in chosen:
-        start, stop = tape.shard_range(shard)
+        start, stop = cache.shard_range(shard)
         count = min(stop - start, max(1, SUMMARY_ROWS // len(chosen)))
         found.append((view, start + np.arange(count) * (stop - start) // count))
     return found
@@ -288,12 +294,12 @@ def _hits(
     labels: NDArray[np.int64],
 ) -> NDArray[np.bool_]:
     """Whether the first class is the sample's own, and whether it is its partner's only [2, B]."""
-    if spec.order == "sample":
+    if spec.row_order == "dataset":
         own_B = first_B == labels[rows_B]
         return np.stack([own_B, np.zeros_like(own_B)])
-    assert spec.view is not None
-    order = view_order(spec.view, view, spec.samples)
+    assert spec.view_spec is not None
+    order = view_order(spec.view_spec, view, spec.num_samples)
     own_B = first_B == labels[order[rows_B]]
-    mixed_B = pair_mix_weights(spec.view, view, rows_B, spec.samples) > 0
-    partners_B = order[np.minimum(rows_B ^ 1, spec.samples - 1)]
-    return np.stack([own_B, ~own_B & mixed_B & (first_B == labels[partners_B])])
+    mixed_B = pair_mix_weights(spec.view_spec, view, rows_B, spec.num_samples) > 0
+    partner_labels_B = order[np.minimum(rows_B ^ 1, spec.num_samples - 1)]
+    return np.stack([own_B, ~own_B & mixed_B & (first_B == labels[partner_labels_B])])

@@ -1,7 +1,7 @@
-"""Is a tape all there, and as it was written? Read every shard; keep some records on the way.
+"""Is a cache all there, and as it was written? Read every shard; keep some records on the way.
 
-In: a tape. Out: its faults, and a random sample of its records, which `recompute.py` judges. What
-stays true: one damaged shard hides no other; equal tapes give equal samples. Cost: the tape is read
+In: a cache. Out: its faults, and a random sample of its records, which `recompute.py` judges. What
+stays true: one damaged shard hides no other; equal caches give equal samples. Cost: the cache is read
 once, a shard at a time.
 """
 
@@ -45,28 +45,28 @@ class Picked:
 
 
 def sample(spec: CacheSpec, count: int) -> dict[int, I64]:
-    """Rows to recompute, by view: `count` of them or all, spread evenly over the tape.
+    """Rows to recompute, by view: `count` of them or all, spread evenly over the cache.
 
     Where views are mixed they are whole pairs, of which the last of a view may lack its partner.
     """
-    unit = 2 if spec.view is not None and spec.view.mixup else 1
-    per_view = -(-spec.samples // unit)
-    whole = spec.views * per_view
+    unit = 2 if spec.view_spec is not None and spec.view_spec.mixup else 1
+    per_view = -(-spec.num_samples // unit)
+    whole = spec.num_views * per_view
     taken = min(-(-count // unit), whole)
-    # One from each of `taken` equal stretches of the tape.
+    # One from each of `taken` equal stretches of the cache.
     edges = np.arange(taken + 1) * whole // taken
-    word = draw(int(spec.digest, 16), 0, np.arange(taken), Purpose.VERIFY)[0]
+    word = draw(int(spec.identity, 16), 0, np.arange(taken), Purpose.VERIFY)[0]
     units = edges[:-1] + below(word, np.diff(edges)).astype(np.int64)
     found = {}
     for view in np.unique(units // per_view):
         first = units[units // per_view == view] % per_view * unit
         rows = (first[:, None] + np.arange(unit)).reshape(-1)
-        found[int(view)] = rows[rows < spec.samples]
+        found[int(view)] = rows[rows < spec.num_samples]
     return found
 
 
 def read(
-    tape: LogitCache, wanted: dict[int, I64], progress: Progress = lambda rows: None
+    cache: LogitCache, wanted: dict[int, I64], progress: Progress = lambda rows: None
 ) -> tuple[list[Fault], list[Picked]]:
     """Read and decode every shard as training would: what is wrong, and the wanted rows' records.
 
@@ -76,13 +76,13 @@ def read(
     faults: list[Fault] = []
     parts: dict[int, list[tuple[I64, Records]]] = {}
     done = 0
-    for view, shard in tape.places():
-        done += tape.rows(shard)
-        records = _read_shard(tape, view, shard)
+    for view, shard in cache.shards():
+        done += cache.num_rows(shard)
+        records = _read_shard(cache, view, shard)
         if isinstance(records, Fault):
             faults.append(records)
         elif view in wanted:
-            start, stop = tape.shard_range(shard)
+            start, stop = cache.shard_range(shard)
             rows = wanted[view][(wanted[view] >= start) & (wanted[view] < stop)]
             if len(rows):
                 parts.setdefault(view, []).append((rows, records[rows - start]))
@@ -94,9 +94,9 @@ def read(
     return faults, picked
 
 
-def _read_shard(tape: LogitCache, view: int, shard: int) -> Records | Fault:
+def _read_shard(cache: LogitCache, view: int, shard: int) -> Records | Fault:
     try:
-        records = tape.read_shard(view, shard)
+        records = cache.read_shard(view, shard)
     except CacheIncomplete:
         return Fault(view, shard, "missing", "it is not there")
     except CacheCorrupt:
@@ -104,7 +104,7 @@ def _read_shard(tape: LogitCache, view: int, shard: int) -> Records | Fault:
     except StorageError as error:
         return Fault(view, shard, "unreadable", str(error))
     try:
-        tape.decode(records)
+        cache.decode(records)
     except CacheCorrupt as error:
         return Fault(view, shard, "damaged", str(error))
     return records

@@ -97,10 +97,10 @@ def convert(
     answer = {
         "path": str(out),
         "samples": len(data),
-        "classes": len(data.classes),
+        "classes": len(data.class_names),
         "skipped": len(skipped),
         "bytes": out.stat().st_size,
-        "fingerprint": data.fingerprint,
+        "fingerprint": data.content_hash,
         "seconds": round(time.perf_counter() - start, 2),
     }
     show(answer, as_json)
@@ -115,7 +115,7 @@ app.command("eval")(train.evaluate)
 app.command()(inspect.inspect)
 app.command()(inspect.verify)
 app.command()(exchange.export)
-app.command("import")(exchange.import_tape)
+app.command("import")(exchange.import_cache)
 app.command()(recipes.recipes)
 
 
@@ -124,7 +124,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for all that the demo makes.")] = Path("demo"),
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of every training.")] = 3,
 ) -> None:
-    """Do the whole job on Fashion-MNIST: convert, teacher, tape, three students, one table."""
+    """Do the whole job on Fashion-MNIST: convert, teacher, cache, three students, one table."""
     from kdcache.cli import demo as demonstration
 
     demonstration.run(out, epochs, lambda line: app(line, standalone_mode=False), out_console)

@@ -1,7 +1,7 @@
 """The whole job on Fashion-MNIST: the commands that a user would type, a table, a picture.
 
-In: an empty folder. Out: two .beton files, a teacher, a tape, three students trained on the same
-views from labels, from the live teacher and from the tape, table.json and views.png.
+In: an empty folder. Out: two .beton files, a teacher, a cache, three students trained on the same
+views from labels, from the live teacher and from the cache, table.json and views.png.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from kdcache.data import beton
 from kdcache.errors import UsageError
 from kdcache.evaluation import evaluate
 from kdcache.models import load
+from kdcache.models.run_json import read_run_json
+from kdcache.training.spec import TrainSpec
 
 MARK = ".kdcache-demo"
-VIEW = ["--min-area", "0.3", "--mixup", "1"]
+VIEW = ["--min-scale", "0.3", "--mixup", "1"]
 STUDENTS = ("labels", "online", "cached")
 PICTURE_SAMPLES = 5
 
@@ -44,7 +46,7 @@ def run(
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).touch()
-    names = ("train.beton", "test.beton", "teacher", "tape.zarr")
+    names = ("train.beton", "test.beton", "teacher", "cache.zarr")
     at = {name: str(folder / name) for name in names}
 
     def step(title: str, *line: str) -> None:
@@ -65,29 +67,29 @@ def run(
         "--out",
         at["teacher"],
         *train,
-        "--min-area",
+        "--min-scale",
         "0.5",
         "--mixup",
         "0",
     )
     step(
-        "Its answers to every view, on tape",
+        "Its answers to every view, on cache",
         "precompute",
         "--data",
         at["train.beton"],
         "--teacher",
         at["teacher"],
         "--out",
-        at["tape.zarr"],
+        at["cache.zarr"],
         "--views",
         str(epochs),
         *VIEW,
     )
-    step("What is on the tape", "inspect", at["tape.zarr"])
+    step("What is on the cache", "inspect", at["cache.zarr"])
     sources = {
         "labels": VIEW,
         "online": ["--teacher", at["teacher"], *VIEW],
-        "cached": ["--cache", at["tape.zarr"]],
+        "cached": ["--cache", at["cache.zarr"]],
     }
     for mode in STUDENTS:
         step(
@@ -111,7 +113,7 @@ def run(
     data = beton.open_dataset(Path(at["train.beton"]))
     first = [int(np.argmax(data.labels == c)) for c in range(PICTURE_SAMPLES)]
     plots.draw_views(
-        LogitCache.open(at["tape.zarr"]),
+        LogitCache.open(at["cache.zarr"]),
         data,
         drawing,
         samples=first,
@@ -122,13 +124,14 @@ def run(
 
 
 def _measure(folder: Path, name: str, test: str, teacher: str) -> dict[str, Any]:
-    record = load.read_run_json(folder / name)
-    size_px, data = record["view"]["size_px"], beton.open_dataset(Path(test))
-    options: Any = {"num_classes": len(data.classes), "size_px": size_px}
+    record = read_run_json(folder / name)
+    spec = TrainSpec.from_json(record["spec"])
+    size_px, data = spec.view_spec.size_px, beton.open_dataset(Path(test))
+    options: Any = {"num_classes": len(data.class_names), "size_px": size_px}
     network = load.load_model(str(folder / name), "teacher", **options)
     judge = load.load_model(teacher, "teacher", **options)
     result = evaluate.evaluate(network, data, size_px=size_px, teacher=judge)
-    images = record["epochs"] * (60_000 // record["batch_size"]) * record["batch_size"]
+    images = spec.epochs * (record["num_samples"] // spec.batch_size) * spec.batch_size
     return {
         "name": name,
         "model": record["student"],

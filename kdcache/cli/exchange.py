@@ -1,4 +1,4 @@
-"""The commands before a tape and beside it: plan, export, import. `cli` puts them into the app.
+"""The commands before a cache and beside it: plan, export, import. `cli` puts them into the app.
 
 Heavy modules are imported in the commands that use them.
 """
@@ -26,14 +26,14 @@ from kdcache.cli.output import (
     FlipOption,
     JsonOption,
     MixupOption,
+    NumDrawsOption,
     OrderOption,
-    OtherDomainOption,
     PrecisionOption,
-    SampledOption,
-    SetupOption,
+    SettingOption,
     SizeOption,
     TeacherOption,
     TopKOption,
+    UnlabeledOption,
     ViewSeedOption,
     ViewsOption,
     WorkersOption,
@@ -59,26 +59,26 @@ if TYPE_CHECKING:
 STUDENTS = (1, 2, 5, 10, 50)
 CHECKED_RECORDS = 65_536
 
-TapeArgument = Annotated[str, typer.Argument(metavar="C.zarr", show_default=False)]
+CacheArgument = Annotated[str, typer.Argument(metavar="C.zarr", show_default=False)]
 
 
 def plan(
     data: DataOption,
     teacher: TeacherOption,
-    setup: SetupOption = None,
-    other_domain: OtherDomainOption = False,
+    setting: SettingOption = None,
+    unlabeled: UnlabeledOption = False,
     views: ViewsOption = 1,
     top_k: TopKOption = None,
     dtype: DtypeOption = "float16",
-    order: OrderOption = None,
-    average: AverageOption = 0,
-    sampled: SampledOption = 0,
+    row_order: OrderOption = None,
+    average_views: AverageOption = 0,
+    num_draws: NumDrawsOption = 0,
     temperature: DrawTemperatureOption = 1.0,
     out: Annotated[
-        str | None, typer.Option(help="Where the tape would lie: is there room for it?")
+        str | None, typer.Option(help="Where the cache would lie: is there room for it?")
     ] = None,
     student: Annotated[
-        str | None, typer.Option(help="A model to train: when is a tape faster than online?")
+        str | None, typer.Option(help="A model to train: when is a cache faster than online?")
     ] = None,
     students: Annotated[
         int | None,
@@ -90,7 +90,7 @@ def plan(
     view_seed: ViewSeedOption = None,
     size: SizeOption = None,
     crop: CropOption = None,
-    min_area: AreaOption = None,
+    min_scale: AreaOption = None,
     flip: FlipOption = None,
     mixup: MixupOption = None,
     precision: PrecisionOption = "float32",
@@ -99,8 +99,7 @@ def plan(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a tape will take and when it pays, from some seconds of measuring here."""
-    from kdcache.cache import layout as layouts
+    """Say what a cache will take and when it pays, from some seconds of measuring here."""
     from kdcache.data import beton as datasets
     from kdcache.models import load
     from kdcache.training import planning
@@ -113,30 +112,34 @@ def plan(
     model, spec = teacher_and_spec(
         dataset,
         teacher,
-        given_view(view_seed, size, crop, min_area, flip, mixup),
+        given_view(view_seed, size, crop, min_scale, flip, mixup),
         where,
         precision,
-        views=views,
+        num_views=views,
         top_k=top_k,
         dtype=dtype,
-        order=order,
-        average=average,
-        sampled=sampled,
+        row_order=row_order,
+        num_averaged_views=average_views,
+        sampled=num_draws,
         temperature=temperature,
-        setup=setup,
-        other_domain=other_domain,
+        setting=setting,
+        unlabeled=unlabeled,
     )
-    assert spec.view is not None
+    assert spec.view_spec is not None
     machine: Any = {"batch_size": batch_size, "workers": workers}
     network = None
     if student:
         network = load.load_model(
-            student, "student", num_classes=spec.classes, size_px=spec.view.size_px, device=where
+            student,
+            "student",
+            num_classes=spec.num_classes,
+            size_px=spec.view_spec.size_px,
+            device=where,
         )
     measured = planning.record_some(dataset, model, spec, **machine)
     found = planning.make_plan(spec, measured)
     free = planning.free_bytes(out) if out else None
-    rate, length = 1 / measured.seconds, epochs or spec.average or views
+    rate, length = 1 / measured.seconds, epochs or spec.num_averaged_views or views
     answer: dict[str, Any] = {
         "spec": spec.to_json(),
         **asdict(found),
@@ -144,11 +147,15 @@ def plan(
         "free_bytes": free,
         "records_measured": len(measured.records),
     }
-    kept = f"{spec.average} views averaged" if spec.average else f"{views} view{'s' * (views > 1)}"
+    kept = (
+        f"{spec.num_averaged_views} views averaged"
+        if spec.num_averaged_views
+        else f"{views} view{'s' * (views > 1)}"
+    )
     lines = {
-        "tape": f"{size_of(found.bytes)}: {kept} of {spec.samples} samples, "
-        f"{found.bytes_per_record:.1f} bytes a record ({layouts.record_bytes(spec)} uncompressed)",
-        "view": describe(spec.view),
+        "cache": f"{size_of(found.bytes)}: {kept} of {spec.num_samples} samples, "
+        f"{found.bytes_per_record:.1f} bytes a record ({spec.record_bytes} uncompressed)",
+        "view": describe(spec.view_spec),
         "objects": f"{found.objects}, in {found.shards} shard{'s' * (found.shards > 1)}",
         "teacher": f"{_hours(found.hours)} on {where}, {rate:,.0f} records/s",
         "writing": f"{size_of(round(found.bytes / found.hours / 3600))}/s; packing takes "
@@ -167,7 +174,7 @@ def plan(
             "break_even_epochs": even if math.isfinite(even) else None,
         }
         lines |= {
-            "student": f"{steps.cached_s * 1e3:.3g} ms an image from the tape, "
+            "student": f"{steps.cached_s * 1e3:.3g} ms an image from the cache, "
             f"{steps.online_s * 1e3:.3g} ms online",
             "faster if": _pays(even, length),
         }
@@ -179,7 +186,7 @@ def plan(
     )
     if free is not None and free < found.bytes:
         err_console.print(
-            f"kdcache: {out} has room for {size_of(free)}, the tape takes {size_of(found.bytes)}: "
+            f"kdcache: {out} has room for {size_of(free)}, the cache takes {size_of(found.bytes)}: "
             "use fewer --views, a smaller --top-k, --dtype uint8, or another disk",
             markup=False,
             soft_wrap=True,
@@ -202,7 +209,7 @@ def _pays(even: float, epochs: int) -> str:
 
 
 def _table(rows: list[Comparison], epochs: int) -> Table:
-    table = Table(f"students of {epochs} epochs", "from a tape", "online", "saved")
+    table = Table(f"students of {epochs} epochs", "from a cache", "online", "saved")
     for column in table.columns:
         column.justify = "right"
     for row in rows:
@@ -218,28 +225,28 @@ def _hours(hours: float) -> str:
 
 
 def export(
-    cache: TapeArgument,
+    path: CacheArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT_DIR", show_default=False)],
     top_k: Annotated[
         int | None,
-        typer.Option(help="Classes to write.  [default: the tape's; of a tape of all, 100]"),
+        typer.Option(help="Classes to write.  [default: the cache's; of a cache of all, 100]"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a tape's answers as TinyViT saves them: a folder for each view."""
+    """Write a cache's answers as TinyViT saves them: a folder for each view."""
     from kdcache.cache.cache import LogitCache
     from kdcache.interop import tinyvit
 
     start = time.perf_counter()
-    tape = LogitCache.open(cache)
-    spec = tape.spec
+    cache = LogitCache.open(path)
+    spec = cache.spec
     k = tinyvit.exported_top_k(spec, top_k)
-    with progress_bar("export", spec.views * spec.samples, "records") as update:
-        written = tinyvit.export(tape, out, k, update)
+    with progress_bar("export", spec.num_views * spec.num_samples, "records") as update:
+        written = tinyvit.export(cache, out, k, update)
     answer = {
         "path": str(out),
-        "epochs": spec.views,
-        "samples": spec.samples,
+        "epochs": spec.num_views,
+        "samples": spec.num_samples,
         "top_k": k,
         "bytes": written,
         "seconds": round(time.perf_counter() - start, 2),
@@ -247,12 +254,12 @@ def export(
     show(answer, as_json)
 
 
-def import_tape(
+def import_cache(
     folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)],
     out: Annotated[str, typer.Argument(metavar="OUT.zarr", show_default=False)],
     data: DataOption,
-    average: Annotated[
-        bool, typer.Option("--average", help="Keep one view: the mean of all epochs.")
+    average_epochs: Annotated[
+        bool, typer.Option("--average-epochs", help="Keep one view: the mean of all epochs.")
     ] = False,
     names: Annotated[
         Path | None,
@@ -263,7 +270,7 @@ def import_tape(
     dtype: DtypeOption = "float16",
     as_json: JsonOption = False,
 ) -> None:
-    """Make a tape of logits that TinyViT has saved, in sample order: a view for each epoch."""
+    """Make a cache of logits that TinyViT has saved, in sample order: a view for each epoch."""
     start = time.perf_counter()
     with interruptible(lambda: stopped(out)) as check:
         from kdcache.data import beton as datasets
@@ -278,29 +285,28 @@ def import_tape(
                 update(done % len(dataset), f"{done:,} records")
 
             saved = tinyvit_reader.open_saved(folder, dataset, known, checking)
-        spec = tinyvit.make_cache_spec(saved, dataset, dtype=dtype, average=average)
-        total = spec.views * spec.samples
+        spec = tinyvit.make_cache_spec(saved, dataset, dtype=dtype, average=average_epochs)
+        total = spec.num_views * spec.num_samples
         with progress_bar("import", total, "records") as update:
 
             def importing(done: int) -> None:
                 check()
                 update(done)
 
-            tape = tinyvit.import_cache(saved, dataset, spec, out, importing)
-    accuracy = _accuracy(tape, dataset)
-    stored = tape.stored_bytes()
+            cache = tinyvit.import_cache(saved, dataset, spec, out, importing)
+    accuracy = _accuracy(cache, dataset)
+    stored = cache.stored_bytes()
     answer = {
         "path": out,
-        "views": spec.views,
-        "samples": spec.samples,
-        "top_k": "all" if spec.dense else spec.top_k,
-        "dtype": spec.dtype,
+        "views": spec.num_views,
+        "samples": spec.num_samples,
+        "record": spec.codec.describe(spec.num_classes),
         "bytes": stored,
         "bytes_per_record": round(stored / total, 2),
         "accuracy": round(accuracy, 4),
         "seconds": round(time.perf_counter() - start, 2),
     }
-    if accuracy * len(dataset.classes) < 2:
+    if accuracy * len(dataset.class_names) < 2:
         err_console.print(
             f"kdcache: the first class of an answer is the label for {accuracy:.1%} of the "
             f"samples, hardly more than by chance: the keys may count the images of {data} in "
@@ -319,18 +325,18 @@ def _lines(path: Path) -> list[str]:
         raise UsageError(f"cannot read {path}: {error}") from error
 
 
-def _accuracy(tape: LogitCache, dataset: Dataset) -> float:
+def _accuracy(cache: LogitCache, dataset: Dataset) -> float:
     """How often the first class of an answer is the label, over records spread over view 0."""
     from kdcache.batch import Target
 
-    step, right, seen = -(-tape.spec.samples // CHECKED_RECORDS), 0, 0
-    for shard in range(tape.shards_per_view):
-        target = tape.decode(tape.read_shard(0, shard)[::step])
+    step, right, seen = -(-cache.spec.num_samples // CHECKED_RECORDS), 0, 0
+    for shard in range(cache.shards_per_view):
+        target = cache.decode(cache.read_shard(0, shard)[::step])
         assert isinstance(target, Target)
         first = target.logits_BK.argmax(1)
-        if target.classes_BK is not None:
-            first = target.classes_BK.gather(1, first[:, None])[:, 0]
-        labels = dataset.labels[slice(*tape.shard_range(shard))][::step]
+        if target.class_ids_BK is not None:
+            first = target.class_ids_BK.gather(1, first[:, None])[:, 0]
+        labels = dataset.labels[slice(*cache.shard_range(shard))][::step]
         right += int((first.numpy() == labels).sum())
         seen += len(labels)
     return right / seen

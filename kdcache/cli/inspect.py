@@ -1,4 +1,4 @@
-"""The commands that look at a tape: inspect, verify. `cli` puts them into the app.
+"""The commands that look at a cache: inspect, verify. `cli` puts them into the app.
 
 Heavy modules are imported in the commands that use them.
 """
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 
 SHOWN_CLASSES = 10
 
-TapeArgument = Annotated[str, typer.Argument(metavar="C.zarr", show_default=False)]
+CacheArgument = Annotated[str, typer.Argument(metavar="C.zarr", show_default=False)]
 
 
 def inspect(
-    cache: TapeArgument,
+    path: CacheArgument,
     data: Annotated[
         Path | None,
-        typer.Option(help="The data of the tape: for the teacher's accuracy, and for --draw."),
+        typer.Option(help="The data of the cache: for the teacher's accuracy, and for --draw."),
     ] = None,
     sample: Annotated[
         int | None, typer.Option(help="Show one record: the answer to this sample.")
@@ -57,7 +57,7 @@ def inspect(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a tape is, how complete, and what the teacher answered, in all or to one view."""
+    """Say what a cache is, how complete, and what the teacher answered, in all or to one view."""
     from kdcache.cache import summary as summaries
     from kdcache.cache.cache import LogitCache
 
@@ -65,63 +65,59 @@ def inspect(
         raise UsageError("--view and --draw go with --sample")
     if draw is not None and data is None:
         raise UsageError("--draw needs --data, to render the view")
-    tape = LogitCache.open(cache)
-    dataset = _data_of(tape, data) if data else None
+    cache = LogitCache.open(path)
+    dataset = _data_of(cache, data) if data else None
     # Its classes are the teacher's.
-    known = None if tape.info.get("other_domain") else dataset
+    known = None if cache.metadata.get("unlabeled") else dataset
     if sample is not None:
-        found = summaries.entry(tape, sample, view or 0, known.classes if known else None)
+        found = summaries.entry(cache, sample, view or 0, known.class_names if known else None)
         if draw is not None:
             from kdcache.cli import plots
 
             assert dataset is not None
-            plots.draw_views(tape, dataset, draw, samples=[sample], views=[view or 0])
+            plots.draw_views(cache, dataset, draw, samples=[sample], views=[view or 0])
         drawn = {"picture": str(draw)} if draw else {}
         show({**asdict(found), **drawn} if as_json else {**_entry(found), **drawn}, as_json)
         return
-    summary = summaries.summarise(tape, known.labels if known else None)
+    summary = summaries.summarise(cache, known.labels if known else None)
     if as_json:
-        spec = tape.spec.to_json()
-        show({"spec": spec, "info": tape.info, "summary": asdict(summary)}, True)
+        spec = cache.spec.to_json()
+        show({"spec": spec, "info": cache.metadata, "summary": asdict(summary)}, True)
     else:
-        show(_summary(tape, summary), False)
+        show(_summary(cache, summary), False)
 
 
-def _data_of(tape: LogitCache, data: Path) -> Dataset:
+def _data_of(cache: LogitCache, data: Path) -> Dataset:
     from kdcache.data import beton as datasets
 
     dataset = datasets.open_dataset(data)
-    tape.require_plays(dataset.fingerprint, tape.spec.view)
+    cache.require_compatible(dataset.content_hash, cache.spec.view_spec)
     return dataset
 
 
-def _summary(tape: LogitCache, summary: Summary) -> dict[str, str]:
-    from kdcache.cache import layout
+def _summary(cache: LogitCache, summary: Summary) -> dict[str, str]:
     from kdcache.cache import summary as summaries
 
-    spec = tape.spec
-    some = f"top {spec.top_k} of {spec.classes} classes and the tail"
-    kept = f"{'all classes' if spec.dense else some}, {spec.dtype}"
-    if spec.draws:
-        kept = f"{spec.draws} draws at T = {spec.temperature:g}"
-    if spec.order == "sample":
-        kept += f", mean of {spec.average} views" if spec.average else ""
+    spec = cache.spec
+    kept = spec.codec.describe(spec.num_classes)
+    if spec.row_order == "dataset":
+        kept += f", mean of {spec.num_averaged_views} views" if spec.num_averaged_views else ""
         kept += ", in sample order"
     answer = {
-        "tape": f"{tape.url} (version {spec.version}, {spec.digest})",
-        "teacher": f"{tape.info['teacher']} ({spec.teacher}), {spec.classes} classes",
-        "data": f"{spec.samples} samples ({spec.dataset})",
-        "set-up": cache_setting_name(spec),
-        "view": describe(spec.view) if spec.view else "not of kdcache's making",
-        "record": f"{kept}, {layout.record_bytes(spec)} bytes before compression",
-        "complete": f"{summary.views_complete} of {spec.views} views, "
+        "cache": f"{cache.url} (version {cache.manifest.version}, {cache.manifest.identity})",
+        "teacher": f"{cache.metadata['teacher']} ({spec.teacher_hash}), {spec.num_classes} classes",
+        "data": f"{spec.num_samples} samples ({spec.dataset_hash})",
+        "setting": cache_setting_name(spec),
+        "view": describe(spec.view_spec) if spec.view_spec else "not of kdcache's making",
+        "record": f"{kept}, {spec.record_bytes} bytes before compression",
+        "complete": f"{summary.views_complete} of {spec.num_views} views, "
         f"{summary.shards - summary.shards_missing} of {summary.shards} shards",
     }
     if summary.missing:
-        answer["coverage"] = summaries.coverage(tape, summary.missing)
+        answer["coverage"] = summaries.coverage(cache, summary.missing)
     answer["size"] = size_of(summary.stored_bytes)
     if summary.bytes_per_record:
-        view_bytes = size_of(round(summary.bytes_per_record * spec.samples))
+        view_bytes = size_of(round(summary.bytes_per_record * spec.num_samples))
         answer["size"] += f", {summary.bytes_per_record:.1f} bytes a record, {view_bytes} a view"
     if summary.entropy and summary.largest_probability and summary.tail_mass:
         answer |= {
@@ -130,7 +126,7 @@ def _summary(tape: LogitCache, summary: Summary) -> dict[str, str]:
             "entropy": _quantiles(summary.entropy, "{:.3f}") + " nats",
             "largest": _quantiles(summary.largest_probability, "{:.1%}") + " for the first class",
         }
-        if not spec.dense and not spec.draws:
+        if summary.tail_mass.p95 > 0:
             answer["tail mass"] = _quantiles(summary.tail_mass, "{:.2%}") + " for all not kept"
     if summary.accuracy:
         answer["accuracy"] = f"{summary.accuracy.own:.1%} name the sample's own class first"
@@ -163,19 +159,19 @@ def _entry(entry: Entry) -> dict[str, str]:
 
 
 def verify(
-    cache: TapeArgument,
+    path: CacheArgument,
     data: Annotated[
-        Path | None, typer.Option(help="The data of the tape, with --teacher: recompute records.")
+        Path | None, typer.Option(help="The data of the cache, with --teacher: recompute records.")
     ] = None,
     teacher: Annotated[
         list[str] | None,
-        typer.Option(help="The teacher of the tape; each, in order, where there are several."),
+        typer.Option(help="The teacher of the cache; each, in order, where there are several."),
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=1, help="How many records to recompute, spread over the tape.")
+        int, typer.Option(min=1, help="How many records to recompute, spread over the cache.")
     ] = 512,
     discard: Annotated[
-        bool, typer.Option("--discard", help="Take damaged shards off the tape.")
+        bool, typer.Option("--delete-damaged", help="Take damaged shards off the cache.")
     ] = False,
     precision: PrecisionOption = "float32",
     batch_size: BatchOption = 256,
@@ -183,7 +179,7 @@ def verify(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check every shard of a tape, and a sample of its records against the teacher.
+    """Check every shard of a cache, and a sample of its records against the teacher.
 
     The exit code is 0 where all is there and right, and 1 where it is not.
     """
@@ -194,29 +190,29 @@ def verify(
     if (data is None) == bool(teacher):
         raise UsageError("--data and --teacher go together: both, or neither for the shards alone")
     try:
-        tape = LogitCache.open(cache)
+        cache = LogitCache.open(path)
     except CacheCorrupt as error:
-        show({"path": cache, "ok": False, "manifest": str(error)}, as_json)
+        show({"path": path, "ok": False, "manifest": str(error)}, as_json)
         raise typer.Exit(1) from None
     wanted, check = {}, None
     if data and teacher:
-        check = _recomputation(tape, data, teacher, precision, batch_size, workers, device)
-        wanted = verification.sample(tape.spec, samples)
-    rows = tape.spec.views * tape.spec.samples
+        check = _recomputation(cache, data, teacher, precision, batch_size, workers, device)
+        wanted = verification.sample(cache.spec, samples)
+    rows = cache.spec.num_views * cache.spec.num_samples
     with progress_bar("verify", rows, "records") as update:
-        faults, picked = verification.read(tape, wanted, update)
+        faults, picked = verification.read(cache, wanted, update)
     measures = check(picked) if check else []
     discarded = [fault for fault in faults if fault.kind == "damaged"] if discard else []
     for fault in discarded:
-        tape.discard(fault.view, fault.shard)
+        cache.delete_shard(fault.view, fault.shard)
     ok = not faults and all(measure.ok for measure in measures)
     if as_json:
         absent = summaries.gaps((f.view, f.shard) for f in faults if f.kind == "missing")
         show(
             {
-                "path": cache,
+                "path": path,
                 "ok": ok,
-                "shards": len(tape.places()),
+                "shards": len(cache.shards()),
                 "missing": [asdict(gap) for gap in absent],
                 "faults": [asdict(f) for f in faults if f.kind != "missing"],
                 "discarded": len(discarded),
@@ -226,13 +222,13 @@ def verify(
             True,
         )
     else:
-        _show_verdict(tape, faults, measures, discarded=bool(discarded))
+        _show_verdict(cache, faults, measures, discarded=bool(discarded))
     if not ok:
         raise typer.Exit(1)
 
 
 def _recomputation(
-    tape: LogitCache,
+    cache: LogitCache,
     data: Path,
     teachers: list[str],
     precision: Precision,
@@ -240,31 +236,31 @@ def _recomputation(
     workers: int | None,
     device: str | None,
 ) -> Callable[[list[Picked]], list[Measure]]:
-    """What recomputes records, its arguments checked before the tape is read."""
+    """What recomputes records, its arguments checked before the cache is read."""
     from kdcache.data import beton as datasets
     from kdcache.models import load
     from kdcache.teacher import recompute
 
-    recompute.require_recomputable(tape)
-    spec = tape.spec
-    assert spec.view is not None
+    recompute.require_recomputable(cache)
+    spec = cache.spec
+    assert spec.view_spec is not None
     dataset = datasets.open_dataset(data)
     model = load.load_teacher(
         teachers,
-        num_classes=spec.classes,
-        size_px=spec.view.size_px,
+        num_classes=spec.num_classes,
+        size_px=spec.view_spec.size_px,
         device=device_of(device),
         precision=precision,
     )
-    measures = recompute.identify(tape, dataset, model)
+    measures = recompute.identify(cache, dataset, model)
 
     def check(picked: list[Picked]) -> list[Measure]:
-        if len(dataset) != spec.samples:
+        if len(dataset) != spec.num_samples:
             return measures
         count = sum(len(some.rows_B) for some in picked)
         with progress_bar("recompute", count, "records") as update:
             return measures + recompute.recompute(
-                tape,
+                cache,
                 dataset,
                 model,
                 picked,
@@ -277,15 +273,15 @@ def _recomputation(
 
 
 def _show_verdict(
-    tape: LogitCache, faults: list[Fault], measures: list[Measure], *, discarded: bool
+    cache: LogitCache, faults: list[Fault], measures: list[Measure], *, discarded: bool
 ) -> None:
     from kdcache.cache import summary as summaries
 
-    whole, absent = len(tape.places()), [f for f in faults if f.kind == "missing"]
-    answer = {"tape": tape.url, "shards": f"{whole - len(faults)} of {whole} are there and right"}
+    whole, absent = len(cache.shards()), [f for f in faults if f.kind == "missing"]
+    answer = {"cache": cache.url, "shards": f"{whole - len(faults)} of {whole} are there and right"}
     if absent:
         gaps = summaries.gaps((fault.view, fault.shard) for fault in absent)
-        answer["missing"] = summaries.coverage(tape, gaps)
+        answer["missing"] = summaries.coverage(cache, gaps)
     show(answer, False)
     bad = [fault for fault in faults if fault.kind != "missing"]
     for fault in bad:
@@ -301,9 +297,9 @@ def _show_verdict(
         for measure in measures:
             if measure.note:
                 out_console.print(f"{measure.what}: {measure.note}", markup=False, soft_wrap=True)
-    made = "`kdcache precompute`" if tape.spec.view else "`kdcache import`"
+    made = "`kdcache precompute`" if cache.spec.view_spec else "`kdcache import`"
     if any(fault.kind == "damaged" for fault in bad) and not discarded:
-        line = "`kdcache verify --discard` takes damaged shards off the tape; then run the same "
+        line = "`kdcache verify --delete-damaged` takes damaged shards off the cache; then run the same "
         out_console.print(f"{line}{made} again", markup=False, soft_wrap=True)
     elif absent or discarded:
         line = f"run the same {made} again: it makes what is missing"

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-from kdcache.cache.records import ValueType
+from kdcache.cache.codecs import RecordCodec, Sampled, ValueType, choose_codec
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import KDCacheError, UsageError
 from kdcache.spec import Precision
@@ -79,19 +79,19 @@ TeacherOption = Annotated[
         "--teacher", help="The model that answers. Given again: the mean of their probabilities."
     ),
 ]
-SetupOption = Annotated[
+SettingOption = Annotated[
     str | None,
     typer.Option(
-        "--setup",
-        help="What teacher and student see: fixed-whole, fixed-center, fixed-average, "
-        "independent-mild, independent-inception, consistent-mild, consistent-inception or "
+        "--setting",
+        help="What teacher and student see: fixed-whole, fixed-center, fixed-average_views, "
+        "independent-random, independent-inception, consistent-random, consistent-inception or "
         "function-matching.  [default: as the other options say, else function-matching]",
     ),
 ]
-OtherDomainOption = Annotated[
+UnlabeledOption = Annotated[
     bool,
     typer.Option(
-        "--other-domain",
+        "--unlabeled",
         help="The data's classes are not the teacher's: its own count, and labels are not used.",
     ),
 ]
@@ -105,7 +105,7 @@ OrderOption = Annotated[
     RowOrder | None,
     typer.Option(
         help="position: for training on the same views; sample: for training on other views "
-        "than the teacher saw, without mixing.  [default: the set-up's, else position]"
+        "than the teacher saw, without mixing.  [default: the setting's, else position]"
     ),
 ]
 AverageOption = Annotated[
@@ -116,10 +116,10 @@ AverageOption = Annotated[
         "[default: 0; of fixed-average 1024]",
     ),
 ]
-SampledOption = Annotated[
+NumDrawsOption = Annotated[
     int, typer.Option(min=0, help="Keep this many random draws instead of the top k.")
 ]
-DrawTemperatureOption = Annotated[float, typer.Option(help="T of the draws, for --sampled.")]
+DrawTemperatureOption = Annotated[float, typer.Option(help="T of the draws, for --num-draws.")]
 PrecisionOption = Annotated[
     Precision, typer.Option(help="Of the teacher's arithmetic, by autocast.")
 ]
@@ -129,7 +129,7 @@ def given_view(
     view_seed: int | None,
     size: int | None,
     crop: Crop | None,
-    min_area: float | None,
+    min_scale: float | None,
     flip: bool | None,
     mixup: float | None,
 ) -> dict[str, Any]:
@@ -138,17 +138,17 @@ def given_view(
         "seed": view_seed,
         "size_px": size,
         "crop": crop,
-        "min_area": min_area,
+        "min_scale": min_scale,
         "flip": flip,
         "mixup": mixup,
     }
     return {name: value for name, value in options.items() if value is not None}
 
 
-def top_k_of(text: str | None, classes: int) -> int | None:
+def top_k_of(text: str | None, num_classes: int) -> int | None:
     """k as a number, or None for all."""
     if text is None:
-        return min(16, classes)
+        return min(16, num_classes)
     if text == "all":
         return None
     try:
@@ -159,13 +159,13 @@ def top_k_of(text: str | None, classes: int) -> int | None:
 
 def require_classes(model: str | None, dataset: Dataset) -> None:
     """A run that was trained on as many classes of other names or order would answer nonsense."""
-    from kdcache.models import load
+    from kdcache.models.run_json import read_run_json
 
     if not model or not Path(model).is_dir():
         return
-    trained = load.read_run_json(Path(model)).get("class_names")
-    if trained is not None and len(trained) == len(dataset.classes):
-        for there, here in zip(trained, dataset.classes, strict=True):
+    trained = read_run_json(Path(model)).get("class_names")
+    if trained is not None and len(trained) == len(dataset.class_names):
+        for there, here in zip(trained, dataset.class_names, strict=True):
             if there != here:
                 raise UsageError(
                     f"{model} was trained on other classes than {dataset.path}: {there!r} there, "
@@ -180,12 +180,12 @@ def load_teacher(
     device: str,
     precision: Precision,
     *,
-    other_domain: bool = False,
+    unlabeled: bool = False,
 ) -> Teacher:
     """The teacher of these names, checked to have the data's classes unless they are others."""
     from kdcache.models import load
 
-    classes = None if other_domain else len(dataset.classes)
+    classes = None if unlabeled else len(dataset.class_names)
     for name in names:
         own_px = load.natural_size_px(name)
         if own_px not in (None, size_px):
@@ -200,7 +200,7 @@ def load_teacher(
         if classes is None or " classes" not in str(error):
             raise
         raise UsageError(
-            f"{error}; where the data is of another domain than the teacher's, give --other-domain"
+            f"{error}; where the data is of another domain than the teacher's, give --unlabeled"
         ) from error
 
 
@@ -211,54 +211,60 @@ def teacher_and_spec(
     device: str,
     precision: Precision,
     *,
-    views: int,
+    num_views: int,
     top_k: str | None,
     dtype: ValueType,
-    order: RowOrder | None,
-    average: int,
+    row_order: RowOrder | None,
+    num_averaged_views: int,
     sampled: int,
     temperature: float,
-    setup: str | None = None,
-    other_domain: bool = False,
+    setting: str | None = None,
+    unlabeled: bool = False,
 ) -> tuple[Teacher, CacheSpec]:
     """What precompute records, from its options; `given` are those of the view."""
     from kdcache.models import load
     from kdcache.teacher import precompute
 
     natural_px = load.natural_size_px(teachers[0]) or dataset.natural_size_px
-    if setup is not None:
-        view, order, average = get_setting(setup).tape_fields(
-            given, natural_px, views=views, order=order, average=average
+    if setting is not None:
+        view, row_order, num_averaged_views = get_setting(setting).cache_fields(
+            given,
+            natural_px,
+            num_views=num_views,
+            row_order=row_order,
+            num_averaged_views=num_averaged_views,
         )
     else:
-        order = "sample" if average else order or "position"
-        view = make_view_spec({"mixup": 0, **given} if order == "sample" else given, natural_px)
-    if sampled and (top_k is not None or average):
-        raise UsageError("--sampled goes without --top-k and --average")
-    model = load_teacher(
-        teachers, dataset, view.size_px, device, precision, other_domain=other_domain
-    )
+        row_order = "dataset" if num_averaged_views else row_order or "view"
+        view = make_view_spec(
+            {"mixup": 0, **given} if row_order == "dataset" else given, natural_px
+        )
+    if sampled and (top_k is not None or num_averaged_views):
+        raise UsageError("--num-draws goes without --top-k and --average")
+    model = load_teacher(teachers, dataset, view.size_px, device, precision, unlabeled=unlabeled)
+    codec: RecordCodec
+    if sampled:
+        codec = Sampled(sampled, temperature)
+    else:
+        codec = choose_codec(model.num_classes, top_k_of(top_k, model.num_classes), dtype)
     return model, precompute.make_cache_spec(
         dataset,
         model,
         view,
-        views=views,
-        top_k=top_k_of(top_k, model.num_classes),
-        dtype="uint8" if sampled else dtype,
-        order=order,
-        average=average,
-        draws=sampled,
-        temperature=temperature,
+        codec,
+        num_views=num_views,
+        row_order=row_order,
+        num_averaged_views=num_averaged_views,
     )
 
 
 def class_names_of(teachers: list[str]) -> tuple[str, ...]:
     """Of the classes that these teachers tell apart, where one of them says so; else empty."""
-    from kdcache.models import load
+    from kdcache.models.run_json import read_run_json
 
     for name in teachers:
         if Path(name).is_dir():
-            return tuple(load.read_run_json(Path(name)).get("class_names") or ())
+            return tuple(read_run_json(Path(name)).get("class_names") or ())
     return ()
 
 
@@ -289,7 +295,9 @@ def device_of(name: str | None) -> str:
 
 
 def describe(view: ViewSpec) -> str:
-    area = f"area {view.min_area:g} to 1" if view.crop == "inception" else f"area {view.min_area:g}"
+    area = (
+        f"area {view.min_scale:g} to 1" if view.crop == "inception" else f"area {view.min_scale:g}"
+    )
     flip = "flip" if view.flip else "no flip"
     mixup = f"mixup {view.mixup:g}" if view.mixup else "no mixup"
     return f"{view.size_px} px, {view.crop} crop ({area}), {flip}, {mixup}, seed {view.seed}"
@@ -364,14 +372,14 @@ def interruptible(last_words: Callable[[], str]) -> Iterator[Callable[[], None]]
 
 
 def stopped(out: str) -> str:
-    """The last words of a command that was making a tape."""
+    """The last words of a command that was making a cache."""
     from kdcache.cache.cache import LogitCache
 
     try:
-        tape = LogitCache.open(out)
-        left, whole = len(tape.missing()), len(tape.places())
+        cache = LogitCache.open(out)
+        left, whole = len(cache.missing()), len(cache.shards())
     except KDCacheError:
-        return f"stopped before the tape {out} was begun"
+        return f"stopped before the cache {out} was begun"
     done = f"{whole - left} of {whole} shards on {out}"
     return f"stopped with {done}; the same command goes on from there"
 

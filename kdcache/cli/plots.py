@@ -1,6 +1,6 @@
-"""Pictures: of a tape (samples, their views, what the teacher said of each), and of the set-ups.
+"""Pictures: of a cache (samples, their views, what the teacher said of each), and of the settings.
 
-In: a tape and its data, or data alone. Out: a PNG. Needs matplotlib.
+In: a cache and its data, or data alone. Out: a PNG. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SIDE = 3  # an average is shown as a square of so many views a side
 
 
 def draw_views(
-    tape: LogitCache,
+    cache: LogitCache,
     dataset: Dataset,
     out: Path,
     *,
@@ -44,10 +44,10 @@ def draw_views(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependency("pictures need matplotlib: pip install 'kdcache[plot]'") from error
-    spec = tape.spec
-    if spec.view is None:
-        raise UsageError(f"{tape.url} has views that are not of kdcache's making: nothing to draw")
-    names = dataset.classes
+    spec = cache.spec
+    if spec.view_spec is None:
+        raise UsageError(f"{cache.url} has views that are not of kdcache's making: nothing to draw")
+    names = dataset.class_names
     figure = Figure(figsize=(1.9 + 4.1 * len(views), 1.75 * len(samples) + 0.5), dpi=130)
     grid = figure.add_gridspec(
         len(samples),
@@ -60,37 +60,39 @@ def draw_views(
         top=0.9,
         bottom=0.04,
     )
-    plain_spec = evaluation_view_spec(spec.view.size_px)
-    with Loader(dataset, plain_spec, 1) as plain, Loader(dataset, spec.view, 2) as loader:
+    plain_spec = evaluation_view_spec(spec.view_spec.size_px)
+    with Loader(dataset, plain_spec, 1) as plain, Loader(dataset, spec.view_spec, 2) as loader:
         for row, sample in enumerate(samples):
             place = view_positions(plain_spec, 0, len(dataset))[sample]
             batch = next(plain.batches(0, np.array([place])))
             axis = figure.add_subplot(grid[row, 0])
             _show(axis, batch.images_BCHW[0], names[int(batch.labels_B[0])], f"sample {sample}")
             for column, view in enumerate(views):
-                place = int(view_positions(spec.view, view, len(dataset))[sample])
+                place = int(view_positions(spec.view_spec, view, len(dataset))[sample])
                 pair = np.arange(place & ~1, min((place | 1) + 1, len(dataset)))
-                batch = next(loader.batches(view, pair if spec.view.mixup else np.array([place])))
-                i = int(np.argmax(batch.samples_B == sample))
-                share = int(batch.weights_B[i]) / MIX_UNIT
-                mixed = f"+ {share:.0%} {names[int(batch.partners_B[i])]}" if share else ""
+                batch = next(
+                    loader.batches(view, pair if spec.view_spec.mixup else np.array([place]))
+                )
+                i = int(np.argmax(batch.sample_ids_B == sample))
+                share = int(batch.mix_weights_B[i]) / MIX_UNIT
+                mixed = f"+ {share:.0%} {names[int(batch.partner_labels_B[i])]}" if share else ""
                 axis = figure.add_subplot(grid[row, 1 + 2 * column])
                 _show(axis, batch.images_BCHW[i], f"view {view}" if row == 0 else "", mixed)
-                target = tape.target(view, place if spec.order == "position" else sample)
+                target = cache.target(view, place if spec.row_order == "view" else sample)
                 p, k = target.log_p_BK[0].exp().topk(min(top, target.log_p_BK.shape[1]))
-                classes = target.classes_BK[0][k]
+                classes = target.class_ids_BK[0][k]
                 _bars(
                     figure.add_subplot(grid[row, 2 + 2 * column]),
                     p.numpy(),
                     [names[int(c)] for c in classes],
                 )
-    title = "What the student sees, and what the tape says the teacher answered"
+    title = "What the student sees, and what the cache says the teacher answered"
     figure.suptitle(title, y=0.985, fontsize=min(12, 1.5 * figure.get_figwidth()))
     figure.savefig(out)
 
 
 def draw_setups(dataset: Dataset, out: Path, *, sample: int, size_px: int, seed: int = 0) -> None:
-    """A PNG: a row for each set-up, what teacher and student see of a sample in three epochs.
+    """A PNG: a row for each setting, what teacher and student see of a sample in three epochs.
 
     Raises MissingDependency without matplotlib.
     """
@@ -110,14 +112,14 @@ def draw_setups(dataset: Dataset, out: Path, *, sample: int, size_px: int, seed:
         top=1 - 0.72 / figure.get_figheight(),
         bottom=0.01,
     )
-    for row, setup in enumerate(SETTINGS):
+    for row, setting in enumerate(SETTINGS.values()):
         axis = figure.add_subplot(grid[row, 0])
         axis.axis("off")
-        axis.text(0, 0.97, setup.name, fontsize=12.5, weight="bold", va="top")
-        axis.text(0, 0.77, f"the paper's {setup.paper}", fontsize=9, va="top", color="#666666")
-        lines = textwrap.fill(setup.sees, 38)
+        axis.text(0, 0.97, setting.name, fontsize=12.5, weight="bold", va="top")
+        axis.text(0, 0.77, f"the paper's {setting.paper}", fontsize=9, va="top", color="#666666")
+        lines = textwrap.fill(setting.sees, 38)
         axis.text(0, 0.59, lines, fontsize=9, va="top", linespacing=1.25)
-        for epoch, (teacher, student) in enumerate(_seen(setup, dataset, sample, size_px, seed)):
+        for epoch, (teacher, student) in enumerate(_seen(setting, dataset, sample, size_px, seed)):
             axes = [figure.add_subplot(grid[row, 1 + 3 * epoch + side]) for side in (0, 1)]
             same = teacher.shape == student.shape and bool((teacher == student).all())
             for axis, image, own in zip(axes, (teacher, student), (TEACHER, STUDENT), strict=True):
@@ -148,32 +150,34 @@ def draw_setups(dataset: Dataset, out: Path, *, sample: int, size_px: int, seed:
 
 
 def _seen(
-    setup: Setting, dataset: Dataset, sample: int, size_px: int, seed: int
+    setting: Setting, dataset: Dataset, sample: int, size_px: int, seed: int
 ) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
     """What teacher and student see of a sample in the first epochs, as pictures [H, W, 3]."""
-    student = setup.student_view({"size_px": size_px, "seed": seed}, size_px)
+    student = setting.student_view_spec({"size_px": size_px, "seed": seed}, size_px)
     shown = []
-    with Loader(dataset, student, 2, teacher_view=setup.teacher_view(student)) as loader:
+    with Loader(
+        dataset, student, 2, teacher_view_spec=setting.teacher_view_spec(student)
+    ) as loader:
         for epoch in range(EPOCHS):
             place = int(view_positions(student, epoch, len(dataset))[sample])
             pair = np.arange(place & ~1, min((place | 1) + 1, len(dataset)))
             batch = next(iter(loader.batches(epoch, pair)))
-            i = int(np.argmax(batch.samples_B == sample))
+            i = int(np.argmax(batch.sample_ids_B == sample))
             both = (batch.for_teacher[i], batch.images_BCHW[i])
             shown.append((both[0].permute(1, 2, 0).numpy(), both[1].permute(1, 2, 0).numpy()))
-    if setup.average:
-        mosaic = _mosaic(setup, dataset, sample, size_px, seed)
+    if setting.num_averaged_views:
+        mosaic = _mosaic(setting, dataset, sample, size_px, seed)
         return [(mosaic, image) for _, image in shown]
     # A fixed teacher looks once.
-    return [(shown[0][0], image) for _, image in shown] if setup.fixed else shown
+    return [(shown[0][0], image) for _, image in shown] if setting.fixed else shown
 
 
 def _mosaic(
-    setup: Setting, dataset: Dataset, sample: int, size_px: int, seed: int
+    setting: Setting, dataset: Dataset, sample: int, size_px: int, seed: int
 ) -> NDArray[np.uint8]:
     """Some of the views that are averaged, in one picture."""
-    student = setup.student_view({"size_px": size_px, "seed": seed}, size_px)
-    view = setup.tape_view(student)
+    student = setting.student_view_spec({"size_px": size_px, "seed": seed}, size_px)
+    view = setting.cache_view_spec(student)
     gap = max(1, size_px // 24)
     out = np.full(((size_px + gap) * SIDE - gap, (size_px + gap) * SIDE - gap, 3), 255, np.uint8)
     with Loader(dataset, view, 1) as loader:

@@ -1,4 +1,4 @@
-"""The commands about tapes: parse, compose the library, print. `cli` puts them into the app.
+"""The commands about caches: parse, compose the library, print. `cli` puts them into the app.
 
 Heavy modules are imported in the commands that use them.
 """
@@ -24,14 +24,14 @@ from kdcache.cli.output import (
     FlipOption,
     JsonOption,
     MixupOption,
+    NumDrawsOption,
     OrderOption,
-    OtherDomainOption,
     PrecisionOption,
-    SampledOption,
-    SetupOption,
+    SettingOption,
     SizeOption,
     TeacherOption,
     TopKOption,
+    UnlabeledOption,
     ViewSeedOption,
     ViewsOption,
     WorkersOption,
@@ -51,26 +51,26 @@ from kdcache.errors import UsageError
 def precompute(
     data: DataOption,
     teacher: TeacherOption,
-    out: Annotated[str, typer.Option(help="The tape to make or finish: a folder, or s3://...")],
-    setup: SetupOption = None,
-    other_domain: OtherDomainOption = False,
+    out: Annotated[str, typer.Option(help="The cache to make or finish: a folder, or s3://...")],
+    setting: SettingOption = None,
+    unlabeled: UnlabeledOption = False,
     views: ViewsOption = 1,
     top_k: TopKOption = None,
     dtype: DtypeOption = "float16",
-    order: OrderOption = None,
-    average: AverageOption = 0,
-    sampled: SampledOption = 0,
+    row_order: OrderOption = None,
+    average_views: AverageOption = 0,
+    num_draws: NumDrawsOption = 0,
     temperature: DrawTemperatureOption = 1.0,
     view_seed: ViewSeedOption = None,
     size: SizeOption = None,
     crop: CropOption = None,
-    min_area: AreaOption = None,
+    min_scale: AreaOption = None,
     flip: FlipOption = None,
     mixup: MixupOption = None,
     part: Annotated[
         str | None,
         typer.Option(
-            help="i/n: do only the i-th of n parts; jobs for all n make the tape. Under torchrun, "
+            help="i/n: do only the i-th of n parts; jobs for all n make the cache. Under torchrun, "
             "each process takes its share.  [default: all]"
         ),
     ] = None,
@@ -80,7 +80,7 @@ def precompute(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run the teacher over views of the data and store its answers on a tape."""
+    """Run the teacher over views of the data and store its answers on a cache."""
     start = time.perf_counter()
     number, processes = rank()
     job = _part(part)
@@ -93,27 +93,27 @@ def precompute(
         model, spec = teacher_and_spec(
             dataset,
             teacher,
-            given_view(view_seed, size, crop, min_area, flip, mixup),
+            given_view(view_seed, size, crop, min_scale, flip, mixup),
             device_of(device),
             precision,
-            views=views,
+            num_views=views,
             top_k=top_k,
             dtype=dtype,
-            order=order,
-            average=average,
-            sampled=sampled,
+            row_order=row_order,
+            num_averaged_views=average_views,
+            sampled=num_draws,
             temperature=temperature,
-            setup=setup,
-            other_domain=other_domain,
+            setting=setting,
+            unlabeled=unlabeled,
         )
-        rows = spec.views * spec.samples
+        rows = spec.num_views * spec.num_samples
         with progress_bar("precompute", rows // mine[1], "records") as update:
 
             def progress(done: int) -> None:
                 check()
                 update(done)
 
-            tape = recording.precompute(
+            cache = recording.precompute(
                 dataset,
                 model,
                 spec,
@@ -121,22 +121,19 @@ def precompute(
                 batch_size=batch_size,
                 workers=workers,
                 part=mine,
-                class_names=class_names_of(teacher) if other_domain else None,
+                class_names=class_names_of(teacher) if unlabeled else None,
                 progress=progress,
             )
             if number > 0:
                 return
-            recording.wait_for_parts(tape, *job, progress)
-    stored, missing = tape.stored_bytes(), tape.missing()
-    kept: dict[str, object] = {"top_k": "all" if spec.dense else spec.top_k, "dtype": spec.dtype}
-    if spec.draws:
-        kept = {"draws": spec.draws, "temperature": spec.temperature}
+            recording.wait_for_parts(cache, *job, progress)
+    stored, missing = cache.stored_bytes(), cache.missing()
     answer = {
         "path": out,
-        "setup": cache_setting_name(spec),
-        "views": spec.views,
-        "samples": spec.samples,
-        **kept,
+        "setting": cache_setting_name(spec),
+        "views": spec.num_views,
+        "samples": spec.num_samples,
+        "record": spec.codec.describe(spec.num_classes),
         "bytes": stored,
         "bytes_per_record": None if missing else round(stored / rows, 2),
         "shards_missing": len(missing),

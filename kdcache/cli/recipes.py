@@ -41,7 +41,7 @@ HEADINGS = (
     "T",
     "lr",
     "decay",
-    "tape",
+    "cache",
     "time",
 )
 # Of these 0 means none.
@@ -73,7 +73,7 @@ def recipes(
         from kdcache.data import beton as datasets
 
         found = datasets.open_dataset(data)
-        size = {"samples": len(found), "classes": len(found.classes)}
+        size = {"samples": len(found), "classes": len(found.class_names)}
     costs = [cost_of(recipe, **size) for recipe in chosen]
     paces = [None] * len(chosen) if no_measure else _paces(chosen, costs, device_of(device))
     hours = [_hours(r, c, pace) for r, c, pace in zip(chosen, costs, paces, strict=True)]
@@ -87,7 +87,7 @@ def recipes(
     else:
         lines = table(chosen, costs, hours)
         if not all(cost.steps for cost in costs):
-            lines.append(f"-: {TOO_LARGE.format(costs[0].samples)}")
+            lines.append(f"-: {TOO_LARGE.format(costs[0].num_samples)}")
         for line in lines:
             out_console.print(line, markup=False, soft_wrap=True)
 
@@ -99,15 +99,15 @@ def _paces(chosen: list[Recipe], costs: list[Cost], device: str) -> list[float |
     pace: dict[tuple[str, int], float | None] = {}
     with progress_bar("measure", len(chosen), "recipes") as update:
         for done, (recipe, cost) in enumerate(zip(chosen, costs, strict=True), 1):
-            key = recipe.student, recipe.spec.view.size_px
+            key = recipe.student, recipe.spec.view_spec.size_px
             if cost.steps and key not in pace:
                 try:
-                    pace[key] = seconds_per_image(recipe, cost.classes, device)
+                    pace[key] = seconds_per_image(recipe, cost.num_classes, device)
                 except MissingDependency as error:
                     err_console.print(f"no hours of {key[0]}: {error}", markup=False)
                     pace[key] = None
             update(done)
-    return [pace.get((recipe.student, recipe.spec.view.size_px)) for recipe in chosen]
+    return [pace.get((recipe.student, recipe.spec.view_spec.size_px)) for recipe in chosen]
 
 
 def _hours(recipe: Recipe, cost: Cost, pace: float | None) -> float | None:
@@ -131,15 +131,15 @@ def _row(recipe: Recipe, cost: Cost, hours: float | None) -> list[str]:
     spec = recipe.spec
     return [
         recipe.name,
-        _short(cost.samples),
-        str(spec.view.size_px),
+        _short(cost.num_samples),
+        str(spec.view_spec.size_px),
         str(spec.batch_size),
         str(spec.epochs),
         str(cost.steps or "-"),
         f"{spec.temperature:g}",
         f"{spec.lr:g}",
         f"{spec.weight_decay:.2g}",
-        size_of(cost.tape_bytes) if cost.steps else "-",
+        size_of(cost.cache_bytes) if cost.steps else "-",
         "-" if hours is None else duration(hours),
     ]
 
@@ -176,22 +176,22 @@ def _answer(recipe: Recipe, cost: Cost, hours: float | None) -> dict[str, Any]:
 
 def _page(recipe: Recipe, cost: Cost, hours: float | None) -> dict[str, Any]:
     spec = recipe.spec
-    kept = "all" if cost.top_k == cost.classes else f"the top {cost.top_k}"
+    kept = "all" if cost.top_k == cost.num_classes else f"the top {cost.top_k}"
     one = {
         "recipe": recipe.name,
-        "for": f"{recipe.data.part}: {recipe.data.samples} images, {recipe.data.classes} classes",
+        "for": f"{recipe.data.part}: {recipe.data.num_samples} images, {recipe.data.num_classes} classes",
         "student": recipe.student,
         "teacher": recipe.teacher or "yours, trained for the data",
-        "view": describe(spec.view),
+        "view": describe(spec.view_spec),
         **_settings(spec),
         "evaluation": recipe.evaluation,
     }
     if not cost.steps:
-        return {**one, "steps": f"none: {TOO_LARGE.format(cost.samples)}"}
+        return {**one, "steps": f"none: {TOO_LARGE.format(cost.num_samples)}"}
     one |= {
-        "steps": f"{cost.steps}, of {cost.samples} images",
-        "tape": f"{size_of(cost.tape_bytes)} before compression: {cost.views} views, "
-        f"{kept} of {cost.classes} classes in {cost.record_bytes} bytes",
+        "steps": f"{cost.steps}, of {cost.num_samples} images",
+        "cache": f"{size_of(cost.cache_bytes)} before compression: {cost.num_views} views, "
+        f"{kept} of {cost.num_classes} classes in {cost.record_bytes} bytes",
     }
     if hours is not None:
         one["time"] = f"{duration(hours)} here, of the student's steps alone"
@@ -200,7 +200,7 @@ def _page(recipe: Recipe, cost: Cost, hours: float | None) -> dict[str, Any]:
 
 def _settings(spec: TrainSpec) -> dict[str, Any]:
     """The fields that say something: without the views, and what is none or off."""
-    idle = {"view", "teacher_view"} | ({"momentum"} if spec.optimizer != "sgd" else set())
+    idle = {"view", "teacher_view_spec"} | ({"momentum"} if spec.optimizer != "sgd" else set())
     found = {f.name: getattr(spec, f.name) for f in fields(TrainSpec) if f.name not in idle}
     return {
         name: value
@@ -229,7 +229,7 @@ def command_of(recipe: Recipe) -> list[str]:
         value = getattr(spec, field.name)
         if field.name != "view" and value != field.default:
             line += [f"--{field.name.replace('_', '-')}", _text(value)]
-    return line + _view_options(spec.view)
+    return line + _view_options(spec.view_spec)
 
 
 def _view_options(view: ViewSpec) -> list[str]:
@@ -237,7 +237,7 @@ def _view_options(view: ViewSpec) -> list[str]:
     line = ["--size", _text(view.size_px)]  # by default that of the data
     if view.crop != make_view_spec({}, view.size_px).crop:
         line += ["--crop", view.crop]
-    for option, field in (("min-area", "min_area"), ("mixup", "mixup"), ("view-seed", "seed")):
+    for option, field in (("min-scale", "min_scale"), ("mixup", "mixup"), ("view-seed", "seed")):
         if getattr(view, field) != getattr(default, field):
             line += [f"--{option}", _text(getattr(view, field))]
     if view.flip != default.flip:

@@ -26,9 +26,9 @@ from kdcache.cli.output import (
     FlipOption,
     JsonOption,
     MixupOption,
-    OtherDomainOption,
-    SetupOption,
+    SettingOption,
     SizeOption,
+    UnlabeledOption,
     ViewSeedOption,
     WorkersOption,
     device_of,
@@ -60,7 +60,7 @@ def train(
     student: Annotated[
         str | None, typer.Option(help="The model to train.  [default: the recipe's]")
     ] = None,
-    cache: Annotated[str | None, typer.Option(help="The tape, for --mode cached.")] = None,
+    cache: Annotated[str | None, typer.Option(help="The cache, for --mode cached.")] = None,
     teacher: Annotated[
         list[str] | None,
         typer.Option(
@@ -72,8 +72,8 @@ def train(
     recipe: Annotated[
         str | None, typer.Option(help="Settings to start from; `kdcache recipes` lists them.")
     ] = None,
-    setup: SetupOption = None,
-    other_domain: OtherDomainOption = False,
+    setting: SettingOption = None,
+    unlabeled: UnlabeledOption = False,
     label_weight: Annotated[
         float | None, typer.Option(help="Share of the labels in the loss, beside the teacher.")
     ] = None,
@@ -123,10 +123,10 @@ def train(
     views: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Views to cycle through.  [default: the tape's; else one an epoch]"
+            min=1, help="Views to cycle through.  [default: the cache's; else one an epoch]"
         ),
     ] = None,
-    average: Annotated[
+    average_views: Annotated[
         int | None, typer.Option(min=1, help="Views that a live teacher averages in fixed-average.")
     ] = None,
     teacher_size: Annotated[
@@ -138,7 +138,7 @@ def train(
     view_seed: ViewSeedOption = None,
     size: SizeOption = None,
     crop: CropOption = None,
-    min_area: AreaOption = None,
+    min_scale: AreaOption = None,
     flip: FlipOption = None,
     mixup: MixupOption = None,
     resume: Annotated[
@@ -167,7 +167,7 @@ def train(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a student on labels, on a live teacher, or on a tape."""
+    """Train a student on labels, on a live teacher, or on a cache."""
     from kdcache.training import distributed, keeper, run_folder, session
     from kdcache.training.options import TrainOptions, make_training_run
 
@@ -183,11 +183,11 @@ def train(
         "warmup": warmup,
         "temperature": temperature,
         "label_weight": label_weight,
-        "ema": ema,
+        "ema_decay": ema,
         "precision": precision,
         "seed": seed,
-        "views": views,
-        "average": average,
+        "num_views": views,
+        "num_averaged_views": average_views,
     }
     asked = TrainOptions(
         mode,
@@ -197,15 +197,15 @@ def train(
         tuple(teacher or ()),
         val,
         recipe,
-        setup,
-        other_domain,
+        setting,
+        unlabeled,
         teacher_size,
         init,
         deterministic,
         compile_student,
         device_of(device),
         {name: value for name, value in options.items() if value is not None},
-        given_view(view_seed, size, crop, min_area, flip, mixup),
+        given_view(view_seed, size, crop, min_scale, flip, mixup),
         _threads(workers),
     )
     schedule = keeper.Schedule(checkpoint_every, checkpoint_minutes, eval_every)
@@ -324,9 +324,10 @@ class _Report:
 
 def _show(record: dict[str, Any], out: Path, as_json: bool) -> None:
     from kdcache.training import run_folder
+    from kdcache.training.spec import TrainSpec
 
-    steps = record["epochs"] * (record["samples"] // record["batch_size"])
-    images = steps * record["batch_size"]
+    spec = TrainSpec.from_json(record["spec"])
+    images = spec.epochs * (record["num_samples"] // spec.batch_size) * spec.batch_size
     last = run_folder.last_step(out)
     answer = {
         "run": str(out),
@@ -367,7 +368,7 @@ def evaluate(
         size = load.natural_size_px(model) or dataset.natural_size_px
     for px in (size, teacher_size or size):
         evaluation_view_spec(px)  # refuses a size that cannot be
-    options: Any = {"num_classes": len(dataset.classes), "device": device_of(device)}
+    options: Any = {"num_classes": len(dataset.class_names), "device": device_of(device)}
     require_classes(model, dataset)
     network = load.load_model(model, "teacher", size_px=size, **options)
     judge = None
@@ -387,5 +388,5 @@ def evaluate(
             progress=update,
         )
     found = asdict(result)
-    answer = {"model": model, "samples": result.samples, **percentages(found)}
+    answer = {"model": model, "samples": result.num_samples, **percentages(found)}
     show(found if as_json else answer, as_json)

@@ -2,7 +2,7 @@
 
 In: a `Source`. Out: OUT.beton, which stock FFCV reads too, and OUT.beton.json with class names and
 a CRC-32 of each sample's payload. What stays true: OUT.beton exists only when both files are whole
-(written under another name, synced, renamed); equal sources give equal bytes; the fingerprint
+(written under another name, synced, renamed); equal sources give equal bytes; the content_hash
 depends on the samples alone, not on where they lie in the file.
 
 FFCV itself trains on damaged samples in silence; with the checksums the loader does not.
@@ -50,8 +50,8 @@ class Dataset:
     """
 
     path: Path
-    classes: tuple[str, ...]
-    fingerprint: str
+    class_names: tuple[str, ...]
+    content_hash: str
     checksums: NDArray[np.uint32]
     labels: NDArray[np.int64]
     sides_px: NDArray[np.uint16]
@@ -79,9 +79,9 @@ def open_dataset(path: Path) -> Dataset:
         sidecar = json.loads(sidecar_path(path).read_text())
         if sidecar["version"] != SIDECAR_VERSION:
             raise ValueError(f"version {sidecar['version']}, expected {SIDECAR_VERSION}")
-        classes = tuple(map(str, sidecar["classes"]))
+        class_names = tuple(map(str, sidecar["classes"]))
         checksums = np.frombuffer(base64.b64decode(sidecar["checksums"]), np.uint32)
-        fingerprint = sidecar["fingerprint"]
+        content_hash = sidecar["fingerprint"]
     except FileNotFoundError:
         raise UsageError(
             f"{path} has no sidecar {sidecar_path(path).name}: make both with `kdcache convert`"
@@ -90,14 +90,16 @@ def open_dataset(path: Path) -> Dataset:
         raise DatasetCorrupt(
             f"{sidecar_path(path)} is damaged ({error}): convert the images again"
         ) from error
-    if fingerprint != content_hash_of(classes, metadata, table, checksums):
+    if content_hash != content_hash_of(class_names, metadata, table, checksums):
         raise DatasetCorrupt(
             f"{path} and its sidecar do not belong together, or one is damaged: "
             "convert the images again"
         )
     image = metadata["f0"]
     sides = np.stack([image["height"], image["width"]], 1)
-    return Dataset(path, classes, fingerprint, checksums, metadata["f1"].astype(np.int64), sides)
+    return Dataset(
+        path, class_names, content_hash, checksums, metadata["f1"].astype(np.int64), sides
+    )
 
 
 def field_descriptors() -> NDArray[Any]:
@@ -139,13 +141,13 @@ def _read_tables(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def content_hash_of(
-    classes: tuple[str, ...],
+    class_names: tuple[str, ...],
     metadata: NDArray[Any],
     table: NDArray[Any],
     checksums: NDArray[np.uint32],
 ) -> str:
     """Digest of the samples, in order: payload CRC and size, shape, label, class names."""
-    h = hashlib.sha256(canonical_json([SIDECAR_VERSION, list(classes)]).encode())
+    h = hashlib.sha256(canonical_json([SIDECAR_VERSION, list(class_names)]).encode())
     image = metadata["f0"]
     columns = (checksums, table["size"], image["mode"], image["height"], image["width"])
     for column in (*columns, metadata["f1"]):

@@ -99,9 +99,9 @@ def convert(
         metadata, table, checksums = _write_beton(partial, len(source.images), encoded())
         sidecar = {
             "version": SIDECAR_VERSION,
-            "classes": source.classes,
+            "classes": source.class_names,
             "samples": len(metadata),
-            "fingerprint": content_hash_of(source.classes, metadata, table, checksums),
+            "fingerprint": content_hash_of(source.class_names, metadata, table, checksums),
             "checksums": base64.b64encode(checksums.tobytes()).decode(),
         }
         _write_synced(sidecar_partial, (canonical_json(sidecar) + "\n").encode())

@@ -1,13 +1,65 @@
-"""The one place that imports FFCV, with care, and what kdcache uses of it.
+"""The one place that imports FFCV, and the one whose import has effects on other libraries.
 
-`import ffcv` leaves torch with a single thread, and fails where FFCV has not been built.
+A plain `import ffcv` compiles a dictionary for 3 CPU seconds, leaves torch and numba with a single
+thread, starts numba's threads (which fixes their kind, and multiprocessing's start method), and
+extends sys.path. After this module's import none of that has happened, and FFCV's own loaders,
+decoders and writers still work in the same process.
+
+Two effects remain. Numba's threads, once started, are of a kind that several threads may enter
+(unless NUMBA_THREADING_LAYER names another), and `ffcv.fields.rgb_image.IMAGE_MODES` is a plain
+dict, where FFCV's has numba's type: compiled code cannot take it as an argument.
 """
 
+import sys
+from contextlib import ExitStack
+from types import ModuleType
+from typing import Any
+
+import numba
+import numba.typed
 import torch
 
 from kdcache.errors import MissingDependency
 
-_threads = torch.get_num_threads()
+# Several passes may run at once, and numba's workqueue aborts when two threads enter it. This must
+# be set before numba's first threads start. It gives TBB where installed, else OpenMP.
+if numba.config.THREADING_LAYER == "default":
+    numba.config.THREADING_LAYER = "threadsafe"
+
+
+def _replace(names: dict[str, Any], name: str, stand_in: object, undo: ExitStack) -> None:
+    """Put `stand_in` under a name in a module's (or any) dict until `undo` is closed."""
+    if name in names:
+        undo.callback(names.__setitem__, name, names[name])
+    else:
+        undo.callback(names.pop, name, None)
+    names[name] = stand_in
+
+
+def _give_ffcv_numba_threads() -> None:
+    """Bind the true function where FFCV's import has bound the stand-in."""
+    compiler = sys.modules.get("ffcv.pipeline.compiler")
+    if compiler is not None:
+        vars(compiler)["set_num_threads"] = numba.set_num_threads
+
+
+def _stand_ins() -> ExitStack:
+    """Replace what FFCV's import uses to its cost; closing the result undoes it."""
+    undo = ExitStack()
+    undo.callback(torch.set_num_threads, torch.get_num_threads())
+    # Callbacks run last first: this one needs numba's own function back in its place.
+    undo.callback(_give_ffcv_numba_threads)
+    _replace(vars(numba), "set_num_threads", lambda n: None, undo)
+    # FFCV makes one dictionary, IMAGE_MODES, and reads it in Python only.
+    _replace(vars(numba.typed), "Dict", dict, undo)
+    # FFCV imports a name from here that it never uses; the import would load setuptools.
+    log = ModuleType("distutils.log")
+    vars(log)["warn"] = None
+    _replace(sys.modules, "distutils.log", log, undo)
+    return undo
+
+
+_undo = _stand_ins()
 try:
     import ffcv._libffcv as libffcv
     from ffcv.fields import IntField, RGBImageField
@@ -30,11 +82,11 @@ try:
     )
 except ImportError as error:
     raise MissingDependency(
-        f"reading images needs FFCV, which is not installed ({error}): run `make setup` in a "
-        "checkout of kdcache, or see docs/quickstart.md"
+        f"reading images needs FFCV, which is not installed ({error}): run `make demo` or "
+        "scripts/install-ffcv.sh in a checkout of kdcache; see docs/quickstart.md"
     ) from error
 finally:
-    torch.set_num_threads(_threads)
+    _undo.close()
 
 __all__ = [
     "ALLOC_TABLE_TYPE",

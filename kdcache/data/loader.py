@@ -44,7 +44,7 @@ _BYTES = numba.uint8[::1]
 class Loader:
     """Batches of views. A resource: use it with `with`, or close it.
 
-    teacher_view   what the teacher sees of the same samples: batches carry these pixels too, from a
+    teacher_view_spec   what the teacher sees of the same samples: batches carry these pixels too, from a
                    second pass beside the first
     workers        threads that decode, in each pass; one value for all loaders of a process is
                    wise, because numba has one pool of threads
@@ -58,13 +58,13 @@ class Loader:
         spec: ViewSpec,
         batch_size: int,
         *,
-        teacher_view: ViewSpec | None = None,
+        teacher_view_spec: ViewSpec | None = None,
         workers: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"batch size must be at least 1, not {batch_size}")
-        _require_same_mixing(spec, teacher_view)
+        _require_same_mixing(spec, teacher_view_spec)
         cores = len(os.sched_getaffinity(0))
         self.dataset = dataset
         self.spec = spec
@@ -74,9 +74,12 @@ class Loader:
             # On the CPU the network wants the cores too.
             workers = max(1, cores // 2) if self.device.type == "cpu" else cores
         self.workers = min(workers, numba.config.NUMBA_NUM_THREADS)
+        # This starts numba's threads, here and not in a pass: only the thread that starts TBB's may
+        # fork afterwards.
+        numba.get_num_threads()
         # FFCV decodes whole pairs, so an odd batch size is served by cutting a double batch.
         stride = 2 * batch_size if spec.mixup and batch_size % 2 else batch_size
-        self._seen = [spec, teacher_view] if teacher_view else [spec]
+        self._seen = [spec, teacher_view_spec] if teacher_view_spec else [spec]
         self._engines = [
             _Engine(
                 dataset,
@@ -159,9 +162,9 @@ class Loader:
         if self.spec.mixup:
             paired = len(labels) // 2 * 2
             partners[:paired] = labels[:paired].reshape(-1, 2)[:, ::-1].reshape(-1)
-        weights_B = to_device(weights, self.device)
+        mix_weights_B = to_device(weights, self.device)
         images = [
-            self._images(rows, seen.size_px, samples, weights, weights_B)
+            self._images(rows, seen.size_px, samples, weights, mix_weights_B)
             for (rows, _), seen in zip(outputs, self._seen, strict=True)
         ]
         return Batch(
@@ -171,7 +174,7 @@ class Loader:
             images[0],
             to_device(labels, self.device),
             to_device(partners, self.device),
-            weights_B,
+            mix_weights_B,
             images[1] if len(images) > 1 else None,
         )
 
@@ -181,7 +184,7 @@ class Loader:
         size_px: int,
         samples: NDArray[np.int64],
         weights: NDArray[np.int16],
-        weights_B: torch.Tensor,
+        mix_weights_B: torch.Tensor,
     ) -> torch.Tensor:
         """Rendered rows as mixed images [B, 3, H, W] on the device."""
         images, checksums, status = render.split_rows(rows, size_px)
@@ -189,7 +192,7 @@ class Loader:
         if self.device.type == "cpu":
             images_BHWC = torch.from_numpy(render.mix_rows(images, weights))
         else:
-            images_BHWC = mix_pairs(to_device(images, self.device), weights_B)
+            images_BHWC = mix_pairs(to_device(images, self.device), mix_weights_B)
         return images_BHWC.permute(0, 3, 1, 2)
 
     def _cut(self, batch: Batch, rows: int) -> Iterator[Batch]:
@@ -201,11 +204,11 @@ class Loader:
             yield Batch(
                 batch.view,
                 batch.positions_B[part],
-                batch.samples_B[part],
+                batch.sample_ids_B[part],
                 batch.images_BCHW[part],
                 batch.labels_B[part],
-                batch.partners_B[part],
-                batch.weights_B[part],
+                batch.partner_labels_B[part],
+                batch.mix_weights_B[part],
                 None if seen is None else seen[part],
             )
 
@@ -232,8 +235,8 @@ def render_digest(dataset: Dataset, spec: ViewSpec) -> str:
     return h.hexdigest()[:16]
 
 
-def _require_same_mixing(spec: ViewSpec, teacher_view: ViewSpec | None) -> None:
-    seen = teacher_view or spec
+def _require_same_mixing(spec: ViewSpec, teacher_view_spec: ViewSpec | None) -> None:
+    seen = teacher_view_spec or spec
     if (spec.mixup or seen.mixup) and (spec.mixup, spec.seed) != (seen.mixup, seen.seed):
         raise UsageError(
             "where images are mixed, teacher and student need the same pairs: one seed and one "
@@ -241,9 +244,9 @@ def _require_same_mixing(spec: ViewSpec, teacher_view: ViewSpec | None) -> None:
         )
 
 
-def _whole_pairs(positions: NDArray[np.int64], samples: int) -> NDArray[np.int64]:
+def _whole_pairs(positions: NDArray[np.int64], num_samples: int) -> NDArray[np.int64]:
     """Positions with the last one's partner added where it is missing, checked to be pairs."""
-    if len(positions) % 2 and positions[-1] ^ 1 < samples:
+    if len(positions) % 2 and positions[-1] ^ 1 < num_samples:
         positions = np.append(positions, positions[-1] ^ 1)
     paired = positions[: len(positions) // 2 * 2]
     if (paired[::2] % 2).any() or (paired[1::2] != paired[::2] + 1).any():

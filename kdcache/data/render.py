@@ -20,7 +20,6 @@ from dataclasses import replace
 from typing import Any
 
 import llvmlite.binding
-import numba
 import numpy as np
 from numba import njit, prange, types
 from numpy.typing import NDArray
@@ -29,10 +28,6 @@ from kdcache.data.ffcv import AllocationQuery, IntDecoder, Operation, libffcv
 from kdcache.views.crops import CROP_ATTEMPTS, TABLE_ENTRIES, aspect_ratios
 from kdcache.views.philox import MULTIPLIERS, ROUNDS, SAMPLE_BITS, WEYL, Purpose
 from kdcache.views.spec import ViewSpec
-
-# torch keeps libgomp's threads; numba's other layers then fight them for the cores, and its
-# workqueue aborts when two threads enter it.
-numba.config.THREADING_LAYER = "omp"
 
 TRAILER_BYTES = 8
 OK, BAD_SAMPLE, BAD_POINTER, BAD_JPEG, BAD_RAW = range(5)
@@ -52,7 +47,7 @@ SETTINGS = np.dtype(
         ("seed", np.uint64),
         ("size", np.int64),
         ("crop", np.int64),
-        ("min_area", np.float64),
+        ("min_scale", np.float64),
         ("flip", np.int64),
         ("lanes", np.int64),
         ("scratch_bytes", np.int64),
@@ -62,6 +57,7 @@ SETTINGS = np.dtype(
 
 _libffcv = ctypes.CDLL(libffcv.__file__)
 _libz = ctypes.CDLL("libz.so.1")
+# Names for LLVM's table, which the whole process shares: the prefix keeps them apart from others.
 for _name, _function in (
     ("kdcache_imdecode", _libffcv.imdecode),
     ("kdcache_resize", _libffcv.resize),
@@ -107,12 +103,12 @@ def draw_one(seed, view, index, purpose, attempt):
 @_jit
 def crop_box_one(settings, view, sample, height, width):
     """`views.crop_boxes` for one sample: top, left, height, width."""
-    seed, min_area, ratios = settings["seed"], settings["min_area"], settings["ratios"]
+    seed, min_scale, ratios = settings["seed"], settings["min_scale"], settings["ratios"]
     h_image, w_image = np.int64(height), np.int64(width)
     if settings["crop"] == INCEPTION:
         for attempt in range(CROP_ATTEMPTS):
             r0, r1, r2, r3 = draw_one(seed, view, sample, _CROP, attempt)
-            share = min_area + np.float64(r0) * 2.0**-32 * (1 - min_area)
+            share = min_scale + np.float64(r0) * 2.0**-32 * (1 - min_scale)
             area = np.float64(h_image * w_image) * share
             ratio = ratios[(r1 * np.uint64(len(ratios))) >> _32]
             w = np.int64(np.floor(np.sqrt(area * ratio) + 0.5))
@@ -126,7 +122,7 @@ def crop_box_one(settings, view, sample, height, width):
         return (h_image - h) // 2, (w_image - w) // 2, h, w
     if settings["crop"] == WHOLE:
         return np.int64(0), np.int64(0), h_image, w_image
-    side = np.int64(np.floor(np.sqrt(min_area) * min(h_image, w_image) + 0.5))
+    side = np.int64(np.floor(np.sqrt(min_scale) * min(h_image, w_image) + 0.5))
     side = max(side, np.int64(1))
     top, left = (h_image - side) // 2, (w_image - side) // 2
     if settings["crop"] == RANDOM:
@@ -174,14 +170,29 @@ def _render(token, image, trailer, scratch, metadata, memory, pointers, sizes, s
             return BAD_POINTER
         source = scratch.ctypes.data
         h, w = np.uint32(height), np.uint32(width)
-        if _imdecode(payload.ctypes.data, np.uint64(len(payload)), h, w, source,
-                     h, w, 0, 0, 1, 1, 0, 0) != 0:  # fmt: skip
+        if (
+            _imdecode(
+                payload.ctypes.data, np.uint64(len(payload)), h, w, source, h, w, 0, 0, 1, 1, 0, 0
+            )
+            != 0
+        ):
             return BAD_JPEG
     elif len(payload) != 3 * height * width:
         return BAD_RAW
     top, left, h, w = crop_box_one(settings, view, sample, height, width)
-    _resize(0, np.int64(source), height, width, top, top + h, left, left + w,
-            np.int64(image.ctypes.data), image.shape[0], image.shape[1])  # fmt: skip
+    _resize(
+        0,
+        np.int64(source),
+        height,
+        width,
+        top,
+        top + h,
+        left,
+        left + w,
+        np.int64(image.ctypes.data),
+        image.shape[0],
+        image.shape[1],
+    )
     if settings["flip"] and draw_one(settings["seed"], view, sample, _FLIP, 0)[0] >> _31 != 0:
         _mirror(image)
     return OK
@@ -201,8 +212,17 @@ def render_rows(tokens, rows, metadata, memory, pointers, sizes, settings_1):
             image = rows[i, :pixels].reshape(size, size, 3)
             trailer = rows[i, pixels:]
             trailer[:] = 0
-            status = _render(tokens[i], image, trailer, scratch[first], metadata, memory,
-                             pointers, sizes, settings_1[0])  # fmt: skip
+            status = _render(
+                tokens[i],
+                image,
+                trailer,
+                scratch[first],
+                metadata,
+                memory,
+                pointers,
+                sizes,
+                settings_1[0],
+            )
             _put(trailer[4:], status)
 
 
@@ -255,10 +275,27 @@ def settings_of(spec: ViewSpec, *, lanes: int = 1, scratch_bytes: int = 1) -> ND
     """The view spec as the kernels read it: one row of SETTINGS."""
     settings = np.zeros(1, SETTINGS)
     settings[0] = (
-        spec.seed, spec.size_px, CROP_CODES[spec.crop], spec.min_area, spec.flip, lanes,
-        scratch_bytes, aspect_ratios(),
-    )  # fmt: skip
+        spec.seed,
+        spec.size_px,
+        CROP_CODES[spec.crop],
+        spec.min_scale,
+        spec.flip,
+        lanes,
+        scratch_bytes,
+        aspect_ratios(),
+    )
     return settings
+
+
+def transform_rows(spec: ViewSpec, tokens: NDArray[np.uint64], rows: NDArray[np.uint8]) -> None:
+    """Apply the spec's transforms to rendered rows, in place. All tokens are of one view."""
+    if not spec.transforms or not len(tokens):
+        return
+    images, _, _ = split_rows(rows, spec.size_px)
+    view = int(tokens[0] >> _SHIFT)
+    sample_ids = (tokens & _MASK).astype(np.int64)
+    for transform in spec.transforms:
+        transform.apply(images, seed=spec.seed, view=view, sample_ids_B=sample_ids)
 
 
 class ViewDecoder(Operation):
@@ -283,6 +320,7 @@ class ViewDecoder(Operation):
 
         def decode(tokens: Any, rows: Any, metadata: Any, storage: Any) -> Any:
             render_rows(tokens, rows, metadata, *storage, settings)
+            transform_rows(self.spec, tokens, rows)
             return rows
 
         return decode

@@ -41,7 +41,7 @@ class Evaluation:
     but for calibration_error; cka also where `Classifier.features` finds none.
     """
 
-    samples: int
+    num_samples: int
     top1: float
     top5: float | None
     cross_entropy: float
@@ -82,7 +82,7 @@ def evaluate(
     if not 0 <= i < n:
         raise UsageError(f"part must be from 1/{n} to {n}/{n}, not {i + 1}/{n}")
     view = evaluation_view_spec(size_px)
-    teacher_view = replace(view, size_px=teacher_size_px) if teacher_size_px else None
+    teacher_view_spec = replace(view, size_px=teacher_size_px) if teacher_size_px else None
     training = model.training
     model.eval()
     try:
@@ -92,7 +92,7 @@ def evaluate(
                 dataset,
                 view,
                 batch_size,
-                teacher_view=teacher_view,
+                teacher_view_spec=teacher_view_spec,
                 workers=workers,
                 device=model.device,
             ) as loader,
@@ -103,7 +103,7 @@ def evaluate(
     # Clones, which may be changed in place after inference mode.
     sums = reduce({name: total.clone() for name, total in sums.items()})
     _require_finite(sums, model, teacher, view_order(view, 0, len(dataset)))
-    return _evaluation(sums, len(dataset), top5=len(dataset.classes) > 5)
+    return _evaluation(sums, len(dataset), top5=len(dataset.class_names) > 5)
 
 
 def _sums_of_part(
@@ -173,12 +173,12 @@ def _require_finite(
             )
 
 
-def _evaluation(sums: Sums, samples: int, *, top5: bool) -> Evaluation:
+def _evaluation(sums: Sums, num_samples: int, *, top5: bool) -> Evaluation:
     sums = {name: total.cpu() for name, total in sums.items()}
-    mean = {name: float(total) / samples for name, total in sums.items() if total.ndim == 0}
+    mean = {name: float(total) / num_samples for name, total in sums.items() if total.ndim == 0}
     kl = mean.get("kl")
     return Evaluation(
-        samples,
+        num_samples,
         mean["top1"],
         mean["top5"] if top5 else None,
         mean["cross_entropy"],
@@ -187,6 +187,6 @@ def _evaluation(sums: Sums, samples: int, *, top5: bool) -> Evaluation:
         mean.get("agreement5") if top5 else None,
         None if kl is None else max(kl, 0.0),  # rounding may give less than 0
         mean.get("euclidean"),
-        linear_cka(sums, samples) if "xy" in sums else None,
+        linear_cka(sums, num_samples) if "xy" in sums else None,
         mean.get("teacher_top1"),
     )

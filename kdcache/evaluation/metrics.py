@@ -68,7 +68,7 @@ def feature_sums(x_BD: torch.Tensor, y_BE: torch.Tensor) -> Sums:
     }
 
 
-def linear_cka(sums: Sums, samples: int) -> float | None:
+def linear_cka(sums: Sums, num_samples: int) -> float | None:
     """Linear CKA between two models' features (Kornblith et al. 2019, equation 5 in its feature
     space form): |X^T Y|^2 / (|X^T X| |Y^T Y|), Frobenius norms, centred columns.
 
@@ -77,7 +77,7 @@ def linear_cka(sums: Sums, samples: int) -> float | None:
     x_D, y_E = sums["x"], sums["y"]
 
     def norm(name: str, a: torch.Tensor, b: torch.Tensor) -> float:
-        return float(torch.linalg.matrix_norm(sums[name] - torch.outer(a, b) / samples))
+        return float(torch.linalg.matrix_norm(sums[name] - torch.outer(a, b) / num_samples))
 
     xx, xy, yy = norm("xx", x_D, x_D), norm("xy", x_D, y_E), norm("yy", y_E, y_E)
     # Constant features leave rounding of their size.

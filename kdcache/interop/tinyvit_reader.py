@@ -60,13 +60,13 @@ class Epoch:
 class SavedLogits:
     """A folder of TinyViT's, checked: every epoch answers every sample, and every record is sane.
 
-    digest   of all keys and records: the fingerprint of a teacher that we do not have
+    digest   of all keys and records: the content_hash of a teacher that we do not have
     places   from a key to the sample that it names
     """
 
     folder: Path
-    classes: int
-    samples: int
+    num_classes: int
+    num_samples: int
     top_k: int
     epochs: tuple[Epoch, ...]
     digest: str
@@ -85,7 +85,7 @@ def open_saved(
 
     Raises UsageError that names the file, and the line or record, which cannot be.
     """
-    samples, classes = len(dataset), len(dataset.classes)
+    samples, classes = len(dataset), len(dataset.class_names)
     if names is not None and len(names) != samples:
         raise UsageError(f"{dataset.path} has {samples} samples, and {len(names)} names were given")
     found = [str(i) for i in range(samples)] if names is None else names
@@ -224,7 +224,7 @@ def _samples(path: Path, places: dict[str, int], data: Path) -> NDArray[np.int64
         line = found.index(-1)
         raise UsageError(
             f"{path} line {line + 1}: {keys[line][:80]!r} names no sample of {data}: expected an "
-            f"index from 0 to {len(places) - 1}, or, with --names FILE, a line of that file"
+            f"index from 0 to {len(places) - 1}, or, with --keys-file FILE, a line of that file"
         )
     return np.array(found, np.int64)
 

@@ -69,19 +69,19 @@ def distillation_loss(
         raise UsageError(f"label_weight {label_weight} needs labels=")
     values, tail_values = _teacher(target, temperature)
     B, C = logits_BC.shape
-    K = C if target.classes_BK is None else target.classes_BK.shape[-1]
+    K = C if target.class_ids_BK is None else target.class_ids_BK.shape[-1]
     if K == 0:
         raise UsageError("the target names no class")
     # The kernels read memory by these shapes.
     _check("target", values, logits_BC, (B, K), floating=True)
-    _check("classes", target.classes_BK, logits_BC, (B, K), floating=False)
+    _check("classes", target.class_ids_BK, logits_BC, (B, K), floating=False)
     tail_shape = (B,) if isinstance(target, TemperedTarget) else (B, 3)
     _check("tail", tail_values, logits_BC, tail_shape, floating=True)
     _check("labels", labels, logits_BC, (B,), floating=False)
     _check("weights", weights, logits_BC, (B,))
     _check("expected_gradient", expected_gradient, logits_BC, None)
     loss: torch.Tensor = ops.loss(
-        logits_BC, values, target.classes_BK, tail_values,
+        logits_BC, values, target.class_ids_BK, tail_values,
         labels if label_weight > 0 else None, weights, temperature, label_weight, tail,
         isinstance(target, TemperedTarget), reduction, gradient_in_forward, expected_gradient,
     )  # fmt: skip
@@ -190,6 +190,6 @@ def check_temperature(temperature: float, *, sparse: bool) -> None:
         raise UsageError("temperature must be finite")
     if sparse and temperature < 1:
         raise UsageError(
-            f"temperature must be at least 1 for top-k targets, not {temperature}: a tape made "
+            f"temperature must be at least 1 for top-k targets, not {temperature}: a cache made "
             "with --top-k all serves any temperature"
         )

@@ -1,7 +1,7 @@
 """A network that takes views, or several that answer as one teacher.
 
 In: uint8 views. Out: logits. What stays true: normalisation belongs to the network, so teacher and
-student may differ, and so may the members of an ensemble; a fingerprint names weights and
+student may differ, and so may the members of an ensemble; a content_hash names weights and
 normalisation; what is not a finite number in one member is not hidden by the others.
 """
 
@@ -101,7 +101,7 @@ class Classifier(nn.Module):
             x = x.movedim(1, -1)
         return x.reshape(len(x), -1, x.shape[-1]).mean(1), logits_BC
 
-    def fingerprint(self) -> str:
+    def content_hash(self) -> str:
         """16 hex digits over normalisation and every weight's name, type, shape and bytes."""
         h = hashlib.sha256()
         norm = [self.mean.flatten().tolist(), self.std.flatten().tolist()]
@@ -160,9 +160,9 @@ class Ensemble(nn.Module):
         """None, for several networks share no features, and the logits [B, C]."""
         return None, self(images_BCHW)
 
-    def fingerprint(self) -> str:
+    def content_hash(self) -> str:
         """16 hex digits over the members' fingerprints, in order."""
-        return digest([member.fingerprint() for member in self._members()])
+        return digest([member.content_hash() for member in self._members()])
 
     def _members(self) -> list[Classifier]:
         return [member for member in self.members if isinstance(member, Classifier)]

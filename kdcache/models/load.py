@@ -8,7 +8,6 @@ unpickled; weights either fit a network key by key or are refused.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -25,8 +24,8 @@ from kdcache.errors import UsageError, did_you_mean
 from kdcache.models import pretrained, resnet
 from kdcache.models.classifier import Classifier, Teacher, Triple, teacher_of
 from kdcache.models.pretrained import Role
+from kdcache.models.run_json import RUN_FILE, read_run_json, view_spec_of
 from kdcache.spec import Precision
-from kdcache.views.spec import ViewSpec
 
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
@@ -34,7 +33,6 @@ OWN_MEAN: Triple = (0.5, 0.5, 0.5)
 OWN_STD: Triple = (0.25, 0.25, 0.25)
 
 WEIGHTS_FILE = "student.safetensors"
-RUN_FILE = "run.json"
 FORMS = (
     "torchvision:NAME, timm:NAME, kdcache:small|medium|large, python:package.module:factory, "
     "or the folder of a finished run"
@@ -85,7 +83,7 @@ def natural_size_px(name: str) -> int | None:
     """The side of views that a finished run was trained at, or the only one that a model takes;
     None where it takes many."""
     if name and Path(name).is_dir():
-        return int(read_run_json(Path(name))["view"]["size_px"])
+        return view_spec_of(read_run_json(Path(name))).size_px
     return pretrained.natural_size_px(name)
 
 
@@ -114,37 +112,20 @@ def load_teacher(
     return teacher
 
 
-def read_run_json(folder: Path) -> dict[str, Any]:
-    """What a finished run says of itself. Raises UsageError for any other folder."""
-    try:
-        record = json.loads((folder / RUN_FILE).read_text())
-        for field, kind in (("student", str), ("weights", str), ("classes", int)):
-            if not isinstance(record[field], kind):
-                raise TypeError(f"{field} is {record[field]!r}")
-        ViewSpec(**record["view"])
-    except FileNotFoundError:
-        raise UsageError(
-            f"{folder} is not a finished run: it has no {RUN_FILE}; a model is {FORMS}"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder / RUN_FILE} is damaged: {error!r}") from error
-    if record["classes"] < 1 or Path(record["student"]).is_dir():
-        raise UsageError(f"{folder / RUN_FILE} is damaged: it does not describe a network")
-    return dict(record)
-
-
 def _from_run(folder: Path, role: Role) -> Classifier:
     """The run's network. As a student it keeps the network's name, so that its own run's record
     does not hang on this folder."""
     record = read_run_json(folder)
-    size_px = record["view"]["size_px"]
-    model = load_model(record["student"], "student", num_classes=record["classes"], size_px=size_px)
+    size_px = view_spec_of(record).size_px
+    model = load_model(
+        record["student"], "student", num_classes=record["num_classes"], size_px=size_px
+    )
     try:
         weights = safetensors.torch.load_file(folder / WEIGHTS_FILE)
         model.network.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UsageError(f"{folder / WEIGHTS_FILE} is damaged: {first_line(error)}") from error
-    if model.fingerprint() != record["weights"]:
+    if model.content_hash() != record["weights"]:
         raise UsageError(
             f"{folder / WEIGHTS_FILE} is damaged: these weights, with the normalisation of "
             f"{record['student']}, are not those that {RUN_FILE} names"

@@ -79,7 +79,7 @@ def _read_weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _rows_of_classes(
-    own: dict[str, torch.Tensor], count: int, weights: dict[str, torch.Tensor], classes: int
+    own: dict[str, torch.Tensor], count: int, weights: dict[str, torch.Tensor], num_classes: int
 ) -> list[str]:
     """The keys of one row for each class, of which there are `count` here and `classes` there."""
     return [
@@ -87,7 +87,7 @@ def _rows_of_classes(
         for key, found in weights.items()
         if key in own
         and own[key].shape[:1] == (count,)
-        and found.shape == (classes, *own[key].shape[1:])
+        and found.shape == (num_classes, *own[key].shape[1:])
     ]
 
 

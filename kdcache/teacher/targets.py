@@ -1,7 +1,7 @@
-"""Where a batch's targets come from: the live teacher, the tape, or the labels.
+"""Where a batch's targets come from: the live teacher, the cache, or the labels.
 
 Each class is a `TargetSource`. Online and cached agree: the same teacher logits give the same
-target to the bit when the tape keeps all of them as float32. On a GPU no batch waits for the
+target to the bit when the cache keeps all of them as float32. On a GPU no batch waits for the
 device: a teacher's NaN is then found in the loss, which it makes NaN.
 """
 
@@ -13,9 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from kdcache.batch import Batch, Target, TemperedTarget
+from kdcache.batch import Batch, Target, TemperedTarget, dense_target
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import top_k
 from kdcache.cache.records import Records
 from kdcache.data.beton import Dataset
 from kdcache.data.loader import Loader
@@ -34,13 +33,13 @@ class OnlineTargets:
         self._wait = teacher.device.type == "cpu"
 
     def __call__(self, batch: Batch) -> Target:
-        return top_k.dense_target(teacher_logits(self.teacher, batch, wait=self._wait))
+        return dense_target(teacher_logits(self.teacher, batch, wait=self._wait))
 
 
 class AverageTargets:
     """Runs the teacher on views 0 ... average - 1 of each sample, and averages its probabilities.
 
-    The paper's fix/ic_ens, live: as many forward passes for each image of each epoch. A tape with
+    The paper's fix/ic_ens, live: as many forward passes for each image of each epoch. A cache with
     `average` costs them once, and its answers are these.
     """
 
@@ -49,51 +48,55 @@ class AverageTargets:
         teacher: Teacher,
         dataset: Dataset,
         view: ViewSpec,
-        average: int,
+        num_averaged_views: int,
         batch_size: int,
         *,
         workers: int | None = None,
     ) -> None:
         self.teacher = teacher
-        self.average = average
+        self.num_averaged_views = num_averaged_views
         self._wait = teacher.device.type == "cpu"
         self._loader = Loader(dataset, view, batch_size, workers=workers, device=teacher.device)
 
     def __call__(self, batch: Batch) -> Target:
-        return top_k.dense_target(
+        return dense_target(
             mean_teacher_log_probabilities(
-                self._loader, self.teacher, self.average, batch.samples_B, wait=self._wait
+                self._loader,
+                self.teacher,
+                self.num_averaged_views,
+                batch.sample_ids_B,
+                wait=self._wait,
             )
         )
 
 
 class CachedTargets:
-    """Reads a tape in position order. A thread reads ahead by one shard.
+    """Reads a cache in position order. A thread reads ahead by one shard.
 
     resized    the student's views may have another size than the teacher's
     waited_s   seconds that batches have waited for the disk or the store so far
 
-    Raises TapeMismatch unless the tape was made of this view spec and of the data with this
-    fingerprint, TapeIncomplete when it lacks a shard.
+    Raises TapeMismatch unless the cache was made of this view spec and of the data with this
+    content_hash, TapeIncomplete when it lacks a shard.
     """
 
     def __init__(
-        self, tape: LogitCache, fingerprint: str, view: ViewSpec, *, resized: bool = False
+        self, cache: LogitCache, content_hash: str, view: ViewSpec, *, resized: bool = False
     ) -> None:
-        if tape.spec.order != "position":
-            raise UsageError(f"{tape.url} is in sample order: it goes with FixedTargets")
-        tape.require_plays(fingerprint, view, resized=resized)
-        tape.require_complete()
-        self.tape = tape
+        if cache.spec.row_order != "view":
+            raise UsageError(f"{cache.url} is in sample order: it goes with FixedTargets")
+        cache.require_compatible(content_hash, view, resized=resized)
+        cache.require_complete()
+        self.cache = cache
         self.waited_s = 0.0
         self._shards: dict[tuple[int, int], Future[Records]] = {}
-        self._reader = ThreadPoolExecutor(1, "kdcache-tape")
+        self._reader = ThreadPoolExecutor(1, "kdcache-cache")
         # The first read overlaps with whatever comes before the first batch.
         self._shards[0, 0] = self._start((0, 0))
 
     def __call__(self, batch: Batch) -> Target | TemperedTarget:
         """Raises TapeCorrupt or TapeIncomplete, naming the view and the shard."""
-        rows = self.tape.layout.shard_rows
+        rows = self.cache.layout.shard_rows
         numbers = batch.positions_B // rows
         wanted = [(batch.view, int(s)) for s in np.unique(numbers)]
         keys = [*wanted, self._after(wanted[-1])]
@@ -105,49 +108,49 @@ class CachedTargets:
         records = Records.concatenate(parts)
         if (np.diff(numbers) < 0).any():
             records = records[np.argsort(np.argsort(numbers, kind="stable"))]
-        return _decoded(self.tape, batch, records)
+        return _decoded(self.cache, batch, records)
 
     def _start(self, key: tuple[int, int]) -> Future[Records]:
-        return self._reader.submit(self.tape.read_shard, *key)
+        return self._reader.submit(self.cache.read_shard, *key)
 
     def _after(self, key: tuple[int, int]) -> tuple[int, int]:
         view, shard = key
-        if shard + 1 < self.tape.shards_per_view:
+        if shard + 1 < self.cache.shards_per_view:
             return view, shard + 1
-        return (view + 1) % self.tape.spec.views, 0
+        return (view + 1) % self.cache.spec.num_views, 0
 
 
 class FixedTargets:
-    """Reads a tape in sample order: the answer to a sample, whatever view of it the student sees.
+    """Reads a cache in sample order: the answer to a sample, whatever view of it the student sees.
 
-    Epoch v of training gets view v of the tape (modulo its views): with one view this is the
-    paper's fixed teacher, with more its independent noise. A view of the tape is held in memory.
-    Raises UsageError where the student's views are mixed, TapeMismatch unless the tape is of the
-    data with this fingerprint, TapeIncomplete when it lacks a shard.
+    Epoch v of training gets view v of the cache (modulo its views): with one view this is the
+    paper's fixed teacher, with more its independent noise. A view of the cache is held in memory.
+    Raises UsageError where the student's views are mixed, TapeMismatch unless the cache is of the
+    data with this content_hash, TapeIncomplete when it lacks a shard.
     """
 
-    def __init__(self, tape: LogitCache, fingerprint: str, view: ViewSpec) -> None:
+    def __init__(self, cache: LogitCache, content_hash: str, view: ViewSpec) -> None:
         if view.mixup:
-            raise UsageError(f"{tape.url} answers single images: train with --mixup 0")
-        tape.require_plays(fingerprint, view)
-        tape.require_complete()
-        self.tape = tape
+            raise UsageError(f"{cache.url} answers single images: train with --mixup 0")
+        cache.require_compatible(content_hash, view)
+        cache.require_complete()
+        self.cache = cache
         self._view: tuple[int, Records] | None = None
 
     def __call__(self, batch: Batch) -> Target | TemperedTarget:
         """Raises TapeCorrupt or TapeIncomplete, naming the view and the shard."""
-        view = batch.view % self.tape.spec.views
+        view = batch.view % self.cache.spec.num_views
         if self._view is None or self._view[0] != view:
-            self._view = view, self.tape[view]
-        return _decoded(self.tape, batch, self._view[1][batch.samples_B])
+            self._view = view, self.cache[view]
+        return _decoded(self.cache, batch, self._view[1][batch.sample_ids_B])
 
 
-def _decoded(tape: LogitCache, batch: Batch, records: Records) -> Target | TemperedTarget:
+def _decoded(cache: LogitCache, batch: Batch, records: Records) -> Target | TemperedTarget:
     try:
-        return tape.decode(records).to(batch.images_BCHW.device)
+        return cache.decode(records).to(batch.images_BCHW.device)
     except CacheCorrupt as error:
         at = f"{batch.positions_B.min()} to {batch.positions_B.max()}"
-        raise CacheCorrupt(f"{tape.url}: view {batch.view}, positions {at}: {error}") from error
+        raise CacheCorrupt(f"{cache.url}: view {batch.view}, positions {at}: {error}") from error
 
 
 class LabelTargets:
@@ -157,10 +160,10 @@ class LabelTargets:
         self.num_classes = num_classes
 
     def __call__(self, batch: Batch) -> Target:
-        partner = batch.weights_B.float() / MIX_UNIT
+        partner = batch.mix_weights_B.float() / MIX_UNIT
         # A pair of one class keeps one entry with all of the mass.
-        partner = partner.masked_fill(batch.labels_B == batch.partners_B, 0)
+        partner = partner.masked_fill(batch.labels_B == batch.partner_labels_B, 0)
         mass_B2 = torch.stack([1 - partner, partner], 1)
-        classes_B2 = torch.stack([batch.labels_B, batch.partners_B], 1)
+        class_ids_B2 = torch.stack([batch.labels_B, batch.partner_labels_B], 1)
         logits_B2 = mass_B2.log() - mass_B2.amax(1, keepdim=True).log()
-        return Target(logits_B2, classes_B2, None, self.num_classes)
+        return Target(logits_B2, class_ids_B2, None, self.num_classes)

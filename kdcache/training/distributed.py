@@ -99,13 +99,13 @@ class World:
     def require_shares(self, spec: TrainSpec) -> None:
         """Raise UsageError unless each process gets an equal share, of whole pairs."""
         batch, count = spec.batch_size, self.count
-        if spec.view.mixup and batch % 2:
+        if spec.view_spec.mixup and batch % 2:
             raise UsageError(
                 f"batch size must be even with mixing, not {batch}: a step takes whole pairs; "
                 f"give {batch + 1}, or --mixup 0"
             )
-        pairs = batch // 2 if spec.view.mixup else batch
-        unit = "pairs of images" if spec.view.mixup else "images"
+        pairs = batch // 2 if spec.view_spec.mixup else batch
+        unit = "pairs of images" if spec.view_spec.mixup else "images"
         if count > pairs:
             raise UsageError(
                 f"{count} processes are more than the {pairs} {unit} of a batch of {batch}: start "

@@ -125,7 +125,7 @@ class Keeper:
         assert self.evaluate is not None
         state.require_finite(self.world)
         begun = time.perf_counter()
-        with state.average.applied():
+        with state.ema.applied():
             self.found = found = self.evaluate()
             better = found.top1 > self.best
             self.best = max(self.best, found.top1)

@@ -71,7 +71,7 @@ class State:
         self.optimizer = make_optimizer(student, spec)
         device = student.device
         self.scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "float16")
-        self.average = EMA(student, spec.ema)
+        self.ema = EMA(student, spec.ema_decay)
         self.step = 0
         self.meter = Meter(device)
 
@@ -82,7 +82,7 @@ class State:
             "student": dict(self.student.network.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "average": self.average.state_dict(),
+            "average": self.ema.state_dict(),
             "meter": self.meter.state_dict(world),
         }
 
@@ -92,7 +92,7 @@ class State:
         self.optimizer.load_state_dict(state["optimizer"])
         _laid_as_weights(self.optimizer)
         self.scaler.load_state_dict(state["scaler"])
-        self.average.load_state_dict(state["average"])
+        self.ema.load_state_dict(state["average"])
         self.meter.load_state_dict(state["meter"])
 
     def require_finite(self, world: World) -> None:
@@ -161,9 +161,9 @@ def _first_class(target: Target | TemperedTarget) -> torch.Tensor:
     """The likeliest class of each row [B]."""
     known = target.logits_BK if isinstance(target, Target) else target.log_p_BK
     column_B = known.argmax(1)
-    if target.classes_BK is None:
+    if target.class_ids_BK is None:
         return column_B
-    return target.classes_BK.gather(1, column_B[:, None])[:, 0].long()
+    return target.class_ids_BK.gather(1, column_B[:, None])[:, 0].long()
 
 
 def num_steps(spec: TrainSpec, dataset: Dataset) -> tuple[int, int]:
@@ -214,14 +214,14 @@ def train(
     since = time.perf_counter()
     with Loader(
         dataset,
-        spec.view,
+        spec.view_spec,
         spec.batch_size // world.count,
-        teacher_view=None if spec.average else spec.teacher_view,
+        teacher_view_spec=None if spec.num_averaged_views else spec.teacher_view_spec,
         workers=workers,
         device=student.device,
     ) as loader:
         for epoch in range(state.step // batches, spec.epochs):
-            view = epoch % spec.views if spec.views else epoch
+            view = epoch % spec.num_views if spec.num_views else epoch
             left = range(state.step % batches, batches)
             played = loader.batches(view, world.share(left, spec.batch_size))
             for seed, batch in zip(_seeds(spec, world, epoch, left), _loads(played), strict=True):
@@ -247,7 +247,7 @@ def train(
                         group["lr"] = rate
                     scaler.step(optimizer)
                     scaler.update()
-                    state.average.update()
+                    state.ema.update()
                 state.step += 1
                 meter.add(state.step, loss, logits, target)
                 if state.step % log_every == 0 or state.step == steps:

@@ -17,7 +17,6 @@ from kdcache.cli.output import describe, load_teacher, notice
 from kdcache.data.beton import Dataset, open_dataset
 from kdcache.data.loader import render_digest
 from kdcache.errors import CacheMismatch, UsageError
-from kdcache.losses import distillation
 from kdcache.models import load
 from kdcache.models.classifier import Teacher
 from kdcache.models.weights import load_initial_weights
@@ -46,8 +45,8 @@ class TrainOptions:
     teachers: tuple[str, ...] = ()
     val: Path | None = None
     recipe: str | None = None
-    setup: str | None = None
-    other_domain: bool = False
+    setting: str | None = None
+    unlabeled: bool = False
     teacher_size: int | None = None
     init: str | None = None
     deterministic: bool = False
@@ -59,7 +58,7 @@ class TrainOptions:
 
 
 def make_training_run(asked: TrainOptions) -> TrainingRun:
-    """Raises UsageError for options that do not go together, TapeMismatch for a tape that is not
+    """Raises UsageError for options that do not go together, TapeMismatch for a cache that is not
     of these data, views or classes, and what opening them raises."""
     _require_mode(asked)
     dataset = open_dataset(asked.data)
@@ -67,19 +66,23 @@ def make_training_run(asked: TrainOptions) -> TrainingRun:
     student_name = asked.student or (recipe.student if recipe else None)
     if student_name is None:
         raise UsageError("give --student MODEL, or a --recipe, which names one")
-    tape = _tape(asked, dataset)
+    cache = _cache(asked, dataset)
     sizes = map(load.natural_size_px, (student_name, *asked.teachers[:1]))
     natural_px = next(filter(None, sizes), dataset.natural_size_px)
-    spec = _spec(asked, recipe, tape, natural_px)
-    teacher = _teacher(asked, spec, tape, dataset)
-    answers = tape.spec.classes if tape else teacher.num_classes if teacher else None
-    classes = answers or len(dataset.classes)
+    spec = _spec(asked, recipe, cache, natural_px)
+    teacher = _teacher(asked, spec, cache, dataset)
+    answers = cache.spec.num_classes if cache else teacher.num_classes if teacher else None
+    classes = answers or len(dataset.class_names)
     if spec.optimizer != "sgd" and "momentum" in asked.training:
         raise UsageError(f"--momentum goes with --optimizer sgd, not with {spec.optimizer}")
     warmup_steps(spec, num_steps(spec, dataset)[1])  # refuses one that is longer than the run
     set_determinism(spec)
     student = load.load_model(
-        student_name, "student", num_classes=classes, size_px=spec.view.size_px, device=asked.device
+        student_name,
+        "student",
+        num_classes=classes,
+        size_px=spec.view_spec.size_px,
+        device=asked.device,
     )
     if asked.init:
         for key in load_initial_weights(student, asked.init):
@@ -89,7 +92,7 @@ def make_training_run(asked: TrainOptions) -> TrainingRun:
     val = open_dataset(asked.val) if asked.val else None
     names = _class_names(asked, dataset, val, classes)
     live = teacher if asked.mode == "online" else None
-    source = _targets(asked, spec, tape, live, dataset, classes)
+    source = _targets(asked, spec, cache, live, dataset, classes)
     return TrainingRun(
         spec,
         dataset,
@@ -98,11 +101,11 @@ def make_training_run(asked: TrainOptions) -> TrainingRun:
         labels=targets.LabelTargets(classes) if spec.label_weight else None,
         val=val,
         judge=teacher,
-        judge_size_px=_seen_px(spec, tape),
-        tape=tape.spec.digest if tape else None,
-        teacher=live.fingerprint() if live else None,
+        judge_size_px=_seen_px(spec, cache),
+        cache=cache.manifest.identity if cache else None,
+        teacher=live.content_hash() if live else None,
         class_names=names,
-        notes=_notes(tape, spec, recipe) if tape else (),
+        notes=_notes(cache, spec, recipe) if cache else (),
         about={"cache": asked.cache, "teacher": teacher.name if teacher else None},
     )
 
@@ -128,104 +131,106 @@ def _require_mode(asked: TrainOptions) -> None:
             "--temperature goes with a teacher, not with --mode labels",
         ),
         (
-            mode == "labels" and asked.other_domain,
-            "--other-domain leaves labels out: it goes with --mode online or cached",
+            mode == "labels" and asked.unlabeled,
+            "--unlabeled leaves labels out: it goes with --mode online or cached",
         ),
         (
-            asked.other_domain and weight,
-            "--label-weight needs labels of the teacher's classes, which --other-domain says that "
+            asked.unlabeled and weight,
+            "--label-weight needs labels of the teacher's classes, which --unlabeled says that "
             "the data has not",
         ),
         (
             asked.teacher_size and not live,
-            f"--teacher-size goes with --mode online, not with --mode {mode}: a tape has its size",
+            f"--teacher-size goes with --mode online, not with --mode {mode}: a cache has its size",
         ),
         (
-            "average" in asked.training and not live,
-            f"--average goes with --mode online, not with --mode {mode}",
+            "num_averaged_views" in asked.training and not live,
+            f"--average-views goes with --mode online, not with --mode {mode}",
         ),
     ):
         if wrong:
             raise UsageError(line)
 
 
-def _tape(asked: TrainOptions, dataset: Dataset) -> LogitCache | None:
-    """The tape of a cached run, checked against the data; None in other modes."""
+def _cache(asked: TrainOptions, dataset: Dataset) -> LogitCache | None:
+    """The cache of a cached run, checked against the data; None in other modes."""
     if asked.cache is None:
         return None
-    tape = LogitCache.open(asked.cache)
-    spec = tape.spec
-    if spec.classes != len(dataset.classes) and not asked.other_domain:
+    cache = LogitCache.open(asked.cache)
+    spec = cache.spec
+    if spec.num_classes != len(dataset.class_names) and not asked.unlabeled:
         raise CacheMismatch(
-            f"{asked.cache} has {spec.classes} classes, {dataset.path} has "
-            f"{len(dataset.classes)}: give the tape's own data, or --other-domain where its images "
+            f"{asked.cache} has {spec.num_classes} classes, {dataset.path} has "
+            f"{len(dataset.class_names)}: give the cache's own data, or --unlabeled where its images "
             "are of another domain than the teacher's"
         )
-    views = asked.training.get("views", spec.views)
-    if spec.order == "position" and views != spec.views:
-        raise CacheMismatch(f"{asked.cache} has {spec.views} views, not {views}: leave --views out")
-    return tape
+    views = asked.training.get("num_views", spec.num_views)
+    if spec.row_order == "view" and views != spec.num_views:
+        raise CacheMismatch(
+            f"{asked.cache} has {spec.num_views} views, not {views}: leave --views out"
+        )
+    return cache
 
 
 def _spec(
-    asked: TrainOptions, recipe: Recipe | None, tape: LogitCache | None, natural_px: int
+    asked: TrainOptions, recipe: Recipe | None, cache: LogitCache | None, natural_px: int
 ) -> TrainSpec:
-    setup = settings.get_setting(asked.setup) if asked.setup else None
+    setting = settings.get_setting(asked.setting) if asked.setting else None
     training, seen = dict(asked.training), None
-    if tape:
-        name, view = cached_view_spec(setup, tape.spec, tape.url, asked.view, natural_px)
-        if tape.spec.order == "position":
-            training["views"] = tape.spec.views
+    if cache:
+        name, view = cached_view_spec(setting, cache.spec, cache.url, asked.view, natural_px)
+        if cache.spec.row_order == "view":
+            training["num_views"] = cache.spec.num_views
     else:
-        name, view, seen, average = _live_views(asked, recipe, setup, natural_px)
-        training["average"] = average
+        name, view, seen, average = _live_views(asked, recipe, setting, natural_px)
+        training["num_averaged_views"] = average
     base = recipe.spec if recipe else TrainSpec(asked.mode, view)
     if asked.mode == "labels":
         base = replace(base, temperature=1.0)
     spec = replace(
         base,
         mode=asked.mode,
-        view=view,
-        setup=name,
-        teacher_view=seen,
+        view_spec=view,
+        setting=name,
+        teacher_view_spec=seen,
         deterministic=asked.deterministic,
         **training,
     )
     return spec
 
 
-def _notes(tape: LogitCache, spec: TrainSpec, recipe: Recipe | None) -> tuple[str, ...]:
-    """What a tape decides that one may not expect."""
+def _notes(cache: LogitCache, spec: TrainSpec, recipe: Recipe | None) -> tuple[str, ...]:
+    """What a cache decides that one may not expect."""
     notes = []
-    own = replace(spec.view, seed=recipe.spec.view.seed) if recipe else None
-    if recipe and own != recipe.spec.view:
+    own = replace(spec.view_spec, seed=recipe.spec.view_spec.seed) if recipe else None
+    if recipe and own != recipe.spec.view_spec:
         notes.append(
-            f"the tape decides what is seen, not the recipe: {spec.setup}, {describe(spec.view)}"
+            f"the cache decides what is seen, not the recipe: {spec.setting}, {describe(spec.view_spec)}"
         )
-    lasting = spec.setup != settings.CUSTOM and settings.get_setting(spec.setup).fixed
-    views = tape.spec.views
+    lasting = spec.setting != settings.CUSTOM and settings.get_setting(spec.setting).fixed
+    views = cache.spec.num_views
     if views < spec.epochs and not lasting:
         notes.append(
-            f"{tape.url} has {views} view{'s' * (views > 1)} for {spec.epochs} epochs: it wraps, "
+            f"{cache.url} has {views} view{'s' * (views > 1)} for {spec.epochs} epochs: it wraps, "
             "epoch e plays view " + (f"e mod {views}" if views > 1 else "0")
         )
     return tuple(notes)
 
 
 def _live_views(
-    asked: TrainOptions, recipe: Recipe | None, setup: settings.Setting | None, natural_px: int
+    asked: TrainOptions, recipe: Recipe | None, setting: settings.Setting | None, natural_px: int
 ) -> tuple[str, ViewSpec, ViewSpec | None, int]:
-    """The set-up's name, what the student and the teacher see, and over how many views the teacher
-    averages, where there is no tape."""
+    """The setting's name, what the student and the teacher see, and over how many views the teacher
+    averages, where there is no cache."""
     given = asked.view
     if recipe:
-        own = recipe.spec.view.to_json()
-        # Another set-up than the recipe's has its own crop and mixing.
-        fields = ("size_px",) if setup else ("size_px", "crop", "min_area", "flip", "mixup")
+        own = recipe.spec.view_spec.to_json()
+        # Another setting than the recipe's has its own crop and mixing.
+        fields = ("size_px",) if setting else ("size_px", "crop", "min_scale", "flip", "mixup")
         given = {**{name: own[name] for name in fields}, **given}
-    if setup:
-        view = setup.student_view(given, natural_px)
-        look = setup.tape_view if setup.average else setup.teacher_view
+    if setting:
+        view = setting.student_view_spec(given, natural_px)
+        look = setting.cache_view_spec if setting.num_averaged_views else setting.teacher_view_spec
         seen = look(view, size_px=asked.teacher_size)
     else:
         view = settings.make_view_spec(given, natural_px)
@@ -233,34 +238,34 @@ def _live_views(
         seen = None if resized == view else resized
     if asked.mode == "labels":
         return settings.setting_name(view), view, None, 0
-    average = asked.training.get("average", setup.average if setup else 0)
-    if average and not (setup and setup.average):
-        raise UsageError("--average goes with --setup fixed-average")
-    return setup.name if setup else settings.setting_name(view, seen), view, seen, average
+    average = asked.training.get("num_averaged_views", setting.num_averaged_views if setting else 0)
+    if average and not (setting and setting.num_averaged_views):
+        raise UsageError("--average-views goes with --setting fixed-average")
+    return setting.name if setting else settings.setting_name(view, seen), view, seen, average
 
 
-def _seen_px(spec: TrainSpec, tape: LogitCache | None) -> int:
+def _seen_px(spec: TrainSpec, cache: LogitCache | None) -> int:
     """The size of what the teacher sees."""
-    view = (tape.spec.view if tape else spec.teacher_view) or spec.view
+    view = (cache.spec.view_spec if cache else spec.teacher_view_spec) or spec.view_spec
     return view.size_px
 
 
 def _teacher(
-    asked: TrainOptions, spec: TrainSpec, tape: LogitCache | None, dataset: Dataset
+    asked: TrainOptions, spec: TrainSpec, cache: LogitCache | None, dataset: Dataset
 ) -> Teacher | None:
     if not asked.teachers:
         return None
     teacher = load_teacher(
         list(asked.teachers),
         dataset,
-        _seen_px(spec, tape),
+        _seen_px(spec, cache),
         asked.device,
         spec.precision,
-        other_domain=asked.other_domain,
+        unlabeled=asked.unlabeled,
     )
-    if tape and teacher.num_classes != tape.spec.classes:
+    if cache and teacher.num_classes != cache.spec.num_classes:
         raise UsageError(
-            f"{teacher.name} has {teacher.num_classes} classes, {tape.url} has {tape.spec.classes}"
+            f"{teacher.name} has {teacher.num_classes} classes, {cache.url} has {cache.spec.num_classes}"
         )
     return teacher
 
@@ -268,47 +273,46 @@ def _teacher(
 def _targets(
     asked: TrainOptions,
     spec: TrainSpec,
-    tape: LogitCache | None,
+    cache: LogitCache | None,
     live: Teacher | None,
     dataset: Dataset,
-    classes: int,
+    num_classes: int,
 ) -> TargetSource:
-    if live and spec.average:
-        assert spec.teacher_view is not None
+    if live and spec.num_averaged_views:
+        assert spec.teacher_view_spec is not None
         return targets.AverageTargets(
-            live, dataset, spec.teacher_view, spec.average, spec.batch_size, workers=asked.workers
+            live,
+            dataset,
+            spec.teacher_view_spec,
+            spec.num_averaged_views,
+            spec.batch_size,
+            workers=asked.workers,
         )
     if live:
         return targets.OnlineTargets(live)
-    if tape is None:
-        return targets.LabelTargets(classes)
-    if not tape.spec.draws:
-        distillation.check_temperature(spec.temperature, sparse=not tape.spec.dense)
-    elif spec.temperature != tape.spec.temperature:
-        raise UsageError(
-            f"{tape.url} holds draws at T = {tape.spec.temperature:g}: train with "
-            f"--temperature {tape.spec.temperature:g}, or precompute at {spec.temperature:g}"
-        )
-    if tape.spec.order == "sample":
-        return targets.FixedTargets(tape, dataset.fingerprint, spec.view)
+    if cache is None:
+        return targets.LabelTargets(num_classes)
+    cache.spec.codec.require_temperature(spec.temperature)
+    if cache.spec.row_order == "dataset":
+        return targets.FixedTargets(cache, dataset.content_hash, spec.view_spec)
     resized = "size_px" in asked.view
-    source = targets.CachedTargets(tape, dataset.fingerprint, spec.view, resized=resized)
-    assert tape.spec.view is not None
-    tape.require_pixels(render_digest(dataset, tape.spec.view))
+    source = targets.CachedTargets(cache, dataset.content_hash, spec.view_spec, resized=resized)
+    assert cache.spec.view_spec is not None
+    cache.require_same_rendering(render_digest(dataset, cache.spec.view_spec))
     return source
 
 
 def _class_names(
-    asked: TrainOptions, dataset: Dataset, val: Dataset | None, classes: int
+    asked: TrainOptions, dataset: Dataset, val: Dataset | None, num_classes: int
 ) -> tuple[str, ...]:
     """The names of the student's classes. Raises UsageError where `val` has others."""
-    names = dataset.classes
-    if asked.other_domain:
-        names = val.classes if val else tuple(str(c) for c in range(classes))
-    if val and (val.classes != names or len(names) != classes):
+    names = dataset.class_names
+    if asked.unlabeled:
+        names = val.class_names if val else tuple(str(c) for c in range(num_classes))
+    if val and (val.class_names != names or len(names) != num_classes):
         raise UsageError(
             f"{asked.val} has other classes than {asked.data}"
-            if not asked.other_domain
-            else f"{asked.val} has {len(val.classes)} classes, the teacher has {classes}"
+            if not asked.unlabeled
+            else f"{asked.val} has {len(val.class_names)} classes, the teacher has {num_classes}"
         )
     return names

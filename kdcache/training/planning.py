@@ -1,12 +1,12 @@
-"""What a tape will take, before it is made: bytes, objects, hours, and when it pays.
+"""What a cache will take, before it is made: bytes, objects, hours, and when it pays.
 
-In: data, a teacher, the spec of a tape, perhaps a student. Out: a `Plan`, estimated from some
+In: data, a teacher, the spec of a cache, perhaps a student. Out: a `Plan`, estimated from some
 seconds of the real thing: loader, teacher, codec and Zarr's pipelines in memory, and the training
 loop itself, with the teacher live and with its answers at hand. With
 
     V  passes that the teacher makes over N samples: views, or those that are averaged
     r  seconds to record one view of one sample: load, ask, encode
-    o  seconds of a training step for one sample, online; c the same from a tape
+    o  seconds of a training step for one sample, online; c the same from a cache
 
     bytes   = bytes of a record, as packed here * records + seals + metadata
     record  = V N r                         packing overlaps, and costs only where it takes longer
@@ -14,7 +14,7 @@ loop itself, with the teacher live and with its answers at hand. With
     online  = students epochs N o           so cached is faster where
               students * epochs > V r / (o - c)
 
-If loading takes no time, r = o - c, and a tape pays as soon as it is played more often than once:
+If loading takes no time, r = o - c, and a cache pays as soon as it is played more often than once:
 students * epochs > V. What stays true: nothing is written. Figures are estimates: a machine that is
 busy now, a disk that is slow later, or more processes change them.
 """
@@ -37,14 +37,13 @@ from numpy.typing import NDArray
 
 from kdcache.batch import Batch, Target, TargetSource, TemperedTarget
 from kdcache.cache import layout as layouts
-from kdcache.cache.codecs import sampled, top_k
 from kdcache.cache.layout import Layout
 from kdcache.cache.records import Records
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
 from kdcache.data.loader import Loader
 from kdcache.models.classifier import Classifier, Teacher
-from kdcache.teacher.precompute import encode_records, iter_teacher_logits
+from kdcache.teacher.precompute import iter_teacher_logits
 from kdcache.teacher.targets import OnlineTargets
 from kdcache.training import loop
 from kdcache.training.spec import TrainSpec
@@ -54,7 +53,7 @@ from kdcache.views.spec import MAX_VIEWS
 # turns, block by block.
 BLOCKS, BLOCK_S = 5, 0.6
 WARM_BATCHES = 2  # compile kernels, choose algorithms, fill queues
-AVERAGED = 2  # views that stand for all those of an averaged tape
+AVERAGED = 2  # views that stand for all those of an averaged cache
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Plan:
-    """Estimates for a whole tape: bytes and objects in the store, hours to make it."""
+    """Estimates for a whole cache: bytes and objects in the store, hours to make it."""
 
     bytes: int
     bytes_per_record: float
@@ -92,7 +91,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Hours for some students of some epochs each, the tape's own included in `cached`."""
+    """Hours for some students of some epochs each, the cache's own included in `cached`."""
 
     students: int
     cached: float
@@ -103,12 +102,14 @@ def record_some(
     dataset: Dataset, teacher: Teacher, spec: CacheSpec, *, batch_size: int, workers: int | None
 ) -> Recording:
     """Record for some seconds, and pack what came of it. Raises what `precompute` does."""
-    assert spec.view is not None
-    asked = replace(spec, average=min(spec.average, AVERAGED))
+    assert spec.view_spec is not None
+    asked = replace(spec, num_averaged_views=min(spec.num_averaged_views, AVERAGED))
     parts, rates, rows, start = [], [], 0, 0.0
-    with Loader(dataset, spec.view, batch_size, workers=workers, device=teacher.device) as loader:
+    with Loader(
+        dataset, spec.view_spec, batch_size, workers=workers, device=teacher.device
+    ) as loader:
         for batch, (view, rows_B, logits_BC) in enumerate(_passes(loader, teacher, asked), 1):
-            parts.append(encode_records(logits_BC, asked, view, rows_B))
+            parts.append(asked.codec.encode(logits_BC, asked.rows(view, rows_B)))
             rows += len(rows_B)
             seconds = time.perf_counter() - start
             if batch == WARM_BATCHES or (batch > WARM_BATCHES and seconds > BLOCK_S):
@@ -116,8 +117,8 @@ def record_some(
                 rows, start = 0, time.perf_counter()
             if len(rates) == BLOCKS:
                 break
-    scale = spec.average / asked.average if spec.average else 1
-    records = Records.concatenate(parts)[: min(spec.samples, Layout.of(spec).shard_rows)]
+    scale = spec.num_averaged_views / asked.num_averaged_views if spec.num_averaged_views else 1
+    records = Records.concatenate(parts)[: min(spec.num_samples, Layout.of(spec).shard_rows)]
     packed_s, packed_bytes = _pack(records, spec)
     return Recording(records, statistics.median(rates) * scale, packed_s, packed_bytes)
 
@@ -128,7 +129,7 @@ def _passes(
     """(view, rows, logits) of batch after batch, without end."""
     for view in itertools.count():
         for rows_B, logits_BC in iter_teacher_logits(
-            loader, teacher, spec, view, np.arange(spec.samples)
+            loader, teacher, spec, view, np.arange(spec.num_samples)
         ):
             yield view, rows_B, logits_BC
 
@@ -136,11 +137,11 @@ def _passes(
 def _pack(records: Records, spec: CacheSpec) -> tuple[float, float]:
     """Seconds and bytes that each record takes in Zarr's pipelines, in whole chunks."""
     layout, rows = Layout.of(spec), len(records)
-    if rows < min(spec.samples, layout.shard_rows):
+    if rows < min(spec.num_samples, layout.shard_rows):
         chunk = min(layout.chunk_rows, rows)
         rows = rows // chunk * chunk
         layout = Layout(chunk, rows)
-    zarr_json = layouts.metadata(replace(spec, views=1, samples=rows), layout, {})
+    zarr_json = layouts.metadata(replace(spec, num_views=1, num_samples=rows), layout, {})
     for _ in range(2):  # the first warms up
         start = time.perf_counter()
         objects = layouts.encode(zarr_json, 0, 0, records[:rows])
@@ -148,10 +149,10 @@ def _pack(records: Records, spec: CacheSpec) -> tuple[float, float]:
 
 
 def make_plan(spec: CacheSpec, recording: Recording) -> Plan:
-    """The whole tape, from what some of its records take."""
-    layout, records = Layout.of(spec), spec.views * spec.samples
-    places = spec.views * layout.shards(spec.samples)
-    arrays = len(layouts.columns(spec))
+    """The whole cache, from what some of its records take."""
+    layout, records = Layout.of(spec), spec.num_views * spec.num_samples
+    places = spec.num_views * layout.shards(spec.num_samples)
+    arrays = len(spec.codec.columns(spec.num_classes))
     zarr_json = layouts.metadata(spec, layout, {"kdcache": {"spec": spec.to_json()}})
     seals = places * arrays * layouts.SEAL_BYTES
     size = round(records * recording.packed_bytes) + seals + sum(map(len, zarr_json.values()))
@@ -177,9 +178,13 @@ def train_some(
     workers: int | None,
 ) -> Steps:
     """Train the student for some seconds each way. Raises what `train` does."""
-    assert spec.view is not None
+    assert spec.view_spec is not None
     endless = TrainSpec(
-        "cached", spec.view, epochs=MAX_VIEWS, batch_size=batch_size, temperature=spec.temperature
+        "cached",
+        spec.view_spec,
+        epochs=MAX_VIEWS,
+        batch_size=batch_size,
+        temperature=spec.codec.default_temperature,
     )
     turns = _Turns(OnlineTargets(teacher), _Replay(spec, recording.records))
     with contextlib.suppress(_EnoughError):
@@ -192,19 +197,19 @@ def train_some(
 
 
 def break_even(spec: CacheSpec, recording: Recording, steps: Steps) -> float:
-    """The number of epochs, over all students, from which on a tape is faster; inf for never."""
+    """The number of epochs, over all students, from which on a cache is faster; inf for never."""
     saved_s = steps.online_s - steps.cached_s
-    return spec.views * recording.seconds / saved_s if saved_s > 0 else math.inf
+    return spec.num_views * recording.seconds / saved_s if saved_s > 0 else math.inf
 
 
 def compare(spec: CacheSpec, plan: Plan, steps: Steps, *, students: int, epochs: int) -> Comparison:
     """Hours of this many students, both ways."""
-    views_h = students * epochs * spec.samples / 3600
+    views_h = students * epochs * spec.num_samples / 3600
     return Comparison(students, plan.hours + views_h * steps.cached_s, views_h * steps.online_s)
 
 
 def free_bytes(out: str) -> int | None:
-    """Room on the disk where a tape would lie; None for an object store."""
+    """Room on the disk where a cache would lie; None for an object store."""
     if "://" in out:
         return None
     folder = Path(out).absolute()
@@ -223,9 +228,7 @@ class _Replay:
     def __call__(self, batch: Batch) -> Target | TemperedTarget:
         spec, records = self.spec, self.records[np.arange(len(batch)) % len(self.records)]
         device = batch.images_BCHW.device
-        if spec.draws:
-            return sampled.decode(records, spec.draws, spec.temperature, spec.classes).to(device)
-        return top_k.decode(records, spec.classes).to(device)
+        return spec.codec.decode(records, spec.num_classes).to(device)
 
 
 class _EnoughError(Exception):

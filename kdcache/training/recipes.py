@@ -20,8 +20,8 @@ from typing import Literal, get_args
 
 import torch
 
-from kdcache.cache.codecs import top_k as codec
-from kdcache.cache.records import ValueType
+from kdcache.batch import dense_target
+from kdcache.cache.codecs import ValueType, choose_codec, record_bytes
 from kdcache.errors import UsageError, did_you_mean
 from kdcache.losses.distillation import distillation_loss
 from kdcache.models import load
@@ -45,8 +45,8 @@ class Data:
     """The data that a recipe is for; `part` says which images."""
 
     part: str
-    samples: int
-    classes: int
+    num_samples: int
+    num_classes: int
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,15 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Cost:
-    """record_bytes, tape_bytes   before compression, with the codec's defaults, every view kept"""
+    """record_bytes, cache_bytes   before compression, with the codec's defaults, every view kept"""
 
-    samples: int
-    classes: int
+    num_samples: int
+    num_classes: int
     steps: int
-    views: int
+    num_views: int
     top_k: int
     record_bytes: int
-    tape_bytes: int
+    cache_bytes: int
 
 
 def to_pytorch_weight_decay(wd: float, lr: float) -> float:
@@ -148,7 +148,7 @@ def sun(length: Length) -> Recipe:
 def fashion_mnist() -> Recipe:
     """Ours, for two CPU cores: minutes."""
     spec = TrainSpec(
-        "online", ViewSpec(28, min_area=0.5), epochs=8, batch_size=128, lr=1e-2, temperature=2
+        "online", ViewSpec(28, min_scale=0.5), epochs=8, batch_size=128, lr=1e-2, temperature=2
     )
     return Recipe(
         "fashion-mnist",
@@ -195,7 +195,7 @@ def _paper(
 ) -> Recipe:
     spec = TrainSpec(
         mode="online",
-        view=ViewSpec(size_px, crop="inception", min_area=0.05, flip=True, mixup=1.0),
+        view_spec=ViewSpec(size_px, crop="inception", min_scale=0.05, flip=True, mixup=1.0),
         epochs=epochs,
         batch_size=batch,
         lr=lr,
@@ -230,26 +230,28 @@ def get_recipe(name: str) -> Recipe:
     return RECIPES[name]()
 
 
-def cost_of(recipe: Recipe, *, samples: int | None = None, classes: int | None = None) -> Cost:
+def cost_of(
+    recipe: Recipe, *, num_samples: int | None = None, num_classes: int | None = None
+) -> Cost:
     """On the recipe's data, or on other data of so many samples and classes."""
-    spec, dtype = recipe.spec, DTYPE
-    n = recipe.data.samples if samples is None else samples
-    c = recipe.data.classes if classes is None else classes
-    k = codec.effective_top_k(c, min(TOP_K, c), dtype)
-    views, row = spec.views or spec.epochs, codec.record_bytes(c, k, dtype)
+    spec = recipe.spec
+    n = recipe.data.num_samples if num_samples is None else num_samples
+    c = recipe.data.num_classes if num_classes is None else num_classes
+    codec = choose_codec(c, min(TOP_K, c), DTYPE)
+    views, row = spec.num_views or spec.epochs, record_bytes(codec, c)
     steps = n // spec.batch_size * spec.epochs
-    return Cost(n, c, steps, views, k, row, views * n * row)
+    return Cost(n, c, steps, views, codec.num_named(c), row, views * n * row)
 
 
-def seconds_per_image(recipe: Recipe, classes: int, device: str) -> float:
+def seconds_per_image(recipe: Recipe, num_classes: int, device: str) -> float:
     """What a training step takes here for each image: the quickest of some on random pixels.
 
     Of the student alone: no teacher, no loading. In small batches where the recipe's are large.
     Raises what `models.load` and `optimizer_of` do.
     """
-    spec, size_px = recipe.spec, recipe.spec.view.size_px
+    spec, size_px = recipe.spec, recipe.spec.view_spec.size_px
     student = load.load_model(
-        recipe.student, "student", num_classes=classes, size_px=size_px, device=device
+        recipe.student, "student", num_classes=num_classes, size_px=size_px, device=device
     )
     student.precision = spec.precision
     optimizer = make_optimizer(student, spec)
@@ -257,7 +259,7 @@ def seconds_per_image(recipe: Recipe, classes: int, device: str) -> float:
     rows = min(spec.batch_size, pixels // size_px**2)
     images = torch.randint(0, 256, (rows, 3, size_px, size_px), dtype=torch.uint8, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
-    target = codec.dense_target(torch.randn(rows, classes, device=device))
+    target = dense_target(torch.randn(rows, num_classes, device=device))
     student.train()
     taken: list[float] = []
     while len(taken) <= MEASURE_STEPS or sum(taken[1:]) < MEASURE_S:

@@ -33,8 +33,11 @@ from kdcache.errors import CheckpointCorrupt, MissingDependency, StorageError, U
 from kdcache.evaluation.evaluate import Evaluation
 from kdcache.models import load
 from kdcache.models.classifier import Classifier
+from kdcache.models.run_json import RUN_FILE, RUN_VERSION
 from kdcache.models.weights import save_weights
+from kdcache.spec import differences
 from kdcache.training import checkpoint
+from kdcache.training.identity import RunIdentity
 from kdcache.training.spec import TrainSpec
 
 SPEC_FILE = "spec.json"
@@ -43,29 +46,6 @@ CHECKPOINTS = "checkpoints"
 BEST = "best"
 BOARD = "tensorboard"
 MAX_CHECKPOINTS = 2
-
-
-def identity(
-    spec: TrainSpec,
-    dataset: Dataset,
-    student: Classifier,
-    *,
-    tape: str | None = None,
-    teacher: str | None = None,
-) -> dict[str, Any]:
-    """All that decides a run, as spec.json has it: its spec, and digests of what it reads.
-
-    student   as it starts
-    tape      digest of the tape's spec; teacher: fingerprint of a live teacher
-    """
-    return {
-        **spec.to_json(),
-        "student": student.name,
-        "first_weights": student.fingerprint(),
-        "data": dataset.fingerprint,
-        "tape": tape,
-        "teacher": teacher,
-    }
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -87,25 +67,7 @@ def last_step(folder: Path) -> dict[str, Any]:
 
 
 def is_finished(folder: Path) -> bool:
-    return (folder / load.RUN_FILE).is_file()
-
-
-def _different(here: object, there: object, name: str = "") -> str:
-    """The fields in which two identities differ, as "field: expected, found" phrases."""
-    if isinstance(here, dict) and isinstance(there, dict):
-        parts = [
-            _different(value, there.get(key), f"{name}.{key}" if name else key)
-            for key, value in here.items()
-        ]
-        return "; ".join(filter(None, parts))
-    if here == there:
-        return ""
-    return f"{name or 'spec'}: {_short(here)} here, {_short(there)} there"
-
-
-def _short(value: object) -> str:
-    short = isinstance(value, float) and float(f"{value:g}") == value
-    return f"{value:g}" if short else str(value)
+    return (folder / RUN_FILE).is_file()
 
 
 class RunFolder:
@@ -125,7 +87,7 @@ class RunFolder:
     def __init__(
         self,
         folder: Path,
-        identity: dict[str, Any],
+        identity: RunIdentity,
         *,
         resume: bool = False,
         keep: int = MAX_CHECKPOINTS,
@@ -174,13 +136,13 @@ class RunFolder:
         except OSError:
             pass  # a file system without locks
         if self._begun:
-            _write(self.folder / SPEC_FILE, self.identity)
+            _write(self.folder / SPEC_FILE, self.identity.to_json())
         for part in (self.folder, self.folder / CHECKPOINTS, self.folder / BEST):
             for left in (left for pattern in checkpoint.LEFT for left in part.glob(pattern)):
                 left.unlink()
         for newest in checkpoints(self.folder)[-1:]:
             self.resumed = checkpoint.load(newest)
-            different = _different(self.identity, self.resumed.get("run"))
+            different = _different(self.identity, self.resumed["run"])
             if different:
                 raise UsageError(
                     f"{newest} is a checkpoint of another run ({different}): {checkpoint.REMEDY}"
@@ -211,19 +173,18 @@ class RunFolder:
         ):
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _require(self, identity: dict[str, Any]) -> None:
+    def _require(self, identity: RunIdentity) -> None:
         path = self.folder / SPEC_FILE
         try:
-            found = json.loads(path.read_text())
-            if not isinstance(found, dict):
-                raise ValueError("it is no JSON object")
+            different = _different(identity, json.loads(path.read_text()))
         except FileNotFoundError:
             raise UsageError(
                 f"{self.folder} holds no run to go on with (no {SPEC_FILE}): choose another --out"
             ) from None
-        except (OSError, ValueError) as error:
+        except UsageError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is damaged: {error}; choose another --out") from error
-        different = _different(identity, found)
         if different:
             raise UsageError(
                 f"{self.folder} holds another run ({different}): give the options that it was "
@@ -263,7 +224,7 @@ class RunFolder:
         with self._writing_log() as log:
             os.fsync(log.fileno())
         path = checkpoint_path(self.folder, state["step"])
-        checkpoint.save(path, {**state, "run": self.identity})
+        checkpoint.save(path, {**state, "run": self.identity.to_json()})
         for old in checkpoints(self.folder)[: -self.keep]:
             old.unlink(missing_ok=True)
 
@@ -303,6 +264,11 @@ def _board(folder: Path, step: int) -> Any:
     return SummaryWriter(folder, purge_step=step + 1)
 
 
+def _different(here: RunIdentity, there: Any) -> str:
+    """The fields in which a stored identity differs, as "field: expected, found" phrases."""
+    return "; ".join(differences(here, RunIdentity.from_json(there)))
+
+
 def make_run_json(
     spec: TrainSpec,
     dataset: Dataset,
@@ -311,20 +277,21 @@ def make_run_json(
     class_names: tuple[str, ...] | None = None,
     **extra: str | float | list[str] | None,
 ) -> dict[str, Any]:
-    """What run.json says: the spec, what was trained on what, and how good it became.
+    """What run.json says: the spec, what was trained on what, and its evaluation.
 
     class_names   where they are not the data's
     """
-    names = dataset.classes if class_names is None else class_names
+    names = dataset.class_names if class_names is None else class_names
     return {
-        **spec.to_json(),
+        "version": RUN_VERSION,
+        "spec": spec.to_json(),
         "student": student.name,
-        "classes": student.num_classes,
+        "num_classes": student.num_classes,
         "class_names": list(names),
-        "data": dataset.fingerprint,
-        "samples": len(dataset),
+        "data": dataset.content_hash,
+        "num_samples": len(dataset),
         **extra,
-        "weights": student.fingerprint(),
+        "weights": student.content_hash(),
         "kdcache": __version__,
         "torch": torch.__version__,
         "evaluation": asdict(evaluation) if evaluation else None,
@@ -338,7 +305,7 @@ def write_result(folder: Path, record: dict[str, Any], student: Classifier) -> N
     try:
         save_weights(student, partial)
         commit_file(partial, weights)
-        _write(folder / load.RUN_FILE, record)
+        _write(folder / RUN_FILE, record)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()

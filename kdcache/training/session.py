@@ -18,10 +18,11 @@ from kdcache.data.beton import Dataset
 from kdcache.errors import UsageError
 from kdcache.evaluation import evaluate
 from kdcache.evaluation.evaluate import Evaluation
-from kdcache.models import load
 from kdcache.models.classifier import Classifier, Teacher
+from kdcache.models.run_json import read_run_json
 from kdcache.training import checkpoint, run_folder
 from kdcache.training.distributed import SINGLE_PROCESS, World
+from kdcache.training.identity import RunIdentity
 from kdcache.training.keeper import Keeper, Schedule
 from kdcache.training.loop import LOG_EVERY_STEPS, State, Step, num_steps, train
 from kdcache.training.run_folder import RunFolder
@@ -35,7 +36,7 @@ class TrainingRun:
     labels       what the spec's label_weight weighs
     val          images to evaluate on; judge: the teacher that the student is then compared with,
                  which sees judge_size_px
-    tape         digest of the spec of the tape that targets come from; teacher: fingerprint of the
+    cache         digest of the spec of the cache that targets come from; teacher: content_hash of the
                  live teacher. They are part of what the run is; `about` is told in run.json only
     class_names  where they are not the data's
     notes        lines that the user should read as it begins
@@ -49,7 +50,7 @@ class TrainingRun:
     val: Dataset | None = None
     judge: Teacher | None = None
     judge_size_px: int | None = None
-    tape: str | None = None
+    cache: str | None = None
     teacher: str | None = None
     class_names: tuple[str, ...] | None = None
     about: dict[str, str | None] = field(default_factory=dict)
@@ -80,15 +81,15 @@ def run(
 
     Raises keeper.Stopped after a signal, and what `Run`, `train` and `evaluate` raise.
     """
-    identity = run_folder.identity(
-        job.spec, job.dataset, job.student, tape=job.tape, teacher=job.teacher
+    identity = RunIdentity.of(
+        job.spec, job.dataset, job.student, cache=job.cache, teacher=job.teacher
     )
     folder = None
     if world.first:
         folder = RunFolder(out, identity, resume=resume, keep=keep, tensorboard=tensorboard)
     with folder or contextlib.nullcontext():
         if world.told(int(run_folder.is_finished(out))):
-            return load.read_run_json(out)
+            return read_run_json(out)
         state, kept = _state(job, folder, out, world)
         steps = num_steps(job.spec, job.dataset)[1]
         keeper = Keeper(
@@ -128,7 +129,7 @@ def run(
             on_step=logged,
             after_step=after_step,
         )
-        with state.average.applied():
+        with state.ema.applied():
             record = _record(job, keeper.found, keeper.seconds)
             if folder:
                 folder.finish(record, job.student)
@@ -161,7 +162,7 @@ def _evaluated(job: TrainingRun, world: World, workers: int | None) -> Evaluatio
     return evaluate.evaluate(
         job.student,
         job.val,
-        size_px=job.spec.view.size_px,
+        size_px=job.spec.view_spec.size_px,
         teacher=job.judge,
         teacher_size_px=job.judge_size_px,
         workers=workers,

@@ -1,41 +1,65 @@
-"""What decides a training run besides its data, its student and its teacher."""
+"""`TrainSpec`: what decides a training run besides its data, its student and its teacher."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from kdcache.spec import Precision, digest, require
+from kdcache.spec import (
+    Precision,
+    digest,
+    require,
+    require_known_fields,
+    require_version,
+    spec_to_json,
+)
 from kdcache.views.spec import MAX_VIEWS, ViewSpec
 
 Mode = Literal["labels", "online", "cached"]
 OptimizerName = Literal["adamw", "sgd", "soap"]
+
+TRAIN_VERSION = 2
+# Version 1 had no version in its JSON, and these names.
+_RENAMED_IN_2 = {
+    "view": "view_spec",
+    "teacher_view": "teacher_view_spec",
+    "views": "num_views",
+    "setup": "setting",
+    "average": "num_averaged_views",
+    "ema": "ema_decay",
+}
 
 
 @dataclass(frozen=True)
 class TrainSpec:
     """What decides a run besides its data, its student and its teacher.
 
-    setup         the name of the set-up (`setups.py`)
-    view          what the student sees
-    teacher_view  what a live teacher sees; None: the student's own pixels
-    views         how many different views the epochs cycle through; None: every epoch a new one
-    average       a live teacher answers with its mean probability over this many views of
-                  teacher_view; 0: with that for one
-    batch_size    of all processes together
-    lr            the highest learning rate
-    weight_decay  as in AdamW: decoupled, times the learning rate
-    momentum      of SGD
-    warmup        over which the rate rises from 0: below 1 a share of all steps, else their number
-    label_weight  w in (1 - w) * distillation + w * cross-entropy with the labels
-    ema           decay of a moving average of the weights, which the run then gives; 0: none
-    precision     of the arithmetic of student and live teacher, by autocast
-    seed          of the student's first weights, and of its dropout
+    view_spec           what the student sees
+    teacher_view_spec   what a live teacher sees; None: the student's own pixels
+    epochs              passes through the data
+    batch_size          images in a step, of all processes together
+    lr                  peak learning rate
+    weight_decay        decoupled: times the learning rate, as in AdamW
+    momentum            of SGD
+    warmup              length of the linear warm-up: a fraction of all steps if below 1, else a
+                        number of steps
+    temperature         T of the distillation loss
+    label_weight        w in (1 - w) * distillation + w * cross-entropy with the labels
+    ema_decay           decay of an exponential moving average of the parameters, which the run then
+                        gives; 0: none
+    precision           of the forward passes of student and live teacher, by autocast
+    seed                of the student's initialisation, and of its dropout
+    deterministic       one thread and deterministic algorithms
+    num_views           number of views that the epochs cycle through; None: a new one each epoch
+    setting             the name of the setting (`views/settings.py`)
+    num_averaged_views  a live teacher's target is its mean probability over this many views of
+                        teacher_view_spec; 0: its logits for one
     """
 
     mode: Mode
-    view: ViewSpec
+    view_spec: ViewSpec
     epochs: int = 10
     batch_size: int = 256
     lr: float = 3e-3
@@ -44,14 +68,14 @@ class TrainSpec:
     temperature: float = 1.0
     seed: int = 0
     deterministic: bool = False
-    views: int | None = None
-    setup: str = "function-matching"
-    teacher_view: ViewSpec | None = None
-    average: int = 0
+    num_views: int | None = None
+    setting: str = "function-matching"
+    teacher_view_spec: ViewSpec | None = None
+    num_averaged_views: int = 0
     optimizer: OptimizerName = "adamw"
     momentum: float = 0.9
     label_weight: float = 0.0
-    ema: float = 0.0
+    ema_decay: float = 0.0
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:
@@ -70,13 +94,20 @@ class TrainSpec:
         )
         require(0 < self.temperature < math.inf, "temperature", "above 0", self.temperature)
         require(0 <= self.seed < 1 << 63, "seed", "in [0, 2^63)", self.seed)
-        require(self.views is None or self.views >= 1, "views", "at least 1", self.views)
-        require(0 <= self.average <= MAX_VIEWS, "average", f"0 to {MAX_VIEWS}", self.average)
+        require(
+            self.num_views is None or self.num_views >= 1, "views", "at least 1", self.num_views
+        )
+        require(
+            0 <= self.num_averaged_views <= MAX_VIEWS,
+            "average",
+            f"0 to {MAX_VIEWS}",
+            self.num_averaged_views,
+        )
         names = get_args(OptimizerName)
         require(self.optimizer in names, "optimizer", f"one of {', '.join(names)}", self.optimizer)
         require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
         require(0 <= self.label_weight <= 1, "label weight", "in [0, 1]", self.label_weight)
-        require(0 <= self.ema < 1, "ema", "a decay in [0, 1)", self.ema)
+        require(0 <= self.ema_decay < 1, "ema decay", "a decay in [0, 1)", self.ema_decay)
         precisions = get_args(Precision)
         require(
             self.precision in precisions,
@@ -90,17 +121,17 @@ class TrainSpec:
         return digest(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        seen = self.teacher_view.to_json() if self.teacher_view else None
-        numbers = {
-            name: float(getattr(self, name))
-            for name in (
-                "lr",
-                "weight_decay",
-                "warmup",
-                "temperature",
-                "momentum",
-                "label_weight",
-                "ema",
-            )
-        }
-        return {**asdict(self), **numbers, "view": self.view.to_json(), "teacher_view": seen}
+        return {"version": TRAIN_VERSION, **spec_to_json(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> TrainSpec:
+        """The spec that any version of kdcache wrote. Raises UsageError for a later one's."""
+        found = dict(value)
+        if require_version("runs", found.pop("version", 1), TRAIN_VERSION) == 1:
+            found = {_RENAMED_IN_2.get(name, name): x for name, x in found.items()}
+            found["setting"] = found["setting"].replace("-mild", "-random")
+        require_known_fields(cls, found, "the run's spec")
+        for name in ("view_spec", "teacher_view_spec"):
+            if found.get(name) is not None:
+                found[name] = ViewSpec.from_json(found[name])
+        return cls(**found)

@@ -35,7 +35,7 @@ def crop_boxes(
         return _inception_boxes(spec, view, s, h_image, w_image)
     if spec.crop == "whole":
         return np.stack([np.zeros_like(h_image), np.zeros_like(w_image), h_image, w_image], 1)
-    side = np.floor(np.sqrt(spec.min_area) * np.minimum(h_image, w_image) + 0.5).astype(np.int64)
+    side = np.floor(np.sqrt(spec.min_scale) * np.minimum(h_image, w_image) + 0.5).astype(np.int64)
     side = np.maximum(side, 1)
     if spec.crop == "center":
         return np.stack([(h_image - side) // 2, (w_image - side) // 2, side, side], 1)
@@ -50,7 +50,7 @@ def _inception_boxes(spec: ViewSpec, view: int, s: U64, h_image: I64, w_image: I
     ratios = aspect_ratios()
     for attempt in range(CROP_ATTEMPTS):
         r0, r1, r2, r3 = draw(spec.seed, view, s, Purpose.CROP, attempt)
-        share = spec.min_area + r0.astype(np.float64) * 2.0**-32 * (1 - spec.min_area)
+        share = spec.min_scale + r0.astype(np.float64) * 2.0**-32 * (1 - spec.min_scale)
         area = (h_image * w_image).astype(np.float64) * share
         ratio = ratios[below(r1, TABLE_ENTRIES).astype(np.int64)]
         w = np.floor(np.sqrt(area * ratio) + 0.5).astype(np.int64)

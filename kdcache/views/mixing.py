@@ -32,7 +32,7 @@ def mix_weight_table(alpha: float) -> NDArray[np.int64]:
 
 
 def pair_mix_weights(
-    spec: ViewSpec, view: int, positions: ArrayLike, samples: int
+    spec: ViewSpec, view: int, positions: ArrayLike, num_samples: int
 ) -> NDArray[np.int16]:
     """The partner's weight in 1/256 at each position of a view; 0 where nothing is mixed.
 
@@ -43,7 +43,7 @@ def pair_mix_weights(
     table = mix_weight_table(spec.mixup)
     word = draw(spec.seed, view, p >> 1, Purpose.MIX)[0]
     weight = table[below(word, TABLE_ENTRIES).astype(np.int64)]
-    return np.where(p ^ 1 < samples, weight, 0).astype(np.int16)
+    return np.where(p ^ 1 < num_samples, weight, 0).astype(np.int16)
 
 
 def mix_pairs(images: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -21,24 +21,24 @@ from kdcache.views.philox import I64, SAMPLE_BITS, Purpose, draw
 from kdcache.views.spec import MAX_VIEWS, ViewSpec
 
 
-def view_order(spec: ViewSpec, view: int, samples: int) -> I64:
+def view_order(spec: ViewSpec, view: int, num_samples: int) -> I64:
     """The sample at each position of a view: a permutation of range(samples), read-only."""
     _check_view(view)
-    return _order(spec.seed, view, samples)
+    return _order(spec.seed, view, num_samples)
 
 
 @lru_cache(maxsize=2)  # precompute asks once for each shard of a view
-def _order(seed: int, view: int, samples: int) -> I64:
-    high, low, _, _ = draw(seed, view, np.arange(samples), Purpose.ORDER)
+def _order(seed: int, view: int, num_samples: int) -> I64:
+    high, low, _, _ = draw(seed, view, np.arange(num_samples), Purpose.ORDER)
     found = np.argsort((high << np.uint64(32)) | low, kind="stable").astype(np.int64)
     found.flags.writeable = False
     return found
 
 
-def view_positions(spec: ViewSpec, view: int, samples: int) -> I64:
+def view_positions(spec: ViewSpec, view: int, num_samples: int) -> I64:
     """The position of each sample in a view: the inverse of `order`."""
-    inverse = np.empty(samples, np.int64)
-    inverse[view_order(spec, view, samples)] = np.arange(samples)
+    inverse = np.empty(num_samples, np.int64)
+    inverse[view_order(spec, view, num_samples)] = np.arange(num_samples)
     return inverse
 
 

@@ -1,9 +1,9 @@
-"""The set-ups of the paper: what the teacher and the student see of an image.
+"""The settings of the paper: what the teacher and the student see of an image.
 
-Beyer et al. 2022 (arXiv 2106.05237), section 3. In: a set-up's name and the view options that were
-given. Out: the student's view, the teacher's, and how a tape of the teacher's answers is made. What
-stays true: a set-up is a pure function from the student's view to the teacher's, so online training
-and a tape of any age agree on what either sees.
+Beyer et al. 2022 (arXiv 2106.05237), section 3. In: a setting's name and the view options that were
+given. Out: the student's view, the teacher's, and how a cache of the teacher's answers is made. What
+stays true: a setting is a pure function from the student's view to the teacher's, so online training
+and a cache of any age agree on what either sees.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, Literal
 from kdcache.errors import UsageError, did_you_mean
 from kdcache.views.spec import EVAL_SCALE, Crop, ViewSpec
 
-RowOrder = Literal["position", "sample"]
+RowOrder = Literal["view", "dataset"]
 
-CUSTOM = "custom"  # the name of what is no set-up of ours
+CUSTOM = "custom"  # the name of what is no setting of ours
 PAPER_AVERAGE = 1024  # the crops that the paper averages over
 MIN_SCALES = {"inception": 0.05, "whole": 1.0}  # where none is given; else the mild crop's
 _SEED_BIT = 1 << 63
@@ -39,8 +39,8 @@ class Setting:
     crop, mixing  of the student's view
     teacher_crop  of the teacher's own view, never mixed; None: it sees the student's pixels
     independent   the teacher draws its crops and mirrors with another seed
-    order         of a tape: "position" where the teacher sees what the student sees
-    average       the teacher's answer is a mean of probabilities over this many views; 0: of one
+    row_order     of a cache: "view" where the teacher sees what the student sees
+    num_averaged_views  the teacher's answer is a mean of probabilities over this many views; 0: of one
     """
 
     name: str
@@ -50,34 +50,36 @@ class Setting:
     mixing: bool = False
     teacher_crop: Crop | None = None
     independent: bool = False
-    order: RowOrder = "position"
-    average: int = 0
+    row_order: RowOrder = "view"
+    num_averaged_views: int = 0
 
     @property
     def fixed(self) -> bool:
         """There is one answer to each sample, whatever the epoch."""
-        return self.order == "sample" and not self.independent
+        return self.row_order == "dataset" and not self.independent
 
-    def student_view(self, given: dict[str, Any], natural_size_px: int) -> ViewSpec:
+    def student_view_spec(self, given: dict[str, Any], natural_size_px: int) -> ViewSpec:
         """What the student sees; `given` are the view options that were given, by field.
 
-        Raises UsageError for an option that makes another set-up of it, naming that one.
+        Raises UsageError for an option that makes another setting of it, naming that one.
         """
         self._require(given)
         own = {"crop": self.crop, "mixup": float(self.mixing), "flip": self.crop != "whole"}
         return make_view_spec({**own, **given}, natural_size_px)
 
-    def teacher_view(self, student: ViewSpec, *, size_px: int | None = None) -> ViewSpec | None:
+    def teacher_view_spec(
+        self, student: ViewSpec, *, size_px: int | None = None
+    ) -> ViewSpec | None:
         """What a live teacher sees beside this view of the student's.
 
         None where it sees the student's own pixels, and where it looks at many views (`average`).
         size_px is the teacher's where it differs: then boxes, pairs, weights, mirrors and order are
         the same, at another size.
         """
-        seen = self.tape_view(student, size_px=size_px)
-        return None if self.average or seen == student else seen
+        seen = self.cache_view_spec(student, size_px=size_px)
+        return None if self.num_averaged_views or seen == student else seen
 
-    def tape_view(self, student: ViewSpec, *, size_px: int | None = None) -> ViewSpec:
+    def cache_view_spec(self, student: ViewSpec, *, size_px: int | None = None) -> ViewSpec:
         """The view that the teacher answers, be it the student's.
 
         With `average`, it is views 0 ... average - 1 of this.
@@ -88,32 +90,36 @@ class Setting:
             seen = replace(seen, crop=self.teacher_crop, flip=seen.flip and not one)
         return replace(seen, seed=other_seed(seen.seed)) if self.independent else seen
 
-    def tape_fields(
+    def cache_fields(
         self,
         given: dict[str, Any],
         natural_size_px: int,
         *,
-        views: int = 1,
-        order: RowOrder | None = None,
-        average: int = 0,
+        num_views: int = 1,
+        row_order: RowOrder | None = None,
+        num_averaged_views: int = 0,
     ) -> tuple[ViewSpec, RowOrder, int]:
-        """View, order and average of the tape that the set-up needs; `given` as of the student.
+        """View, order and average of the cache that the setting needs; `given` as of the student.
 
-        Raises UsageError for options that contradict the set-up.
+        Raises UsageError for options that contradict the setting.
         """
-        view = self.tape_view(self.student_view(given, natural_size_px))
-        if order not in (None, self.order):
-            raise UsageError(f"{self.name} needs a tape in {self.order} order: leave --order out")
-        if average and not self.average:
+        view = self.cache_view_spec(self.student_view_spec(given, natural_size_px))
+        if row_order not in (None, self.row_order):
             raise UsageError(
-                f"{self.name} asks of one view at a time: --average goes with --setup fixed-average"
+                f"{self.name} needs a cache in {self.row_order} order: leave --row-order out"
             )
-        if self.fixed and views != 1:
-            raise UsageError(f"{self.name} has one answer for each sample: --views 1, not {views}")
-        return view, self.order, average or self.average
+        if num_averaged_views and not self.num_averaged_views:
+            raise UsageError(
+                f"{self.name} asks of one view at a time: --average-views goes with --setting fixed-average"
+            )
+        if self.fixed and num_views != 1:
+            raise UsageError(
+                f"{self.name} has one answer for each sample: --views 1, not {num_views}"
+            )
+        return view, self.row_order, num_averaged_views or self.num_averaged_views
 
     def _require(self, given: dict[str, Any]) -> None:
-        """Raise UsageError for view options that make another set-up of this one."""
+        """Raise UsageError for view options that make another setting of this one."""
         crop, mixup = given.get("crop", self.crop), given.get("mixup", float(self.mixing))
         if crop != self.crop:
             option, has = f"--crop {crop}", f"has the {self.crop} crop"
@@ -125,13 +131,17 @@ class Setting:
             return
         teachers = crop if self.teacher_crop == self.crop else self.teacher_crop
         would = replace(self, crop=crop, mixing=bool(mixup), teacher_crop=teachers)
-        same = [other.name for other in SETTINGS if _kind(other) == _kind(would) and other != self]
+        same = [
+            other.name
+            for other in SETTINGS.values()
+            if _kind(other) == _kind(would) and other != self
+        ]
         if same:
             raise UsageError(
-                f"{self.name} {has}: with {option} it would be {same[0]}; give --setup {same[0]}, "
+                f"{self.name} {has}: with {option} it would be {same[0]}; give --setting {same[0]}, "
                 f"or leave {option} out"
             )
-        raise UsageError(f"{self.name} {has}: leave {option} out, or --setup")
+        raise UsageError(f"{self.name} {has}: leave {option} out, or --setting")
 
     def _shows(self, student: ViewSpec) -> bool:
         """Whether the student sees such a view."""
@@ -139,13 +149,13 @@ class Setting:
         return alike and not (self.crop == "whole" and student.flip)
 
 
-SETTINGS = (
+_PAPER = (
     Setting(
         "fixed-whole",
         "fix/rs",
         "both see all of the image, squashed into the square: one picture for ever",
         "whole",
-        order="sample",
+        row_order="dataset",
     ),
     Setting(
         "fixed-center",
@@ -153,7 +163,7 @@ SETTINGS = (
         "the teacher sees the centre crop, the student a mild random crop, another each epoch",
         "random",
         teacher_crop="center",
-        order="sample",
+        row_order="dataset",
     ),
     Setting(
         "fixed-average",
@@ -162,17 +172,17 @@ SETTINGS = (
         "inception crop each epoch",
         "inception",
         teacher_crop="inception",
-        order="sample",
-        average=PAPER_AVERAGE,
+        row_order="dataset",
+        num_averaged_views=PAPER_AVERAGE,
     ),
     Setting(
-        "independent-mild",
+        "independent-random",
         "ind/rc",
         "each sees a mild random crop of its own, another each epoch",
         "random",
         teacher_crop="random",
         independent=True,
-        order="sample",
+        row_order="dataset",
     ),
     Setting(
         "independent-inception",
@@ -181,10 +191,10 @@ SETTINGS = (
         "inception",
         teacher_crop="inception",
         independent=True,
-        order="sample",
+        row_order="dataset",
     ),
     Setting(
-        "consistent-mild",
+        "consistent-random",
         "same/rc",
         "both see the same mild random crop, another each epoch",
         "random",
@@ -203,35 +213,47 @@ SETTINGS = (
         mixing=True,
     ),
 )
-DEFAULT_SETTING = SETTINGS[-1]
+SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _PAPER}
+DEFAULT_SETTING = SETTINGS["function-matching"]
 
 
 def get_setting(name: str) -> Setting:
-    """The set-up of our name or the paper's. Raises UsageError for another, listing ours."""
-    for setup in SETTINGS:
-        if name in (setup.name, setup.paper):
-            return setup
-    names = ", ".join(setup.name for setup in SETTINGS)
-    close = did_you_mean(name, [known for setup in SETTINGS for known in (setup.name, setup.paper)])
-    raise UsageError(f"unknown set-up {name!r}: a set-up is one of {names}{close}")
+    """The setting of our name or the paper's. Raises UsageError for another, listing ours."""
+    for setting in SETTINGS.values():
+        if name in (setting.name, setting.paper):
+            return setting
+    names = ", ".join(SETTINGS)
+    close = did_you_mean(
+        name, [known for setting in SETTINGS.values() for known in (setting.name, setting.paper)]
+    )
+    raise UsageError(f"unknown setting {name!r}: a setting is one of {names}{close}")
 
 
 def make_view_spec(given: dict[str, Any], natural_size_px: int) -> ViewSpec:
-    """The view of these options, by field, where no set-up is named."""
+    """The view of these options, by field, where no setting is named."""
     crop = given.get("crop", "inception")
-    own = {"size_px": natural_size_px, "min_area": MIN_SCALES.get(crop, EVAL_SCALE)}
+    own = {"size_px": natural_size_px, "min_scale": MIN_SCALES.get(crop, EVAL_SCALE)}
     return ViewSpec(**{**own, **given})
 
 
 def setting_name(student: ViewSpec, teacher: ViewSpec | None = None) -> str:
-    """The name of the set-up where the two see this (`teacher_view`); "custom" for none of ours."""
+    """The name of the setting where the two see this (`teacher_view_spec`); "custom" for none of ours."""
     size_px = (teacher or student).size_px
-    for setup in SETTINGS:
-        alike = not setup.average and setup.teacher_view(student, size_px=size_px) == teacher
-        if alike and setup._shows(student):
-            return setup.name
+    for setting in SETTINGS.values():
+        alike = (
+            not setting.num_averaged_views
+            and setting.teacher_view_spec(student, size_px=size_px) == teacher
+        )
+        if alike and setting._shows(student):
+            return setting.name
     return CUSTOM
 
 
-def _kind(setup: Setting) -> tuple[object, ...]:
-    return setup.crop, setup.mixing, setup.teacher_crop, setup.independent, setup.average
+def _kind(setting: Setting) -> tuple[object, ...]:
+    return (
+        setting.crop,
+        setting.mixing,
+        setting.teacher_crop,
+        setting.independent,
+        setting.num_averaged_views,
+    )

@@ -1,0 +1,65 @@
+"""The record codecs: how teacher logits are kept, a file each, and a line in `CODECS`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kdcache.cache.codecs.dense import Dense
+from kdcache.cache.codecs.protocol import Column, RecordCodec, Rows
+from kdcache.cache.codecs.sampled import Sampled
+from kdcache.cache.codecs.top_k import TopK
+from kdcache.cache.codecs.values import ValueType
+from kdcache.errors import UsageError
+from kdcache.spec import require_known_fields, spec_to_json
+
+__all__ = [
+    "CODECS",
+    "Column",
+    "Dense",
+    "RecordCodec",
+    "Rows",
+    "Sampled",
+    "TopK",
+    "ValueType",
+    "choose_codec",
+    "codec_from_json",
+    "codec_to_json",
+    "record_bytes",
+]
+
+CODECS: dict[str, type[Any]] = {codec.name: codec for codec in (TopK, Dense, Sampled)}
+
+
+def codec_to_json(codec: RecordCodec) -> dict[str, Any]:
+    return {"name": codec.name, **spec_to_json(codec)}
+
+
+def codec_from_json(value: Mapping[str, Any]) -> RecordCodec:
+    """Raises UsageError for a name that `CODECS` lacks, or parameters that its codec lacks."""
+    parameters = dict(value)
+    name = parameters.pop("name")
+    if name not in CODECS:
+        raise UsageError(
+            f"unknown record codec {name!r}, known are {', '.join(CODECS)}: install the kdcache "
+            "that wrote it, or import the module that adds it to kdcache.cache.codecs.CODECS"
+        )
+    require_known_fields(CODECS[name], parameters, f"the record codec {name!r}")
+    codec: RecordCodec = CODECS[name](**parameters)
+    return codec
+
+
+def choose_codec(num_classes: int, top_k: int | None, dtype: ValueType = "float16") -> RecordCodec:
+    """The k largest logits, or all of them where top_k is None or that takes no more bytes."""
+    dense = Dense(dtype)
+    if top_k is None or top_k == num_classes:
+        return dense
+    sparse = TopK(top_k, dtype)
+    sparse.require_classes(num_classes)
+    smaller = record_bytes(sparse, num_classes) < record_bytes(dense, num_classes)
+    return sparse if smaller else dense
+
+
+def record_bytes(codec: RecordCodec, num_classes: int) -> int:
+    """Bytes of a record before compression."""
+    return sum(column.record_bytes for column in codec.columns(num_classes).values())

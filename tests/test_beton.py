@@ -90,7 +90,7 @@ def mode_of(path: Path) -> str:
 
 def test_a_dataset_says_what_was_converted(digits: Dataset) -> None:
     source = open_source("digits", "train")
-    assert digits.classes == source.classes
+    assert digits.class_names == source.class_names
     assert digits.labels.tolist() == source.labels
     assert digits.labels.dtype == np.int64
     assert len(digits) == 1500
@@ -116,7 +116,7 @@ def test_checksums_are_those_of_the_stored_bytes(name: str, request: pytest.Fixt
 
 def test_opening_gives_what_converting_gave(photos: Dataset) -> None:
     again = open_dataset(photos.path)
-    assert (again.classes, again.fingerprint) == (photos.classes, photos.fingerprint)
+    assert (again.classes, again.content_hash) == (photos.class_names, photos.content_hash)
     assert (again.labels == photos.labels).all()
     assert (again.checksums == photos.checksums).all()
 
@@ -175,7 +175,7 @@ def test_the_fingerprint_sees_pixels_labels_classes_and_order(tmp_path: Path) ->
         Source(("a", "b"), images[::-1], [0, 1]),
         Source(("a", "b"), images[:1], [0]),
     ]
-    found = [convert(s, tmp_path / f"{i}.beton")[0].fingerprint for i, s in enumerate(sources)]
+    found = [convert(s, tmp_path / f"{i}.beton")[0].content_hash for i, s in enumerate(sources)]
     assert len(set(found)) == len(sources)
 
 
@@ -196,10 +196,10 @@ def test_small_and_grey_jpegs_keep_their_bytes_too(tmp_path: Path) -> None:
         path.write_bytes(original)
     dataset = converted(tmp_path, *paths)
     assert [payload(dataset, i)[2] for i in range(2)] == originals
-    spec = ViewSpec(20, crop="center", min_area=1.0, flip=False, mixup=0)
+    spec = ViewSpec(20, crop="center", min_scale=1.0, flip=False, mixup=0)
     with Loader(dataset, spec, 2) as loader:
         (batch,) = loader.batches(0)
-    grey = batch.images_BCHW[batch.samples_B.tolist().index(1)]
+    grey = batch.images_BCHW[batch.sample_ids_B.tolist().index(1)]
     assert torch.equal(grey[0], grey[1])
     assert torch.equal(grey[0], grey[2])
 
@@ -607,7 +607,7 @@ def overwrite(path: Path, offset: int, data: bytes) -> None:
 
 
 def test_the_untouched_copy_opens(copy: Path, whole: Dataset) -> None:
-    assert open_dataset(copy).fingerprint == whole.fingerprint
+    assert open_dataset(copy).content_hash == whole.content_hash
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
@@ -757,7 +757,7 @@ def test_the_sidecar_of_a_like_file_is_refused(digits: Dataset, tmp_path: Path) 
     """Equally many samples of equal size: only the bytes differ."""
     few = subset(digits, 10, tmp_path / "few.beton")
     whole = open_source("digits", "train")
-    other = Source(whole.classes, whole.images[10:20], whole.labels[:10])
+    other = Source(whole.class_names, whole.images[10:20], whole.labels[:10])
     convert(other, tmp_path / "other.beton")
     shutil.copy(sidecar_path(tmp_path / "other.beton"), sidecar_path(few.path))
     # The sidecar agrees with the file in all that opening reads; the payloads tell.

@@ -15,15 +15,15 @@ from kdcache.models import load
 from kdcache.models.classifier import Classifier
 from kdcache.models.weights import load_initial_weights, save_weights
 from tests.test_models import STUDENT, run_folder, write_run
-from tests.test_zoo import build, give_weights
+from tests.test_pretrained import build, give_weights
 
 __all__ = ["run_folder"]
 Weights = dict[str, torch.Tensor]
 
 
-def student(seed: int, classes: int = 10) -> Classifier:
+def student(seed: int, num_classes: int = 10) -> Classifier:
     torch.manual_seed(seed)
-    return load.load_model(STUDENT, "student", num_classes=classes, size_px=8)
+    return load.load_model(STUDENT, "student", num_classes=num_classes, size_px=8)
 
 
 def write(path: Path, weights: Weights) -> str:
@@ -32,11 +32,11 @@ def write(path: Path, weights: Weights) -> str:
 
 
 def refusal(model: Classifier, source: str) -> str:
-    before = model.fingerprint()
+    before = model.content_hash()
     with pytest.raises(UsageError) as caught:
         load_initial_weights(model, source)
     assert "\n" not in str(caught.value)
-    assert model.fingerprint() == before
+    assert model.content_hash() == before
     return str(caught.value)
 
 
@@ -45,7 +45,7 @@ def test_from_a_file(tmp_path: Path) -> None:
     save_weights(student(1), path)
     model = student(2)
     assert load_initial_weights(model, str(path)) == []
-    assert model.fingerprint() == student(1).fingerprint()
+    assert model.content_hash() == student(1).content_hash()
     assert model.training
     assert model.name == STUDENT
 
@@ -53,7 +53,7 @@ def test_from_a_file(tmp_path: Path) -> None:
 def test_from_a_finished_run(run_folder: Path) -> None:
     model = student(2)
     assert load_initial_weights(model, str(run_folder)) == []
-    assert model.fingerprint() == json.loads((run_folder / "run.json").read_text())["weights"]
+    assert model.content_hash() == json.loads((run_folder / "run.json").read_text())["weights"]
 
 
 def _without(weights: Weights) -> None:
@@ -118,13 +118,13 @@ def test_only_libraries_have_pretrained_weights() -> None:
 
 @pytest.mark.parametrize(("classes", "fresh"), [(10, ["fc.weight", "fc.bias"]), (1000, [])])
 def test_from_torchvisions_weights(
-    monkeypatch: pytest.MonkeyPatch, classes: int, fresh: list[str]
+    monkeypatch: pytest.MonkeyPatch, num_classes: int, fresh: list[str]
 ) -> None:
     weights = build("resnet18").state_dict()
     # As torchvision's oldest files are: they lack what torch did not keep then.
     given = {k: w for k, w in weights.items() if not k.endswith("num_batches_tracked")}
     give_weights(monkeypatch, given)
-    model = load.load_model("torchvision:resnet18", "student", num_classes=classes, size_px=32)
+    model = load.load_model("torchvision:resnet18", "student", num_classes=num_classes, size_px=32)
     before = {key: value.clone() for key, value in model.network.state_dict().items()}
     assert load_initial_weights(model, "pretrained") == fresh
     for key, value in model.network.state_dict().items():

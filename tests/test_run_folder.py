@@ -28,7 +28,7 @@ from kdcache.views.spec import ViewSpec
 
 STUDENT = "python:tests.conftest:convolutional_student"
 SPEC = TrainSpec("labels", ViewSpec(8), epochs=1, batch_size=8)
-IDENTITY = {"lr": 0.1, "view": {"seed": 0, "size_px": 8}, "student": "s", "tape": None}
+IDENTITY = {"lr": 0.1, "view": {"seed": 0, "size_px": 8}, "student": "s", "cache": None}
 
 
 def student() -> Classifier:
@@ -67,9 +67,9 @@ def test_a_run_says_how_it_was_made(
     assert {key: record[key] for key in SPEC.to_json()} == SPEC.to_json()
     assert record["student"] == STUDENT
     assert record["classes"] == 10
-    assert record["class_names"] == list(digits_test.classes)
-    assert (record["data"], record["samples"]) == (digits_test.fingerprint, 297)
-    assert record["weights"] == made.fingerprint()
+    assert record["class_names"] == list(digits_test.class_names)
+    assert (record["data"], record["samples"]) == (digits_test.content_hash, 297)
+    assert record["weights"] == made.content_hash()
     assert (record["teacher"], record["seconds"]) == ("someone", 1.5)
     assert (record["kdcache"], record["torch"]) == (kdcache.__version__, torch.__version__)
     assert record["evaluation"]["samples"] == 297
@@ -80,7 +80,7 @@ def test_a_run_says_how_it_was_made(
 
 def test_a_spec_says_all_that_decides_a_run(digits_test: Dataset, tmp_path: Path) -> None:
     made = student()
-    this = identity(SPEC, digits_test, made, tape="t" * 16, teacher="u" * 16)
+    this = identity(SPEC, digits_test, made, cache="t" * 16, teacher="u" * 16)
     with RunFolder(tmp_path / "r", this) as run:
         run.log({"step": 1})
     said = json.loads((tmp_path / "r" / "spec.json").read_text())
@@ -88,9 +88,9 @@ def test_a_spec_says_all_that_decides_a_run(digits_test: Dataset, tmp_path: Path
     assert said == {
         **SPEC.to_json(),
         "student": STUDENT,
-        "first_weights": made.fingerprint(),
-        "data": digits_test.fingerprint,
-        "tape": "t" * 16,
+        "first_weights": made.content_hash(),
+        "data": digits_test.content_hash,
+        "cache": "t" * 16,
         "teacher": "u" * 16,
     }
 
@@ -99,7 +99,7 @@ def test_a_runs_weights_come_back_as_they_were(finished: tuple[Classifier, Path]
     made, folder = finished
     for role, name in (("teacher", str(folder)), ("student", STUDENT)):
         again = load.load_model(str(folder), role, num_classes=10, size_px=8)  # type: ignore[arg-type]
-        assert again.fingerprint() == made.fingerprint()
+        assert again.content_hash() == made.content_hash()
         assert again.name == name
 
 
@@ -129,7 +129,7 @@ def test_the_best_weights_are_a_run_of_their_own(digits_test: Dataset, tmp_path:
         for _ in range(2):
             run.keep_best(make_run_json(SPEC, digits_test, made, None), made)
     best = load.load_model(str(tmp_path / "r" / "best"), "teacher", num_classes=10, size_px=8)
-    assert best.fingerprint() == made.fingerprint()
+    assert best.content_hash() == made.content_hash()
     assert names(tmp_path / "r" / "best") == {"run.json", "student.safetensors"}
     with pytest.raises(UsageError, match=r"r is not a finished run: it has no run\.json"):
         load.load_model(str(tmp_path / "r"), "teacher", num_classes=10, size_px=8)
@@ -275,7 +275,7 @@ def test_resume_does_not_touch_what_is_no_run(tmp_path: Path) -> None:
     [
         ({"lr": 0.2}, r"another run \(lr: 0.2 here, 0.1 there\): give the options that it was"),
         ({"lr": 0.1000000001}, r"another run \(lr: 0.1000000001 here, 0.1 there\)"),
-        ({"tape": "abc"}, r"\(tape: abc here, None there\)"),
+        ({"cache": "abc"}, r"\(cache: abc here, None there\)"),
         ({"view": {"seed": 1, "size_px": 8}}, r"\(view.seed: 1 here, 0 there\)"),
         ({"view": None}, r"\(view: None here, \{'seed': 0, 'size_px': 8\} there\)"),
         ({"lr": 1.0, "student": "t"}, r"\(lr: 1 here, 0.1 there; student: t here, s there\)"),
@@ -301,19 +301,19 @@ def test_another_run_is_refused_by_its_differences(
 
 def test_each_thing_that_decides_a_run_is_part_of_it(digits_test: Dataset, digits: Dataset) -> None:
     made = student()
-    this = identity(SPEC, digits_test, made, tape="t", teacher="u")
+    this = identity(SPEC, digits_test, made, cache="t", teacher="u")
     other = student()
     with torch.no_grad():
         next(other.parameters())[0] += 1
     for changed in (
-        identity(replace(SPEC, seed=1), digits_test, made, tape="t", teacher="u"),
-        identity(SPEC, digits, made, tape="t", teacher="u"),
-        identity(SPEC, digits_test, other, tape="t", teacher="u"),
-        identity(SPEC, digits_test, made, tape="v", teacher="u"),
-        identity(SPEC, digits_test, made, tape="t", teacher="v"),
+        identity(replace(SPEC, seed=1), digits_test, made, cache="t", teacher="u"),
+        identity(SPEC, digits, made, cache="t", teacher="u"),
+        identity(SPEC, digits_test, other, cache="t", teacher="u"),
+        identity(SPEC, digits_test, made, cache="v", teacher="u"),
+        identity(SPEC, digits_test, made, cache="t", teacher="v"),
     ):
         assert sum(this[key] != changed[key] for key in this) == 1
-    assert identity(SPEC, digits_test, student(), tape="t", teacher="u") == this
+    assert identity(SPEC, digits_test, student(), cache="t", teacher="u") == this
 
 
 @pytest.mark.parametrize("text", ["", "{", "\x00", "[]", "null"])

@@ -1,15 +1,15 @@
-"""The tape at work: views streamed, memory as it grows, what training waits, what writing costs.
+"""The cache at work: views streamed, memory as it grows, what training waits, what writing costs.
 
-    python -m benchmarks.bench_tape [--rounds 5] [--save]
+    python -m benchmarks.bench_cache [--rounds 5] [--save]
 
-stream   records of a tape of C = 1000, k = 10 (1 million views, page cache warm) to targets, as
+stream   records of a cache of C = 1000, k = 10 (1 million views, page cache warm) to targets, as
          training reads them: sealed, decoded, one shard read ahead. Beside it the same arrays by
          plain Zarr, unsealed and not made targets, and TinyViT's layout record by record, as its
          reader seeks and reads, with the tail spread over a dense row.
-memory   peak resident memory of a process that streams tapes of 10^5, 10^6 and 10^7 views, above
-         that of one that has opened a tape and read nothing.
-wait     one epoch of a student (kdcache:small) from a tape in training: the share of its time in
-         which it waits for a shard, and that of all that the tape costs it.
+memory   peak resident memory of a process that streams caches of 10^5, 10^6 and 10^7 views, above
+         that of one that has opened a cache and read nothing.
+wait     one epoch of a student (kdcache:small) from a cache in training: the share of its time in
+         which it waits for a shard, and that of all that the cache costs it.
 write    precompute by a small teacher (kdcache:medium, 1000 classes, k = 10) with and without
          storing what it says (compressed, sealed and fsynced in a thread beside the teacher), and
          without even encoding it.
@@ -40,7 +40,8 @@ from benchmarks.layouts import TinyViT
 from kdcache.batch import Batch, Target, TemperedTarget
 from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import top_k
-from kdcache.cache.records import Records, ValueType
+from kdcache.cache.codecs import ValueType
+from kdcache.cache.records import Records
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
 from kdcache.data.convert import convert
@@ -51,58 +52,58 @@ from kdcache.training.loop import TrainSpec, train
 from kdcache.views.spec import ViewSpec
 
 CLASSES, K, BATCH = 1000, 10, 256
-VIEW = ViewSpec(28, min_area=0.3, mixup=1.0)
+VIEW = ViewSpec(28, min_scale=0.3, mixup=1.0)
 DISTINCT = 65_536  # records are made once and written again and again
 TINYVIT_ROWS = 20_000
 STREAM_ROWS = 8192  # made targets at a time
 TAPE_BARS = {"stream": 3e6, "wait": 0.01, "write": 0.03}
 
 
-def logits(rows: int, classes: int) -> torch.Tensor:
+def logits(rows: int, num_classes: int) -> torch.Tensor:
     """Like a classifier's: a few classes stand out, and which ones go together."""
     g = torch.Generator().manual_seed(0)
     factors = torch.randn(rows, 32, generator=g)
-    return factors @ torch.randn(32, classes, generator=g) * 0.5
+    return factors @ torch.randn(32, num_classes, generator=g) * 0.5
 
 
-def make_tape(path: Path, rows: int, dtype: ValueType) -> LogitCache:
+def make_cache(path: Path, rows: int, dtype: ValueType) -> LogitCache:
     spec = CacheSpec(1, rows, CLASSES, K, dtype, "0" * 16, "0" * 16, VIEW)
-    tape = LogitCache.create(path, spec, {"teacher": "synthetic"})
+    cache = LogitCache.create(path, spec, {"teacher": "synthetic"})
     some = top_k.encode(logits(DISTINCT, CLASSES), K, dtype)
-    for view, shard in tape.missing():
-        count = tape.rows(shard)
-        tape.write(view, shard, Records.concatenate([some] * (count // DISTINCT + 1))[:count])
-    return tape
+    for view, shard in cache.missing():
+        count = cache.num_rows(shard)
+        cache.write(view, shard, Records.concatenate([some] * (count // DISTINCT + 1))[:count])
+    return cache
 
 
-def stream(tape: LogitCache) -> int:
+def stream(cache: LogitCache) -> int:
     """Every record as part of a target, a shard read ahead: one core reads, the other decodes."""
     torch.set_num_threads(1)
     rows = 0
     with ThreadPoolExecutor(1) as reader:
         ahead = None
-        for place in [*tape.places(), None]:
-            future = reader.submit(tape.read_shard, *place) if place else None
+        for place in [*cache.shards(), None]:
+            future = reader.submit(cache.read_shard, *place) if place else None
             if ahead is not None:
                 records = ahead.result()
                 for first in range(0, len(records), STREAM_ROWS):
-                    target = tape.decode(records[first : first + STREAM_ROWS])
+                    target = cache.decode(records[first : first + STREAM_ROWS])
                     assert isinstance(target, Target)
                     rows += len(target.logits_BK)
             ahead = future
     return rows
 
 
-def plain_zarr(tape: LogitCache) -> int:
-    group = zarr.open_group(tape.url, mode="r")
+def plain_zarr(cache: LogitCache) -> int:
+    group = zarr.open_group(cache.url, mode="r")
     names = ("logits", "classes", "tail")
-    rows = tape.layout.shard_rows
-    for start in range(0, tape.spec.samples, rows):
+    rows = cache.layout.shard_rows
+    for start in range(0, cache.spec.num_samples, rows):
         for name in names:
             array = group[name]
             assert isinstance(array, zarr.Array)
             np.asarray(array[0, start : start + rows])
-    return tape.spec.samples
+    return cache.spec.num_samples
 
 
 def tinyvit(path: Path, rows: int) -> Callable[[], int]:
@@ -122,7 +123,7 @@ def tinyvit(path: Path, rows: int) -> Callable[[], int]:
                 named = layout.unpack(np.stack(batch), K, CLASSES)
                 p = named.log_p_BK.exp()
                 even = (1 - p.sum(1, keepdim=True)) / (CLASSES - K)
-                even.expand(-1, CLASSES).scatter(1, named.classes_BK, p)
+                even.expand(-1, CLASSES).scatter(1, named.class_ids_BK, p)
         return rows
 
     return run
@@ -131,17 +132,17 @@ def tinyvit(path: Path, rows: int) -> Callable[[], int]:
 def bench_stream(folder: Path, rounds: int) -> list[dict[str, Any]]:
     rows = 1_000_000
     dtypes: tuple[ValueType, ...] = ("uint8", "float16")
-    tapes = {dtype: make_tape(folder / dtype, rows, dtype) for dtype in dtypes}
+    caches = {dtype: make_cache(folder / dtype, rows, dtype) for dtype in dtypes}
     contestants: dict[str, Callable[[], int]] = {
-        f"stream: kdcache, {dtype}": partial(stream, tape) for dtype, tape in tapes.items()
+        f"stream: kdcache, {dtype}": partial(stream, cache) for dtype, cache in caches.items()
     }
-    contestants["stream: plain Zarr, uint8"] = lambda: plain_zarr(tapes["uint8"])
+    contestants["stream: plain Zarr, uint8"] = lambda: plain_zarr(caches["uint8"])
     contestants["stream: TinyViT's layout"] = tinyvit(folder / "v.bin", TINYVIT_ROWS)
     samples = harness.interleave(contestants, rounds)
     lines: list[dict[str, Any]] = [
         {"case": name, **found.quantiles()} for name, found in samples.items()
     ]
-    for dtype, tape in tapes.items():
+    for dtype, cache in caches.items():
         p50 = samples[f"stream: kdcache, {dtype}"].quantiles()["p50"]
         lines.append(
             {
@@ -155,7 +156,7 @@ def bench_stream(folder: Path, rounds: int) -> list[dict[str, Any]]:
         lines.append(
             {
                 "case": f"bytes a view on disk, {dtype}",
-                "ratio": tape.stored_bytes() / rows,
+                "ratio": cache.stored_bytes() / rows,
                 "unit": "bytes",
             }
         )
@@ -167,11 +168,11 @@ def bench_stream(folder: Path, rounds: int) -> list[dict[str, Any]]:
 
 READ = """
 import sys
-from benchmarks.bench_tape import peak_bytes, stream
-from kdcache.cache.cache import Tape
-tape = Tape.open(sys.argv[1])
+from benchmarks.bench_cache import peak_bytes, stream
+from kdcache.cache.cache import Cache
+cache = Cache.open(sys.argv[1])
 if sys.argv[2] == "all":
-    stream(tape)
+    stream(cache)
 print(peak_bytes())
 """
 
@@ -185,11 +186,11 @@ def peak_bytes() -> int:
 def bench_memory(folder: Path, rounds: int) -> list[dict[str, Any]]:
     lines = []
     for rows in (100_000, 1_000_000, 10_000_000):
-        tape = make_tape(folder / f"m{rows}", rows, "uint8")
+        cache = make_cache(folder / f"m{rows}", rows, "uint8")
         peaks = {}
         for how in ("nothing", "all"):
             done = subprocess.run(
-                [sys.executable, "-c", READ, tape.url, how],
+                [sys.executable, "-c", READ, cache.url, how],
                 capture_output=True,
                 text=True,
                 check=True,
@@ -199,7 +200,7 @@ def bench_memory(folder: Path, rounds: int) -> list[dict[str, Any]]:
         lines.append(
             {
                 "views": rows,
-                "tape_mb": tape.stored_bytes() / 1e6,
+                "cache_mb": cache.stored_bytes() / 1e6,
                 "opened_mb": peaks["nothing"] / 1e6,
                 "streamed_mb": peaks["all"] / 1e6,
                 "above_mb": (peaks["all"] - peaks["nothing"]) / 1e6,
@@ -208,12 +209,12 @@ def bench_memory(folder: Path, rounds: int) -> list[dict[str, Any]]:
     return lines
 
 
-def dataset_of(samples: int, classes: int, folder: Path) -> Dataset:
+def dataset_of(num_samples: int, num_classes: int, folder: Path) -> Dataset:
     """Fashion-MNIST, said to have this many classes."""
     whole = open_source("fashion-mnist", "train")
-    names = tuple(f"class {i:04}" for i in range(classes))
-    part = Source(names, whole.images[:samples], whole.labels[:samples])
-    return convert(part, folder / f"{samples}-{classes}.beton")[0]
+    names = tuple(f"class {i:04}" for i in range(num_classes))
+    part = Source(names, whole.images[:num_samples], whole.labels[:num_samples])
+    return convert(part, folder / f"{num_samples}-{num_classes}.beton")[0]
 
 
 class Clocked:
@@ -234,17 +235,17 @@ def bench_wait(folder: Path, rounds: int) -> list[dict[str, Any]]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     samples = 30_000
     data = dataset_of(samples, CLASSES, folder)
-    spec = CacheSpec(2, samples, CLASSES, K, "uint8", data.fingerprint, "0" * 16, VIEW)
-    tape = LogitCache.create(folder / "wait", spec, {"teacher": "synthetic"})
+    spec = CacheSpec(2, samples, CLASSES, K, "uint8", data.content_hash, "0" * 16, VIEW)
+    cache = LogitCache.create(folder / "wait", spec, {"teacher": "synthetic"})
     some = top_k.encode(logits(samples, CLASSES), K, "uint8")
-    for view, shard in tape.missing():
-        tape.write(view, shard, some[slice(*tape.shard_range(shard))])
+    for view, shard in cache.missing():
+        cache.write(view, shard, some[slice(*cache.shard_range(shard))])
     shares = []
     for _ in range(rounds):
         student = load.load_model("kdcache:small", "student", num_classes=CLASSES, size_px=28)
-        clocked = Clocked(targets.CachedTargets(tape, data.fingerprint, VIEW))
+        clocked = Clocked(targets.CachedTargets(cache, data.content_hash, VIEW))
         start = time.perf_counter()
-        train(TrainSpec("cached", VIEW, 2, BATCH, views=2), data, student, clocked)
+        train(TrainSpec("cached", VIEW, 2, BATCH, num_views=2), data, student, clocked)
         seconds = time.perf_counter() - start
         shares.append((clocked.inner.waited_s / seconds, clocked.seconds / seconds))
     wait, whole = np.median(np.array(shares), 0)
@@ -269,7 +270,7 @@ def bench_write(folder: Path, rounds: int) -> list[dict[str, Any]]:
     data = dataset_of(10_000, CLASSES, folder)
     teacher = load.load_model("kdcache:medium", "student", num_classes=CLASSES, size_px=28)
     teacher.eval().requires_grad_(False)
-    spec = precompute.make_cache_spec(data, teacher, VIEW, views=1, top_k=K, dtype="uint8")
+    spec = precompute.make_cache_spec(data, teacher, VIEW, num_views=1, top_k=K, dtype="uint8")
     numbers = itertools.count()
 
     def record() -> int:
@@ -280,11 +281,11 @@ def bench_write(folder: Path, rounds: int) -> list[dict[str, Any]]:
         """All that precompute does but to store: the shards are said to be there."""
         written: set[tuple[int, int]] = set()
 
-        def note(tape: LogitCache, view: int, shard: int, records: Records) -> None:
+        def note(cache: LogitCache, view: int, shard: int, records: Records) -> None:
             written.add((view, shard))
 
-        def missing(tape: LogitCache) -> list[tuple[int, int]]:
-            return [place for place in tape.places() if place not in written]
+        def missing(cache: LogitCache) -> list[tuple[int, int]]:
+            return [place for place in cache.shards() if place not in written]
 
         def nothing(z: torch.Tensor, k: int, dtype: ValueType) -> Records:
             return Records(logits=np.empty((len(z), 1)))
@@ -333,7 +334,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=("stream", "memory", "wait", "write"))
     args = parser.parse_args()
     if args.save:
-        harness.start_results("tape")
+        harness.start_results("cache")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parts: dict[str, Callable[[Path, int], list[dict[str, Any]]]] = {
@@ -343,7 +344,7 @@ def main() -> None:
             "write": bench_write,
         }
         for title in args.only or parts:
-            harness.report("tape", title, parts[title](folder, args.rounds), args.save)
+            harness.report("cache", title, parts[title](folder, args.rounds), args.save)
 
 
 if __name__ == "__main__":

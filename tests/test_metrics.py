@@ -76,8 +76,8 @@ def test_a_bin_holds_its_upper_edge() -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 5, 6, 40])
-def test_likeness_against_definitions(classes: int) -> None:
-    z, t = normal(3, 200, classes, scale=2), normal(4, 200, classes, scale=3)
+def test_likeness_against_definitions(num_classes: int) -> None:
+    z, t = normal(3, 200, num_classes, scale=2), normal(4, 200, num_classes, scale=3)
     found = fidelity_sums(z, t)
     agreement = agreement5 = kl = euclidean = 0.0
     for z_C, t_C in zip(z.double().numpy(), t.double().numpy(), strict=True):
@@ -85,7 +85,7 @@ def test_likeness_against_definitions(classes: int) -> None:
         agreement += best[0] == t_C.argmax()
         agreement5 += t_C.argmax() in best[:5]
         q, p = np.exp(z_C) / np.exp(z_C).sum(), np.exp(t_C) / np.exp(t_C).sum()
-        kl += sum(p[c] * math.log(p[c] / q[c]) for c in range(classes))
+        kl += sum(p[c] * math.log(p[c] / q[c]) for c in range(num_classes))
         euclidean += math.sqrt(((z_C - t_C) ** 2).sum())
     assert float(found["agreement"]) == agreement
     assert float(found["agreement5"]) == agreement5

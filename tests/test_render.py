@@ -19,17 +19,17 @@ from kdcache.data.convert import convert
 from kdcache.data.loader import Loader
 from kdcache.data.sources import Source
 from kdcache.views.crops import crop_boxes
-from kdcache.views.flips import flip_draws
 from kdcache.views.mixing import mix_pairs, pair_mix_weights
 from kdcache.views.order import view_order
 from kdcache.views.spec import ViewSpec
+from kdcache.views.transforms.flip import flip_draws
 
-WHOLE = ViewSpec(8, crop="center", min_area=1.0, flip=False, mixup=0)
+WHOLE = ViewSpec(8, crop="center", min_scale=1.0, flip=False, mixup=0)
 # May change only together with the view spec's version.
 GOLDEN = {
-    "mixed": (ViewSpec(8, min_area=0.4, mixup=1.0, seed=5), 3, "34eea8880f497623"),
+    "mixed": (ViewSpec(8, min_scale=0.4, mixup=1.0, seed=5), 3, "34eea8880f497623"),
     "plain": (
-        ViewSpec(12, crop="random", min_area=0.5, mixup=0, seed=2**64 - 1),
+        ViewSpec(12, crop="random", min_scale=0.5, mixup=0, seed=2**64 - 1),
         2**24 - 1,
         "f44cb640ebd0684b",
     ),
@@ -67,7 +67,7 @@ def by_the_definition(
     samples = np.arange(n)
     heights, widths = zip(*[image.shape[:2] for image in images], strict=True)
     boxes = crop_boxes(spec, view, samples, heights, widths)
-    flips = flip_draws(spec, view, samples)
+    flips = flip_draws(spec.seed, view, samples)
     side = (spec.size_px, spec.size_px)
     shown = []
     for sample in view_order(spec, view, n):
@@ -111,7 +111,7 @@ def test_raw_images_are_rendered_by_the_definition(
     digits_test: Dataset, cv2: ModuleType, crop: str, size_px: int
 ) -> None:
     area = 1.0 if crop == "whole" else 0.3
-    spec = ViewSpec(size_px, crop=crop, min_area=area, mixup=1.0, seed=9)
+    spec = ViewSpec(size_px, crop=crop, min_scale=area, mixup=1.0, seed=9)
     expected = by_the_definition(cv2, stored_images(digits_test), spec, 4)
     assert (rendered(digits_test, spec, 4) == expected).all()
 
@@ -119,11 +119,11 @@ def test_raw_images_are_rendered_by_the_definition(
 @pytest.mark.parametrize(
     "spec",
     [
-        ViewSpec(32, min_area=0.08, mixup=0.5, seed=1),
-        ViewSpec(224, min_area=0.02, mixup=0, seed=2),
-        ViewSpec(64, crop="random", min_area=0.5, flip=False, mixup=1.0),
-        ViewSpec(96, crop="center", min_area=(7 / 8) ** 2, flip=False, mixup=0),
-        ViewSpec(40, crop="whole", min_area=1.0, mixup=0),
+        ViewSpec(32, min_scale=0.08, mixup=0.5, seed=1),
+        ViewSpec(224, min_scale=0.02, mixup=0, seed=2),
+        ViewSpec(64, crop="random", min_scale=0.5, flip=False, mixup=1.0),
+        ViewSpec(96, crop="center", min_scale=(7 / 8) ** 2, flip=False, mixup=0),
+        ViewSpec(40, crop="whole", min_scale=1.0, mixup=0),
     ],
     ids=["mixed", "enlarged", "random", "central", "squashed"],
 )
@@ -157,7 +157,7 @@ def test_mirroring_works_at_odd_and_even_sizes(pair: Dataset) -> None:
         spec = replace(WHOLE, size_px=size_px, flip=True)
         for view in range(4):
             plain = rendered(pair, replace(spec, flip=False), view)
-            flips = flip_draws(spec, view, view_order(spec, view, 2))
+            flips = flip_draws(spec.seed, view, view_order(spec, view, 2))
             wanted = [x[:, ::-1] if f else x for x, f in zip(plain, flips, strict=True)]
             assert (rendered(pair, spec, view) == np.stack(wanted)).all()
 

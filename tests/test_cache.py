@@ -1,4 +1,4 @@
-"""The tape: what is written comes back, or an error says what and where."""
+"""The cache: what is written comes back, or an error says what and where."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ import zarr
 from kdcache.cache import layout as shards
 from kdcache.cache import store as stores
 from kdcache.cache.cache import NO_DIGEST, LogitCache
+from kdcache.cache.codecs import ValueType
 from kdcache.cache.codecs import top_k as codec
 from kdcache.cache.layout import Layout
-from kdcache.cache.records import Records, ValueType
+from kdcache.cache.records import Records
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import (
     CacheCorrupt,
@@ -31,7 +32,7 @@ from kdcache.errors import (
     UsageError,
 )
 from kdcache.views.spec import ViewSpec
-from tests.conftest import synthetic_tape
+from tests.conftest import synthetic_cache
 
 VIEWS, SAMPLES, CLASSES = 2, 150, 30
 SPEC = CacheSpec(VIEWS, SAMPLES, CLASSES, 4, "float16", "data", "teacher", ViewSpec(8))
@@ -46,7 +47,7 @@ KINDS: list[tuple[int, ValueType]] = [
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks in a shard and several shards in a view, for tapes of a few hundred rows."""
+    """Several chunks in a shard and several shards in a view, for caches of a few hundred rows."""
     monkeypatch.setattr(shards, "CHUNK_BYTES", 256)
     monkeypatch.setattr(shards, "SHARD_BYTES", 1024)
 
@@ -67,9 +68,9 @@ def equal(a: Records, b: Records) -> bool:
 def read_all(path: Path) -> list[Records]:
     """Every record as a user gets it: opened, read, decoded."""
     found = LogitCache.open(path)
-    records = [found.read(v, 0, found.spec.samples) for v in range(found.spec.views)]
+    records = [found.read(v, 0, found.spec.num_samples) for v in range(found.spec.num_views)]
     for part in records:
-        codec.decode(part, found.spec.classes)
+        codec.decode(part, found.spec.num_classes)
     return records
 
 
@@ -89,7 +90,7 @@ def shard_files(path: Path) -> list[Path]:
 def test_what_is_written_comes_back(
     tmp_path: Path, logits: torch.Tensor, top_k: int, dtype: ValueType
 ) -> None:
-    made = synthetic_tape(tmp_path / "t", logits, top_k=top_k, dtype=dtype)
+    made = synthetic_cache(tmp_path / "t", logits, top_k=top_k, dtype=dtype)
     assert made.shards_per_view > 2
     found = LogitCache.open(tmp_path / "t")
     rows = made.layout.shard_rows
@@ -103,7 +104,7 @@ def test_what_is_written_comes_back(
 def test_plain_zarr_reads_the_arrays_as_documented(
     tmp_path: Path, logits: torch.Tensor, top_k: int, dtype: ValueType
 ) -> None:
-    synthetic_tape(tmp_path / "t", logits, top_k=top_k, dtype=dtype)
+    synthetic_cache(tmp_path / "t", logits, top_k=top_k, dtype=dtype)
     group = zarr.open(tmp_path / "t", mode="r")
     assert isinstance(group, zarr.Group)
     wanted: dict[str, tuple[tuple[int, ...], str]] = {"logits": ((VIEWS, SAMPLES, top_k), dtype)}
@@ -118,7 +119,7 @@ def test_plain_zarr_reads_the_arrays_as_documented(
     np.testing.assert_array_equal(group["logits"][1], truth.logits)
 
 
-def test_the_manifest_comes_first_and_says_what_the_tape_is(tmp_path: Path) -> None:
+def test_the_manifest_comes_first_and_says_what_the_cache_is(tmp_path: Path) -> None:
     made = LogitCache.create(tmp_path / "t", SPEC, {"teacher": "somebody"}, "0123")
     text = (tmp_path / "t" / "zarr.json").read_text()
     manifest = json.loads(text)["attributes"]["kdcache"]
@@ -141,7 +142,7 @@ def test_the_manifest_comes_first_and_says_what_the_tape_is(tmp_path: Path) -> N
     assert [f.name for f in tmp_path.iterdir()] == ["t"]
 
 
-def test_a_tape_is_made_in_folders_that_do_not_exist_yet(tmp_path: Path) -> None:
+def test_a_cache_is_made_in_folders_that_do_not_exist_yet(tmp_path: Path) -> None:
     assert LogitCache.create(tmp_path / "a" / "b" / "t", SPEC, {}).spec == SPEC
     (tmp_path / "empty").mkdir()
     assert LogitCache.create(tmp_path / "empty", SPEC, {}).spec == SPEC
@@ -176,7 +177,7 @@ def test_missing_and_has_follow_the_shards(tmp_path: Path, logits: torch.Tensor)
         made.require_complete()
 
 
-def test_an_incomplete_tape_reads_what_it_has(tmp_path: Path, logits: torch.Tensor) -> None:
+def test_an_incomplete_cache_reads_what_it_has(tmp_path: Path, logits: torch.Tensor) -> None:
     made = LogitCache.create(tmp_path / "t", SPEC, {})
     truth = codec.encode(logits[0], 4, "float16")
     made.write(0, 0, truth)
@@ -191,7 +192,7 @@ def test_an_incomplete_tape_reads_what_it_has(tmp_path: Path, logits: torch.Tens
 def test_a_deleted_object_is_a_missing_shard(
     tmp_path: Path, logits: torch.Tensor, name: str
 ) -> None:
-    synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    synthetic_cache(tmp_path / "t", logits, top_k=4, dtype="float16")
     (tmp_path / "t" / shards.key(name, 1, 0)).unlink()
     found = LogitCache.open(tmp_path / "t")
     assert found.missing() == [(1, 0)]
@@ -204,7 +205,7 @@ def test_a_deleted_object_is_a_missing_shard(
 @pytest.mark.usefixtures("small_shards")
 def test_writing_again_gives_the_same_bytes(tmp_path: Path, logits: torch.Tensor) -> None:
     """Also over a shard that was damaged or left in part."""
-    made = synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    made = synthetic_cache(tmp_path / "t", logits, top_k=4, dtype="float16")
     files = shard_files(tmp_path / "t")
     before = [f.read_bytes() for f in files]
     for f in files:
@@ -221,7 +222,7 @@ def test_writing_again_gives_the_same_bytes(tmp_path: Path, logits: torch.Tensor
 
 def test_opening_another_spec_names_every_difference(tmp_path: Path) -> None:
     LogitCache.create(tmp_path / "t", SPEC, {})
-    other = replace(SPEC, views=5, dtype="uint8", view=replace(SPEC.view, seed=3, mixup=0.5))
+    other = replace(SPEC, num_views=5, dtype="uint8", view_spec=replace(SPEC.view_spec, seed=3, mixup=0.5))
     with pytest.raises(CacheMismatch) as caught:
         LogitCache.create(tmp_path / "t", other, {})
     assert "views: 5 here, 2 there" in str(caught.value)
@@ -229,7 +230,7 @@ def test_opening_another_spec_names_every_difference(tmp_path: Path) -> None:
     assert "mixup: 0.5 here, 1 there" in str(caught.value)
     assert "seed: 3 here, 0 there" in str(caught.value)
     assert str(caught.value).endswith(
-        "choose another path, or the same options; a tape cannot grow: another number of views "
+        "choose another path, or the same options; a cache cannot grow: another number of views "
         "needs another path"
     )
     with pytest.raises(CacheMismatch, match=r"choose another path, or the same options$"):
@@ -245,13 +246,13 @@ def test_other_pixels_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_same_spec_opens_what_is_there(tmp_path: Path, logits: torch.Tensor) -> None:
-    synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16", dataset="data")
+    synthetic_cache(tmp_path / "t", logits, top_k=4, dtype="float16", dataset="data")
     spec = LogitCache.open(tmp_path / "t").spec
     assert LogitCache.create(tmp_path / "t", spec, {"teacher": "renamed"}).missing() == []
 
 
-def test_no_tape(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no tape at .*: make one with `kdcache precompute`"):
+def test_no_cache(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no cache at .*: make one with `kdcache precompute`"):
         LogitCache.open(tmp_path / "none")
 
 
@@ -278,15 +279,15 @@ def _a_zarr_array(path: Path) -> None:
 def test_something_else_at_the_path_is_left_alone(tmp_path: Path, make: Any) -> None:
     make(tmp_path / "t")
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
-    with pytest.raises(UsageError, match=r"exists and is not a tape; choose another path$"):
+    with pytest.raises(UsageError, match=r"exists and is not a cache; choose another path$"):
         LogitCache.create(tmp_path / "t", SPEC, {})
-    words = "exists and is not a tape; a tape is the folder that `kdcache precompute --out` or "
+    words = "exists and is not a cache; a cache is the folder that `kdcache precompute --out` or "
     with pytest.raises(UsageError, match=words):
         LogitCache.open(tmp_path / "t")
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
 
-def test_a_tape_cannot_be_made_below_a_file(tmp_path: Path) -> None:
+def test_a_cache_cannot_be_made_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match=r"cannot write .*File exists"):
         LogitCache.create(tmp_path / "file" / "t", SPEC, {})
@@ -300,7 +301,7 @@ def test_a_tape_cannot_be_made_below_a_file(tmp_path: Path) -> None:
 def test_no_flipped_byte_of_a_shard_passes_in_silence(
     tmp_path: Path, logits: torch.Tensor, top_k: int, dtype: ValueType
 ) -> None:
-    synthetic_tape(tmp_path / "t", logits, top_k=top_k, dtype=dtype)
+    synthetic_cache(tmp_path / "t", logits, top_k=top_k, dtype=dtype)
     truth = read_all(tmp_path / "t")
     dice = random.Random(0)
     for _ in range(20):
@@ -318,7 +319,7 @@ def test_no_flipped_byte_of_a_shard_passes_in_silence(
 
 def test_an_empty_object_is_a_missing_shard(tmp_path: Path, logits: torch.Tensor) -> None:
     """Zarr would read fill values."""
-    made = synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    made = synthetic_cache(tmp_path / "t", logits, top_k=4, dtype="float16")
     (tmp_path / "t" / "tail" / "c" / "0" / "0" / "0").write_bytes(b"")
     assert made.missing() == [(0, 0)]
     with pytest.raises(CacheIncomplete, match="lacks view 0 shard 0"):
@@ -327,7 +328,7 @@ def test_an_empty_object_is_a_missing_shard(tmp_path: Path, logits: torch.Tensor
 
 @pytest.mark.parametrize("keep", [0.01, 0.5, 0.99])
 def test_a_truncated_shard_is_corrupt(tmp_path: Path, logits: torch.Tensor, keep: float) -> None:
-    synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    synthetic_cache(tmp_path / "t", logits, top_k=4, dtype="float16")
     file = tmp_path / "t" / "classes" / "c" / "0" / "0" / "0"
     file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
     with pytest.raises(CacheCorrupt, match=r"view 0 shard 0 \(positions 0 to 149\) is damaged"):
@@ -339,7 +340,7 @@ def test_a_truncated_shard_is_corrupt(tmp_path: Path, logits: torch.Tensor, keep
 def test_no_flipped_byte_of_the_metadata_passes_in_silence(
     tmp_path: Path, logits: torch.Tensor, name: str
 ) -> None:
-    synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    synthetic_cache(tmp_path / "t", logits, top_k=4, dtype="float16")
     file = tmp_path / "t" / name / "zarr.json"
     whole = file.read_bytes()
     dice = random.Random(1)
@@ -356,11 +357,11 @@ def test_no_flipped_byte_of_the_metadata_passes_in_silence(
 def test_a_shard_of_another_place_is_refused(
     tmp_path: Path, logits: torch.Tensor, top_k: int, dtype: ValueType
 ) -> None:
-    """Swapped, copied, or of another tape: with its seal or without."""
+    """Swapped, copied, or of another cache: with its seal or without."""
     same = logits.clone()
     same[1] = same[0]
-    made = synthetic_tape(tmp_path / "t", same, top_k=top_k, dtype=dtype)
-    other = synthetic_tape(tmp_path / "o", same, top_k=top_k, dtype=dtype, teacher="another")
+    made = synthetic_cache(tmp_path / "t", same, top_k=top_k, dtype=dtype)
+    other = synthetic_cache(tmp_path / "o", same, top_k=top_k, dtype=dtype, teacher="another")
     for source, at in ((made, (0, 1)), (made, (1, 0)), (other, (1, 1))):
         for names in (made._names, (*made._names, "seals")):
             whole = {n: made.store.read(shards.key(n, 1, 1)) for n in (*made._names, "seals")}
@@ -399,7 +400,7 @@ def test_a_shard_of_another_place_is_refused(
 def test_these_flips_of_metadata_are_noticed(
     tmp_path: Path, logits: torch.Tensor, name: str, old: str, new: str
 ) -> None:
-    synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    synthetic_cache(tmp_path / "t", logits, top_k=4, dtype="float16")
     file = tmp_path / "t" / name / "zarr.json"
     text = file.read_text()
     assert old in text
@@ -409,19 +410,19 @@ def test_these_flips_of_metadata_are_noticed(
 
 
 def test_a_missing_array_is_a_damaged_manifest(tmp_path: Path, logits: torch.Tensor) -> None:
-    synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    synthetic_cache(tmp_path / "t", logits, top_k=4, dtype="float16")
     shutil.rmtree(tmp_path / "t" / "tail")
-    with pytest.raises(CacheCorrupt, match=r"the manifest of .* is damaged .*make the tape anew"):
+    with pytest.raises(CacheCorrupt, match=r"the manifest of .* is damaged .*make the cache anew"):
         LogitCache.open(tmp_path / "t")
 
 
-def test_a_tape_of_a_later_version_says_so(tmp_path: Path) -> None:
+def test_a_cache_of_a_later_version_says_so(tmp_path: Path) -> None:
     LogitCache.create(tmp_path / "t", SPEC, {})
     file = tmp_path / "t" / "zarr.json"
     manifest = json.loads(file.read_text())
     manifest["attributes"]["kdcache"]["spec"] |= {"version": 2, "a field of then": True}
     file.write_text(json.dumps(manifest))
-    with pytest.raises(UsageError, match="reads tapes of version 1, the tape has version 2"):
+    with pytest.raises(UsageError, match="reads caches of version 1, the cache has version 2"):
         LogitCache.open(tmp_path / "t")
 
 
@@ -447,20 +448,20 @@ def test_a_full_disk_leaves_no_part_of_a_shard(
 
 
 def test_a_discarded_shard_is_missing(tmp_path: Path, logits: torch.Tensor) -> None:
-    made = synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    made = synthetic_cache(tmp_path / "t", logits, top_k=4, dtype="float16")
     made.discard(1, 0)
     assert made.missing() == [(1, 0)]
     assert not [f for f in shard_files(tmp_path / "t") if "/1/" in str(f.relative_to(tmp_path))]
 
 
-def test_the_layout_of_a_tape_outlives_our_taste(
+def test_the_layout_of_a_cache_outlives_our_taste(
     tmp_path: Path, logits: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tape begun with other shard sizes is read and finished with its own."""
+    """A cache begun with other shard sizes is read and finished with its own."""
     with monkeypatch.context() as patch:
         patch.setattr(shards, "CHUNK_BYTES", 256)
         patch.setattr(shards, "SHARD_BYTES", 1024)
-        made = synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+        made = synthetic_cache(tmp_path / "t", logits, top_k=4, dtype="float16")
         before = [f.read_bytes() for f in shard_files(tmp_path / "t")]
     made.discard(1, 2)
     again = LogitCache.create(tmp_path / "t", made.spec, {})
@@ -470,12 +471,12 @@ def test_the_layout_of_a_tape_outlives_our_taste(
     assert [f.read_bytes() for f in shard_files(tmp_path / "t")] == before
 
 
-# --- the tape in Python ----------------------------------------------------------------------
+# --- the cache in Python ----------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("small_shards")
 def test_slices_and_iteration(tmp_path: Path, logits: torch.Tensor) -> None:
-    made = synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    made = synthetic_cache(tmp_path / "t", logits, top_k=4, dtype="float16")
     truth = [codec.encode(logits[v], 4, "float16") for v in range(VIEWS)]
     assert equal(made[1], truth[1])
     assert equal(made[-1], truth[1])
@@ -489,7 +490,7 @@ def test_slices_and_iteration(tmp_path: Path, logits: torch.Tensor) -> None:
     with pytest.raises(IndexError, match="the step must be 1"):
         made[0, ::2]
     seen = {(v, start): records for v, start, records in made}
-    assert list(seen) == [(v, made.shard_range(s)[0]) for v, s in made.places()]
+    assert list(seen) == [(v, made.shard_range(s)[0]) for v, s in made.shards()]
     assert all(equal(x, truth[v][start : start + len(x)]) for (v, start), x in seen.items())
 
 
@@ -498,14 +499,14 @@ def test_slices_and_iteration(tmp_path: Path, logits: torch.Tensor) -> None:
 def test_targets_of_any_positions_at_any_temperature(
     tmp_path: Path, logits: torch.Tensor, top_k: int, dtype: ValueType
 ) -> None:
-    made = synthetic_tape(tmp_path / "t", logits, top_k=top_k, dtype=dtype)
+    made = synthetic_cache(tmp_path / "t", logits, top_k=top_k, dtype=dtype)
     positions = [149, 3, 70, 3]
     for T in (1.0, 4.0):
         found = made.target(1, positions, T)
         dense = torch.log_softmax(logits[1, positions] / T, 1)
         wide = 0.2 if dtype == "uint8" else 0.05
         torch.testing.assert_close(
-            found.log_p_BK, dense.gather(1, found.classes_BK), rtol=0, atol=wide
+            found.log_p_BK, dense.gather(1, found.class_ids_BK), rtol=0, atol=wide
         )
         mass = found.log_p_BK.exp().sum(1)
         if found.log_tail_B is not None:
@@ -524,18 +525,18 @@ def test_targets_of_any_positions_at_any_temperature(
 @pytest.mark.parametrize("samples", [1, 2, 3, 999, 1500, 60_000, 1_281_167])
 @pytest.mark.parametrize("classes", [10, 100, 1000, 21_841])
 @pytest.mark.parametrize("dense", [True, False])
-def test_layouts_are_whole_pairs_of_sane_size(samples: int, classes: int, dense: bool) -> None:
-    k = classes if dense else min(16, classes - 1)
-    spec = CacheSpec(3, samples, classes, k, "float16", "d", "t", ViewSpec(8))
+def test_layouts_are_whole_pairs_of_sane_size(num_samples: int, num_classes: int, dense: bool) -> None:
+    k = num_classes if dense else min(16, num_classes - 1)
+    spec = CacheSpec(3, num_samples, num_classes, k, "float16", "d", "t", ViewSpec(8))
     layout = Layout.of(spec)
     row = shards.record_bytes(spec)
     assert layout.chunk_rows % 2 == 0
     assert layout.shard_rows % layout.chunk_rows == 0
-    assert layout.chunk_rows == 2 or layout.chunk_rows < 2 * samples
+    assert layout.chunk_rows == 2 or layout.chunk_rows < 2 * num_samples
     assert layout.chunk_rows * row < 2 * shards.CHUNK_BYTES
     assert layout.shard_rows * row <= shards.SHARD_BYTES
-    assert layout.shard_rows < samples + layout.chunk_rows
-    if samples * row > 2 * shards.SHARD_BYTES:
+    assert layout.shard_rows < num_samples + layout.chunk_rows
+    if num_samples * row > 2 * shards.SHARD_BYTES:
         assert layout.shard_rows * row > shards.SHARD_BYTES // 2
 
 
@@ -543,13 +544,13 @@ def test_shards_cover_every_position_once(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(shards, "CHUNK_BYTES", 256)
     monkeypatch.setattr(shards, "SHARD_BYTES", 1024)
     for samples in (1, 2, 31, 64, 65, 150):
-        made = LogitCache.create(tmp_path / str(samples), replace(SPEC, samples=samples), {})
+        made = LogitCache.create(tmp_path / str(samples), replace(SPEC, num_samples=samples), {})
         ranges = [range(*made.shard_range(s)) for s in range(made.shards_per_view)]
         assert [p for r in ranges for p in r] == list(range(samples))
 
 
 def test_stored_bytes_are_those_of_the_files(tmp_path: Path, logits: torch.Tensor) -> None:
-    made = synthetic_tape(tmp_path / "t", logits, top_k=4, dtype="float16")
+    made = synthetic_cache(tmp_path / "t", logits, top_k=4, dtype="float16")
     assert made.stored_bytes() == sum(
         f.stat().st_size for f in (tmp_path / "t").rglob("*") if f.is_file()
     )

@@ -1,4 +1,4 @@
-"""From options to a job: what a recipe, a tape and a set-up settle, and what is loaded."""
+"""From options to a job: what a recipe, a cache and a setting settle, and what is loaded."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from kdcache.errors import CacheMismatch, UsageError
 from kdcache.models import load
 from kdcache.models.weights import save_weights
 from kdcache.teacher import targets
-from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.teacher.precompute import precompute
 from kdcache.training.options import TrainOptions, make_training_run
 from kdcache.training.recipes import get_recipe
 from kdcache.views.spec import ViewSpec
-from tests.conftest import TEACHER
+from tests.conftest import TEACHER, cache_spec
 
 STUDENT = "python:tests.conftest:convolutional_student"
 
 
 @pytest.fixture(scope="module")
-def tape(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
+def cache(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
     teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
-    spec = make_cache_spec(
-        digits_test, teacher, ViewSpec(8, min_area=0.3, seed=9), views=3, dtype="float32"
+    spec = cache_spec(
+        digits_test, teacher, ViewSpec(8, min_scale=0.3, seed=9), num_views=3, dtype="float32"
     )
-    out = tmp_path_factory.mktemp("tape") / "t.zarr"
+    out = tmp_path_factory.mktemp("cache") / "t.zarr"
     precompute(digits_test, teacher, spec, out)
     return str(out)
 
@@ -41,18 +41,18 @@ def asked(dataset: Dataset, mode: Any = "labels", **options: Any) -> TrainOption
 def test_labels(digits_test: Dataset) -> None:
     job = make_training_run(asked(digits_test))
     assert isinstance(job.targets, targets.LabelTargets)
-    assert (job.labels, job.judge, job.tape, job.teacher) == (None, None, None, None)
-    assert (job.spec.view, job.spec.teacher_view) == (ViewSpec(8), None)
+    assert (job.labels, job.judge, job.cache, job.teacher) == (None, None, None, None)
+    assert (job.spec.view_spec, job.spec.teacher_view_spec) == (ViewSpec(8), None)
     assert job.student.num_classes == 10
-    assert job.class_names == digits_test.classes
+    assert job.class_names == digits_test.class_names
 
 
 def test_a_live_teacher_is_part_of_the_run(digits_test: Dataset) -> None:
     job = make_training_run(asked(digits_test, "online", teachers=(TEACHER,)))
     teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
-    assert job.teacher == teacher.fingerprint()
+    assert job.teacher == teacher.content_hash()
     assert isinstance(job.targets, targets.OnlineTargets)
-    assert job.spec.setup == "function-matching"
+    assert job.spec.setting == "function-matching"
     two = make_training_run(asked(digits_test, "online", teachers=(TEACHER, TEACHER)))
     assert two.teacher != job.teacher
 
@@ -66,7 +66,7 @@ def test_a_teacher_that_averages_decodes_with_the_workers_that_were_asked_for(
                 digits_test,
                 "online",
                 teachers=(TEACHER,),
-                setup="fixed-average",
+                setting="fixed-average",
                 training={"average": 2},
                 workers=workers,
             )
@@ -75,23 +75,23 @@ def test_a_teacher_that_averages_decodes_with_the_workers_that_were_asked_for(
         assert job.targets._loader.workers == min(workers, numba.config.NUMBA_NUM_THREADS)
 
 
-def test_a_tape_settles_the_views_and_its_judge_is_no_part_of_the_run(
-    digits_test: Dataset, tape: str
+def test_a_cache_settles_the_views_and_its_judge_is_no_part_of_the_run(
+    digits_test: Dataset, cache: str
 ) -> None:
     for teachers in ((), (TEACHER,)):
-        job = make_training_run(asked(digits_test, "cached", cache=tape, teachers=teachers))
+        job = make_training_run(asked(digits_test, "cached", cache=cache, teachers=teachers))
         assert isinstance(job.targets, targets.CachedTargets)
-        assert job.spec.view == ViewSpec(8, min_area=0.3, seed=9)
-        assert job.spec.views == 3
-        assert job.tape == job.targets.tape.spec.digest
+        assert job.spec.view_spec == ViewSpec(8, min_scale=0.3, seed=9)
+        assert job.spec.num_views == 3
+        assert job.cache == job.targets.cache.spec.digest
         assert job.teacher is None
         assert (job.judge is not None) == bool(teachers)
-        assert job.about["cache"] == tape
+        assert job.about["cache"] == cache
 
 
-def test_a_label_weight_brings_the_labels(digits_test: Dataset, tape: str) -> None:
+def test_a_label_weight_brings_the_labels(digits_test: Dataset, cache: str) -> None:
     job = make_training_run(
-        asked(digits_test, "cached", cache=tape, training={"label_weight": 0.1})
+        asked(digits_test, "cached", cache=cache, training={"label_weight": 0.1})
     )
     assert isinstance(job.labels, targets.LabelTargets)
     assert job.spec.label_weight == 0.1
@@ -101,16 +101,16 @@ def test_a_recipe_settles_what_was_not_asked_for(digits_test: Dataset) -> None:
     recipe = get_recipe("fashion-mnist")
     job = make_training_run(asked(digits_test, recipe="fashion-mnist", view={"size_px": 8}))
     assert (job.spec.epochs, job.spec.lr) == (recipe.spec.epochs, recipe.spec.lr)
-    assert job.spec.view.min_area == recipe.spec.view.min_area
+    assert job.spec.view_spec.min_scale == recipe.spec.view_spec.min_scale
     own = make_training_run(
         asked(
             digits_test,
             recipe="fashion-mnist",
-            view={"size_px": 8, "min_area": 0.9},
+            view={"size_px": 8, "min_scale": 0.9},
             training={"epochs": 3},
         )
     )
-    assert (own.spec.epochs, own.spec.lr, own.spec.view.min_area) == (3, recipe.spec.lr, 0.9)
+    assert (own.spec.epochs, own.spec.lr, own.spec.view_spec.min_scale) == (3, recipe.spec.lr, 0.9)
 
 
 def test_a_student_is_needed_or_a_recipe_that_names_one(digits_test: Dataset) -> None:
@@ -121,7 +121,7 @@ def test_a_student_is_needed_or_a_recipe_that_names_one(digits_test: Dataset) ->
 def test_the_seed_settles_the_first_weights(digits_test: Dataset) -> None:
     torch.rand(3)
     first = [
-        make_training_run(asked(digits_test, training={"seed": seed})).student.fingerprint()
+        make_training_run(asked(digits_test, training={"seed": seed})).student.content_hash()
         for seed in (0, 0, 1)
     ]
     assert first[0] == first[1] != first[2]
@@ -131,14 +131,14 @@ def test_first_weights_may_be_given(digits_test: Dataset, tmp_path: Path) -> Non
     given = make_training_run(asked(digits_test, training={"seed": 5})).student
     save_weights(given, tmp_path / "w.safetensors")
     job = make_training_run(asked(digits_test, init=str(tmp_path / "w.safetensors")))
-    assert job.student.fingerprint() == given.fingerprint()
+    assert job.student.content_hash() == given.content_hash()
 
 
 def test_a_compiled_student_has_the_names_of_its_weights(digits_test: Dataset) -> None:
     plain = make_training_run(asked(digits_test)).student
     compiled = make_training_run(asked(digits_test, compile=True)).student
     assert compiled.network._compiled_call_impl is not None
-    assert compiled.fingerprint() == plain.fingerprint()
+    assert compiled.content_hash() == plain.content_hash()
 
 
 @pytest.mark.parametrize(
@@ -148,18 +148,18 @@ def test_a_compiled_student_has_the_names_of_its_weights(digits_test: Dataset) -
         ("cached", {}, r"--mode cached needs --cache C.zarr"),
         ("labels", {"training": {"label_weight": 0.5}}, "--label-weight goes with a teacher"),
         ("labels", {"training": {"temperature": 2}}, "--temperature goes with a teacher"),
-        ("labels", {"other_domain": True}, "--other-domain leaves labels out"),
+        ("labels", {"unlabeled": True}, "--unlabeled leaves labels out"),
         ("labels", {"teacher_size": 9}, "--teacher-size goes with --mode online, not with"),
-        ("labels", {"training": {"average": 2}}, "--average goes with --mode online, not with"),
+        ("labels", {"training": {"average": 2}}, "--average-views goes with --mode online, not with"),
         (
             "online",
-            {"teachers": (TEACHER,), "other_domain": True, "training": {"label_weight": 0.5}},
+            {"teachers": (TEACHER,), "unlabeled": True, "training": {"label_weight": 0.5}},
             "--label-weight needs labels of the teacher's classes",
         ),
         (
             "online",
             {"teachers": (TEACHER,), "training": {"average": 2}},
-            "--average goes with --setup fixed-average",
+            "--average-views goes with --setting fixed-average",
         ),
     ],
 )
@@ -170,26 +170,26 @@ def test_what_does_not_go_together(
         make_training_run(asked(digits_test, mode, **options))
 
 
-def test_a_tape_of_another_number_of_views(digits_test: Dataset, tape: str) -> None:
+def test_a_cache_of_another_number_of_views(digits_test: Dataset, cache: str) -> None:
     with pytest.raises(CacheMismatch, match="has 3 views, not 2: leave --views out"):
-        make_training_run(asked(digits_test, "cached", cache=tape, training={"views": 2}))
+        make_training_run(asked(digits_test, "cached", cache=cache, training={"views": 2}))
 
 
-def test_epochs_beyond_the_views_of_a_tape_are_told(digits_test: Dataset, tape: str) -> None:
-    enough = make_training_run(asked(digits_test, "cached", cache=tape, training={"epochs": 3}))
+def test_epochs_beyond_the_views_of_a_cache_are_told(digits_test: Dataset, cache: str) -> None:
+    enough = make_training_run(asked(digits_test, "cached", cache=cache, training={"epochs": 3}))
     assert enough.notes == ()
-    more = make_training_run(asked(digits_test, "cached", cache=tape, training={"epochs": 4}))
-    wraps = f"{tape} has 3 views for 4 epochs: it wraps, epoch e plays view e mod 3"
+    more = make_training_run(asked(digits_test, "cached", cache=cache, training={"epochs": 4}))
+    wraps = f"{cache} has 3 views for 4 epochs: it wraps, epoch e plays view e mod 3"
     assert more.notes == (wraps,)
 
 
-def test_what_a_tape_decides_against_a_recipe_is_told(digits_test: Dataset, tape: str) -> None:
+def test_what_a_cache_decides_against_a_recipe_is_told(digits_test: Dataset, cache: str) -> None:
     given = {"epochs": 3, "batch_size": 64}
     found = make_training_run(
-        asked(digits_test, "cached", cache=tape, recipe="fashion-mnist", training=given)
+        asked(digits_test, "cached", cache=cache, recipe="fashion-mnist", training=given)
     )
     [line] = found.notes
-    assert line.startswith(f"the tape decides what is seen, not the recipe: {found.spec.setup}, 8")
+    assert line.startswith(f"the cache decides what is seen, not the recipe: {found.spec.setting}, 8")
 
 
 def test_a_warm_up_beyond_the_run_is_refused_before_anything_is_made(digits_test: Dataset) -> None:

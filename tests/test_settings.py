@@ -1,7 +1,7 @@
-"""The set-ups of the paper: which pixels the teacher and the student get, online and from a tape.
+"""The settings of the paper: which pixels the teacher and the student get, online and from a cache.
 
 Expected pixels come from `views.py` and OpenCV (`test_pixels.by_the_definition`) and from the table
-of definitions here, not from `setups.py`.
+of definitions here, not from `settings.py`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from kdcache.data.beton import Dataset
 from kdcache.data.loader import Loader
 from kdcache.errors import CacheMismatch, UsageError
 from kdcache.models.classifier import Classifier
-from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.teacher.precompute import precompute
 from kdcache.teacher.targets import AverageTargets, CachedTargets, FixedTargets, OnlineTargets
 from kdcache.views import settings
 from kdcache.views.order import view_order, view_positions
 from kdcache.views.settings import SETTINGS, Setting, get_setting, other_seed, setting_name
 from kdcache.views.spec import EVAL_SCALE, ViewSpec
-from tests.conftest import TEACHER, Result
-from tests.test_pixels import by_the_definition, stored_images
+from tests.conftest import TEACHER, Result, cache_spec
+from tests.test_render import by_the_definition, stored_images
 
 Run = Callable[..., Result]
 
@@ -44,7 +44,7 @@ HIGH = 1 << 63
 
 @dataclass(frozen=True)
 class Definition:
-    """A set-up as the paper has it: what each side sees, and of which views, in epoch e."""
+    """A setting as the paper has it: what each side sees, and of which views, in epoch e."""
 
     paper: str
     student: ViewSpec
@@ -61,9 +61,9 @@ DEFINITIONS = {
     "fixed-whole": Definition("fix/rs", WHOLE, WHOLE, lambda e: [0]),
     "fixed-center": Definition("fix/cc", MILD, CENTER, lambda e: [0]),
     "fixed-average": Definition("fix/ic_ens", INCEPTION, INCEPTION, lambda e: list(range(AVERAGE))),
-    "independent-mild": Definition("ind/rc", MILD, replace(MILD, seed=SEED + HIGH)),
+    "independent-random": Definition("ind/rc", MILD, replace(MILD, seed=SEED + HIGH)),
     "independent-inception": Definition("ind/ic", INCEPTION, replace(INCEPTION, seed=SEED + HIGH)),
-    "consistent-mild": Definition("same/rc", MILD, MILD),
+    "consistent-random": Definition("same/rc", MILD, MILD),
     "consistent-inception": Definition("same/ic", INCEPTION, INCEPTION),
     "function-matching": Definition("function matching", MIXED, MIXED),
 }
@@ -118,70 +118,70 @@ def images_of(batch: Batch) -> np.ndarray:
 
 
 def online_source(
-    setup: Setting, teacher: Classifier, dataset: Dataset, student: ViewSpec
+    setting: Setting, teacher: Classifier, dataset: Dataset, student: ViewSpec
 ) -> TargetSource:
-    if setup.average:
-        seen = setup.tape_view(student)
+    if setting.num_averaged_views:
+        seen = setting.cache_view_spec(student)
         return AverageTargets(teacher, dataset, seen, AVERAGE, BATCH, workers=1)
     return OnlineTargets(teacher)
 
 
 def recorded(
-    setup: Setting, teacher: Classifier, dataset: Dataset, out: Path, **given: Any
+    setting: Setting, teacher: Classifier, dataset: Dataset, out: Path, **given: Any
 ) -> LogitCache:
-    """The tape that `precompute --setup NAME` makes, of all classes as float32."""
-    count = 1 if setup.fixed else EPOCHS
-    view, order, average = setup.tape_fields(
-        {**GIVEN, **given}, SIZE, views=count, average=AVERAGE if setup.average else 0
+    """The cache that `precompute --setting NAME` makes, of all classes as float32."""
+    count = 1 if setting.fixed else EPOCHS
+    view, row_order, average = setting.cache_fields(
+        {**GIVEN, **given}, SIZE, num_views=count, num_averaged_views=AVERAGE if setting.num_averaged_views else 0
     )
-    spec = make_cache_spec(
-        dataset, teacher, view, views=count, dtype="float32", order=order, average=average
+    spec = cache_spec(
+        dataset, teacher, view, num_views=count, dtype="float32", row_order=row_order, num_averaged_views=average
     )
     return precompute(dataset, teacher, spec, out, batch_size=BATCH, workers=1, class_names=())
 
 
 def played(
-    setup: Setting, dataset: Dataset, student: ViewSpec, size_px: int | None = None
+    setting: Setting, dataset: Dataset, student: ViewSpec, size_px: int | None = None
 ) -> list[Batch]:
     """All batches of the first epochs, with what a live teacher sees."""
-    seen = setup.teacher_view(student, size_px=size_px)
-    with Loader(dataset, student, BATCH, teacher_view=seen, workers=1) as loader:
+    seen = setting.teacher_view_spec(student, size_px=size_px)
+    with Loader(dataset, student, BATCH, teacher_view_spec=seen, workers=1) as loader:
         return [batch for epoch in range(EPOCHS) for batch in loader.batches(epoch)]
 
 
-@pytest.mark.parametrize("setup", SETTINGS, ids=lambda s: s.name)
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
 def test_online_both_sides_see_what_the_paper_says(
-    photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], setup: Setting
+    photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], setting: Setting
 ) -> None:
-    wanted = DEFINITIONS[setup.name]
-    student = setup.student_view(GIVEN, 999)
+    wanted = DEFINITIONS[setting.name]
+    student = setting.student_view_spec(GIVEN, 999)
     teacher, spy = spy_teacher()
-    source = online_source(setup, teacher, photos, student)
-    batches = played(setup, photos, student)
+    source = online_source(setting, teacher, photos, student)
+    batches = played(setting, photos, student)
     assert len(batches) == EPOCHS * -(-len(photos) // BATCH)
     for batch in batches:
         shown = by_sample(cv2, stored, wanted.student, batch.view)
-        assert (images_of(batch) == shown[batch.samples_B]).all()
+        assert (images_of(batch) == shown[batch.sample_ids_B]).all()
         spy.seen.clear()
         source(batch)
         asked = wanted.teacher_views(batch.view)
         seen = np.concatenate(spy.seen).reshape(len(asked), len(batch), SIZE, SIZE, 3)
         for number, pixels in zip(asked, seen, strict=True):
-            expected = by_sample(cv2, stored, wanted.teacher, number)[batch.samples_B]
+            expected = by_sample(cv2, stored, wanted.teacher, number)[batch.sample_ids_B]
             assert (pixels == expected).all()
 
 
-@pytest.mark.parametrize("setup", SETTINGS, ids=lambda s: s.name)
-def test_a_tape_is_of_what_the_paper_says(
-    photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], setup: Setting, tmp_path: Path
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
+def test_a_cache_is_of_what_the_paper_says(
+    photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], setting: Setting, tmp_path: Path
 ) -> None:
-    wanted, n = DEFINITIONS[setup.name], len(photos)
+    wanted, n = DEFINITIONS[setting.name], len(photos)
     teacher, spy = spy_teacher()
-    tape = recorded(setup, teacher, photos, tmp_path / "t")
-    assert tape.info["setup"] == cache_setting_name(tape.spec) == setup.name
+    cache = recorded(setting, teacher, photos, tmp_path / "t")
+    assert cache.metadata["setting"] == cache_setting_name(cache.spec) == setting.name
     seen, expected = np.concatenate(spy.seen), []
-    consistent = setup.name.startswith(("consistent", "function"))
-    for epoch in range(tape.spec.views):
+    consistent = setting.name.startswith(("consistent", "function"))
+    for epoch in range(cache.spec.num_views):
         shown = {v: by_sample(cv2, stored, wanted.teacher, v) for v in wanted.teacher_views(epoch)}
         rows = view_order(wanted.teacher, epoch, n) if consistent else np.arange(n)
         for start in range(0, n, BATCH):
@@ -189,18 +189,18 @@ def test_a_tape_is_of_what_the_paper_says(
     assert (seen == np.concatenate(expected)).all()
 
 
-@pytest.mark.parametrize("setup", SETTINGS, ids=lambda s: s.name)
-def test_cached_equals_online_to_the_bit(photos: Dataset, setup: Setting, tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
+def test_cached_equals_online_to_the_bit(photos: Dataset, setting: Setting, tmp_path: Path) -> None:
     teacher, _ = spy_teacher()
-    tape = recorded(setup, teacher, photos, tmp_path / "t")
-    name, student = cached_view_spec(None, tape.spec, tape.url, {}, 999)
-    assert (name, student) == (setup.name, setup.student_view(GIVEN, 999))
-    assert cached_view_spec(setup, tape.spec, tape.url, GIVEN, 999) == (name, student)
-    kind = CachedTargets if tape.spec.order == "position" else FixedTargets
-    cached = kind(tape, photos.fingerprint, student)
-    online = online_source(setup, teacher, photos, student)
+    cache = recorded(setting, teacher, photos, tmp_path / "t")
+    name, student = cached_view_spec(None, cache.spec, cache.url, {}, 999)
+    assert (name, student) == (setting.name, setting.student_view_spec(GIVEN, 999))
+    assert cached_view_spec(setting, cache.spec, cache.url, GIVEN, 999) == (name, student)
+    kind = CachedTargets if cache.spec.row_order == "view" else FixedTargets
+    cached = kind(cache, photos.content_hash, student)
+    online = online_source(setting, teacher, photos, student)
     answers = []
-    for batch in played(setup, photos, student):
+    for batch in played(setting, photos, student):
         found, live = cached(batch), online(batch)
         assert isinstance(found, Target)
         assert isinstance(live, Target)
@@ -212,44 +212,44 @@ def test_cached_equals_online_to_the_bit(photos: Dataset, setup: Setting, tmp_pa
     assert len(by_epoch[0].unique(dim=0)) > 35
     orders = [torch.from_numpy(view_positions(student, e, len(photos))) for e in (0, 1)]
     moved = by_epoch[0][orders[0]] != by_epoch[1][orders[1]]
-    assert bool(moved.any(1).float().mean() > 0.9) == (not setup.fixed)
-    assert bool(moved.any()) == (not setup.fixed)
+    assert bool(moved.any(1).float().mean() > 0.9) == (not setting.fixed)
+    assert bool(moved.any()) == (not setting.fixed)
 
 
-@pytest.mark.parametrize("setup", SETTINGS, ids=lambda s: s.name)
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
 def test_a_bigger_teacher_sees_the_same_boxes(
-    photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], setup: Setting, tmp_path: Path
+    photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], setting: Setting, tmp_path: Path
 ) -> None:
-    """The paper's T384 to S224: only the number of pixels differs, online and on a tape."""
-    wanted, big = DEFINITIONS[setup.name], 24
+    """The paper's T384 to S224: only the number of pixels differs, online and on a cache."""
+    wanted, big = DEFINITIONS[setting.name], 24
     larger = replace(wanted.teacher, size_px=big)
-    student = setup.student_view(GIVEN, 999)
-    assert setup.tape_view(student, size_px=big) == larger
-    if not setup.average:
-        assert setup.teacher_view(student, size_px=big) == larger
-        for batch in played(setup, photos, student, big):
+    student = setting.student_view_spec(GIVEN, 999)
+    assert setting.cache_view_spec(student, size_px=big) == larger
+    if not setting.num_averaged_views:
+        assert setting.teacher_view_spec(student, size_px=big) == larger
+        for batch in played(setting, photos, student, big):
             assert (
                 images_of(batch)
-                == by_sample(cv2, stored, wanted.student, batch.view)[batch.samples_B]
+                == by_sample(cv2, stored, wanted.student, batch.view)[batch.sample_ids_B]
             ).all()
             number = wanted.teacher_views(batch.view)[0]
             seen = batch.for_teacher.permute(0, 2, 3, 1).numpy()
-            expected = by_sample(cv2, stored, larger, number)[batch.samples_B]
+            expected = by_sample(cv2, stored, larger, number)[batch.sample_ids_B]
             assert (seen == expected).all()
     teacher, _ = spy_teacher(big)
-    tape = recorded(setup, teacher, photos, tmp_path / "t", size_px=big)
-    name, seen_by_student = cached_view_spec(None, tape.spec, tape.url, {"size_px": SIZE}, 999)
-    assert (name, seen_by_student) == (setup.name, student)
+    cache = recorded(setting, teacher, photos, tmp_path / "t", size_px=big)
+    name, seen_by_student = cached_view_spec(None, cache.spec, cache.url, {"size_px": SIZE}, 999)
+    assert (name, seen_by_student) == (setting.name, student)
     with pytest.raises(CacheMismatch, match="size_px: 16 here, 24 there"):
-        setup.require_tape(tape.spec, tape.url, student)
-    setup.require_tape(tape.spec, tape.url, student, resized=True)
-    if tape.spec.order == "position":
+        setting.require_cache(cache.spec, cache.url, student)
+    setting.require_cache(cache.spec, cache.url, student, resized=True)
+    if cache.spec.row_order == "view":
         with pytest.raises(CacheMismatch, match="size_px: 16 here, 24 there"):
-            CachedTargets(tape, photos.fingerprint, student)
+            CachedTargets(cache, photos.content_hash, student)
         with pytest.raises(CacheMismatch, match="seed: 1 here, 9 there"):
-            tape.require_plays(photos.fingerprint, replace(student, seed=1), resized=True)
-        source = CachedTargets(tape, photos.fingerprint, student, resized=True)
-        for batch in played(setup, photos, student, big):
+            cache.require_compatible(photos.content_hash, replace(student, seed=1), resized=True)
+        source = CachedTargets(cache, photos.content_hash, student, resized=True)
+        for batch in played(setting, photos, student, big):
             live, found = OnlineTargets(teacher)(batch), source(batch)
             assert isinstance(found, Target)
             assert torch.equal(found.logits_BK, live.logits_BK)
@@ -258,20 +258,20 @@ def test_a_bigger_teacher_sees_the_same_boxes(
 def test_names_and_papers_names() -> None:
     assert {s.name: s.paper for s in SETTINGS} == {n: d.paper for n, d in DEFINITIONS.items()}
     assert settings.DEFAULT_SETTING.name == "function-matching"
-    for setup in SETTINGS:
-        assert get_setting(setup.name) is get_setting(setup.paper) is setup
-        assert "\n" not in setup.sees
-        view = setup.student_view(GIVEN, 999)
-        if not setup.average:
-            assert setting_name(view, setup.teacher_view(view)) == setup.name
-            assert setting_name(view, setup.teacher_view(view, size_px=24)) == setup.name
-    words = r"unknown set-up '': a set-up is one of fixed-whole, .*, function-matching$"
+    for setting in SETTINGS:
+        assert get_setting(setting.name) is get_setting(setting.paper) is setting
+        assert "\n" not in setting.sees
+        view = setting.student_view_spec(GIVEN, 999)
+        if not setting.num_averaged_views:
+            assert setting_name(view, setting.teacher_view_spec(view)) == setting.name
+            assert setting_name(view, setting.teacher_view_spec(view, size_px=24)) == setting.name
+    words = r"unknown setting '': a setting is one of fixed-whole, .*, function-matching$"
     with pytest.raises(UsageError, match=words):
         get_setting("")
-    with pytest.raises(UsageError, match=r", function-matching; did you mean consistent-mild\?$"):
+    with pytest.raises(UsageError, match=r", function-matching; did you mean consistent-random\?$"):
         get_setting("consistant-mild")
     assert setting_name(replace(MILD, mixup=1.0)) == setting_name(CENTER) == "custom"
-    assert setting_name(MILD, replace(CENTER, min_area=0.5)) == "custom"
+    assert setting_name(MILD, replace(CENTER, min_scale=0.5)) == "custom"
 
 
 def test_the_teachers_seed_is_a_bijection() -> None:
@@ -288,95 +288,95 @@ def test_the_teachers_seed_is_a_bijection() -> None:
             "consistent-inception",
             {"mixup": 1.0},
             "does not mix: with --mixup 1 it would be function-matching; "
-            "give --setup function-matching, or leave --mixup 1 out",
+            "give --setting function-matching, or leave --mixup 1 out",
         ),
         ("function-matching", {"mixup": 0}, "mixes: with --mixup 0 it would be consistent-incep"),
-        ("consistent-mild", {"crop": "inception"}, "--crop inception it would be consistent-incep"),
-        ("independent-mild", {"crop": "inception"}, "it would be independent-inception"),
+        ("consistent-random", {"crop": "inception"}, "--crop inception it would be consistent-incep"),
+        ("independent-random", {"crop": "inception"}, "it would be independent-inception"),
         ("function-matching", {"crop": "center"}, "has the inception crop: leave --crop center"),
         ("fixed-center", {"crop": "center"}, "has the random crop: leave --crop center out, or"),
-        ("independent-mild", {"mixup": 1.0}, "does not mix: leave --mixup 1 out, or --setup"),
+        ("independent-random", {"mixup": 1.0}, "does not mix: leave --mixup 1 out, or --setting"),
         ("fixed-whole", {"flip": True}, "shows one picture of each image: leave --flip out"),
-        ("fixed-whole", {"min_area": 0.5}, "min-area must be 1 for all of the image, not 0.5"),
+        ("fixed-whole", {"min_scale": 0.5}, "min-area must be 1 for all of the image, not 0.5"),
     ],
 )
 def test_options_that_make_another_setup_are_refused(
     name: str, given: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UsageError, match=words):
-        get_setting(name).student_view(given, SIZE)
+        get_setting(name).student_view_spec(given, SIZE)
 
 
 def test_options_that_leave_the_setup_as_it_is_are_taken() -> None:
-    given = {"size_px": 20, "min_area": 0.3, "flip": False, "seed": 4, "mixup": 0.2}
-    assert get_setting("function-matching").student_view(given, SIZE) == ViewSpec(
+    given = {"size_px": 20, "min_scale": 0.3, "flip": False, "seed": 4, "mixup": 0.2}
+    assert get_setting("function-matching").student_view_spec(given, SIZE) == ViewSpec(
         20, "inception", 0.3, False, 0.2, 4
     )
-    view = get_setting("fixed-center").student_view({"min_area": 0.5}, SIZE)
-    assert get_setting("fixed-center").teacher_view(view) == ViewSpec(SIZE, "center", 0.5, False, 0)
+    view = get_setting("fixed-center").student_view_spec({"min_scale": 0.5}, SIZE)
+    assert get_setting("fixed-center").teacher_view_spec(view) == ViewSpec(SIZE, "center", 0.5, False, 0)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
         ("fixed-center", {"views": 2}, "has one answer for each sample: --views 1, not 2"),
-        ("fixed-center", {"average": 5}, "one view at a time: --average goes with --setup fixed-a"),
-        ("consistent-mild", {"order": "sample"}, "needs a tape in position order: leave --order"),
-        ("independent-mild", {"order": "position"}, "needs a tape in sample order: leave --order"),
+        ("fixed-center", {"average": 5}, "one view at a time: --average-views goes with --setting fixed-a"),
+        ("consistent-random", {"row_order": "dataset"}, "needs a cache in position order: leave --row-order"),
+        ("independent-random", {"order": "position"}, "needs a cache in sample order: leave --row-order"),
     ],
 )
-def test_tapes_that_a_setup_does_not_need_are_refused(
+def test_caches_that_a_setup_does_not_need_are_refused(
     name: str, options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UsageError, match=words):
-        get_setting(name).tape_fields({}, SIZE, **options)
+        get_setting(name).cache_fields({}, SIZE, **options)
 
 
-def tape_of(name: str, views: int = 1, **given: Any) -> CacheSpec:
-    view, order, average = get_setting(name).tape_fields(
-        {**GIVEN, **given}, SIZE, views=views
+def cache_of(name: str, num_views: int = 1, **given: Any) -> CacheSpec:
+    view, row_order, average = get_setting(name).cache_fields(
+        {**GIVEN, **given}, SIZE, num_views=num_views
     )
-    return CacheSpec(views, 41, 5, 5, "float32", "0" * 16, "1" * 16, view, order, average)
+    return CacheSpec(num_views, 41, 5, 5, "float32", "0" * 16, "1" * 16, view, order, average)
 
 
-def test_a_tape_serves_its_own_setup_only() -> None:
-    for setup in SETTINGS:
-        spec = tape_of(setup.name)
+def test_a_cache_serves_its_own_setup_only() -> None:
+    for setting in SETTINGS:
+        spec = cache_of(setting.name)
         for other in SETTINGS:
-            if other is setup:
-                assert cached_view_spec(other, spec, "t", {}, 999)[0] == setup.name
+            if other is setting:
+                assert cached_view_spec(other, spec, "t", {}, 999)[0] == setting.name
                 continue
             with pytest.raises(CacheMismatch) as caught:
                 cached_view_spec(other, spec, "t", {}, 999)
             assert str(caught.value) == (
-                f"t was made for {setup.name}, not for {other.name}: train with --setup "
-                f"{setup.name}, or precompute a tape with --setup {other.name}"
+                f"t was made for {setting.name}, not for {other.name}: train with --setting "
+                f"{setting.name}, or precompute a cache with --setting {other.name}"
             )
 
 
-def test_a_tape_of_other_views_is_refused() -> None:
-    fixed, independent = get_setting("fixed-center"), get_setting("independent-mild")
-    for setup, given, words in (
-        (fixed, {"min_area": 0.5}, r"holds other views .* fixed-center \(min_area: 0.5 here"),
-        (get_setting("consistent-mild"), {"seed": 2}, r"\(seed: 2 here, 9 there\)"),
+def test_a_cache_of_other_views_is_refused() -> None:
+    fixed, independent = get_setting("fixed-center"), get_setting("independent-random")
+    for setting, given, words in (
+        (fixed, {"min_scale": 0.5}, r"holds other views .* fixed-center \(min_scale: 0.5 here"),
+        (get_setting("consistent-random"), {"seed": 2}, r"\(seed: 2 here, 9 there\)"),
         (independent, {"seed": other_seed(SEED)}, "has the student's own seed"),
         (independent, {"flip": False}, "flip: False here, True there"),
     ):
         with pytest.raises(CacheMismatch, match=words):
-            cached_view_spec(setup, tape_of(setup.name), "t", given, 999)
+            cached_view_spec(setting, cache_of(setting.name), "t", given, 999)
     # A fixed teacher serves students of any seed, independent noise those of any other seed.
-    assert cached_view_spec(fixed, tape_of("fixed-center"), "t", {"seed": 2}, 9)[1].seed == 2
+    assert cached_view_spec(fixed, cache_of("fixed-center"), "t", {"seed": 2}, 9)[1].seed == 2
     assert (
-        cached_view_spec(independent, tape_of("independent-mild"), "t", {"seed": 2}, 9)[1].seed == 2
+        cached_view_spec(independent, cache_of("independent-random"), "t", {"seed": 2}, 9)[1].seed == 2
     )
 
 
-def test_tapes_of_no_setup() -> None:
-    custom = replace(tape_of("fixed-center"), view=replace(CENTER, flip=True))
+def test_caches_of_no_setup() -> None:
+    custom = replace(cache_of("fixed-center"), view=replace(CENTER, flip=True))
     imported = replace(custom, view=None)
     for spec, words in (
-        (custom, "t was made for no set-up of kdcache, not for fixed-center: leave --setup out"),
-        (imported, "t was imported, and its views are not of kdcache's making: leave --setup out"),
+        (custom, "t was made for no setting of kdcache, not for fixed-center: leave --setting out"),
+        (imported, "t was imported, and its views are not of kdcache's making: leave --setting out"),
     ):
         assert cache_setting_name(spec) == "custom"
         with pytest.raises(CacheMismatch, match=words):
@@ -386,19 +386,19 @@ def test_tapes_of_no_setup() -> None:
             "custom",
             ViewSpec(20, "random", EVAL_SCALE, mixup=0),
         )
-    # Options that contradict the set-up of a tape make one's own of it.
+    # Options that contradict the setting of a cache make one's own of it.
     given = {"crop": "inception"}
-    assert cached_view_spec(None, tape_of("fixed-center"), "t", given, 8) == (
+    assert cached_view_spec(None, cache_of("fixed-center"), "t", given, 8) == (
         "custom",
         ViewSpec(8, mixup=0),
     )
-    changed = {"crop": "random", "min_area": 0.5}
-    assert cached_view_spec(None, tape_of("function-matching"), "t", changed, 8)[0] == "custom"
+    changed = {"crop": "random", "min_scale": 0.5}
+    assert cached_view_spec(None, cache_of("function-matching"), "t", changed, 8)[0] == "custom"
 
 
 def test_several_fixed_views_are_no_setup() -> None:
-    assert cache_setting_name(replace(tape_of("fixed-center"), views=2)) == "custom"
-    assert cache_setting_name(replace(tape_of("independent-mild"), views=2)) == "independent-mild"
+    assert cache_setting_name(replace(cache_of("fixed-center"), num_views=2)) == "custom"
+    assert cache_setting_name(replace(cache_of("independent-random"), num_views=2)) == "independent-random"
 
 
 # --- the command line ------------------------------------------------------------------------
@@ -414,32 +414,32 @@ def made(kdcache: Run, dataset: Dataset, out: Path, *options: object) -> LogitCa
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        (["--setup", "fix/cc"], "fixed-center"),
-        (["--setup", "fixed-average", "--average", 2], "fixed-average"),
-        (["--setup", "independent-mild", "--views", 2, "--view-seed", 3], "independent-mild"),
-        (["--setup", "function-matching"], "function-matching"),
+        (["--setting", "fix/cc"], "fixed-center"),
+        (["--setting", "fixed-average", "--average-views", 2], "fixed-average"),
+        (["--setting", "independent-random", "--views", 2, "--view-seed", 3], "independent-random"),
+        (["--setting", "function-matching"], "function-matching"),
         ([], "function-matching"),
         (["--mixup", 0], "consistent-inception"),
-        (["--mixup", 0, "--crop", "random"], "consistent-mild"),
+        (["--mixup", 0, "--crop", "random"], "consistent-random"),
         (["--crop", "whole", "--mixup", 0], "custom"),
         (["--crop", "random"], "custom"),
-        (["--order", "sample", "--views", 2], "independent-inception"),
+        (["--row-order", "dataset", "--views", 2], "independent-inception"),
     ],
 )
 def test_precompute_by_name(
     kdcache: Run, digits_test: Dataset, tmp_path: Path, options: list[object], name: str
 ) -> None:
-    tape = made(kdcache, digits_test, tmp_path / "t", *options)
-    assert tape.info["setup"] == cache_setting_name(tape.spec) == name
-    if name == "independent-mild":
-        assert tape.spec.view is not None
-        assert (tape.spec.view.seed, tape.spec.views) == (HIGH + 3, 2)
+    cache = made(kdcache, digits_test, tmp_path / "t", *options)
+    assert cache.metadata["setting"] == cache_setting_name(cache.spec) == name
+    if name == "independent-random":
+        assert cache.spec.view_spec is not None
+        assert (cache.spec.view_spec.seed, cache.spec.num_views) == (HIGH + 3, 2)
     result = kdcache("inspect", tmp_path / "t")
-    assert f"set-up    {name}" in result.out
+    assert f"setting    {name}" in result.out
 
 
 def test_several_teachers(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
-    other = "python:tests.test_setups:other_teacher"
+    other = "python:tests.test_settings:other_teacher"
     alone = made(kdcache, digits_test, tmp_path / "1", "--top-k", "all", "--dtype", "float32")
     both = made(
         kdcache,
@@ -456,7 +456,7 @@ def test_several_teachers(kdcache: Run, digits_test: Dataset, tmp_path: Path) ->
     assert both.spec.teacher != alone.spec.teacher
     rows = np.arange(len(digits_test))
     p_1 = alone.target(0, rows).log_p_BK.exp()
-    tape = kdcache(
+    cache = kdcache(
         "precompute",
         "--data",
         digits_test.path,
@@ -469,7 +469,7 @@ def test_several_teachers(kdcache: Run, digits_test: Dataset, tmp_path: Path) ->
         "--dtype",
         "float32",
     )
-    assert tape.code == 0
+    assert cache.code == 0
     p_2 = LogitCache.open(tmp_path / "3").target(0, rows).log_p_BK.exp()
     torch.testing.assert_close(
         both.target(0, rows).log_p_BK.exp(), (p_1 + p_2) / 2, rtol=1e-4, atol=1e-6
@@ -482,20 +482,20 @@ def test_several_teachers(kdcache: Run, digits_test: Dataset, tmp_path: Path) ->
 
 
 def test_another_domain(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
-    teacher = "python:tests.test_setups:seven_classes"
+    teacher = "python:tests.test_settings:seven_classes"
     line = ("precompute", "--data", digits_test.path, "--teacher", teacher, "--out", tmp_path / "t")
     result = kdcache(*line)
     assert result.code == 2
     assert result.err.count("\n") == 1
     assert (
         "has 7 classes, the data has 10; where the data is of another domain than the teacher's, "
-        "give --other-domain"
+        "give --unlabeled"
     ) in result.err
-    assert kdcache(*line, "--other-domain", "--top-k", "all").code == 0
-    tape = LogitCache.open(tmp_path / "t")
-    assert (tape.spec.classes, tape.spec.top_k) == (7, 7)
-    assert (tape.info["class_names"], tape.info["other_domain"]) == ([], True)
-    # Labels of other classes tell nothing of such a tape.
+    assert kdcache(*line, "--unlabeled", "--top-k", "all").code == 0
+    cache = LogitCache.open(tmp_path / "t")
+    assert (cache.spec.num_classes, cache.spec.top_k) == (7, 7)
+    assert (cache.metadata["class_names"], cache.metadata["unlabeled"]) == ([], True)
+    # Labels of other classes tell nothing of such a cache.
     shown = kdcache("inspect", tmp_path / "t", "--data", digits_test.path)
     assert shown.code == 0
     assert "accuracy" not in shown.out
@@ -504,18 +504,18 @@ def test_another_domain(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> N
     assert verified.code == 0, verified.out
 
 
-@pytest.mark.parametrize("name", ["fixed-average", "independent-mild", "function-matching"])
-def test_a_run_from_a_tape_is_the_run_with_a_live_teacher(
+@pytest.mark.parametrize("name", ["fixed-average", "independent-random", "function-matching"])
+def test_a_run_from_a_cache_is_the_run_with_a_live_teacher(
     kdcache: Run, digits_test: Dataset, tmp_path: Path, name: str
 ) -> None:
-    """The same weights to the bit, from `--setup` to the end."""
-    average = ["--average", 2] if name == "fixed-average" else []
+    """The same weights to the bit, from `--setting` to the end."""
+    average = ["--average-views", 2] if name == "fixed-average" else []
     views = [] if average else ["--views", 2]
-    tape = made(
+    cache = made(
         kdcache,
         digits_test,
         tmp_path / "t",
-        "--setup",
+        "--setting",
         name,
         *average,
         *views,
@@ -531,10 +531,10 @@ def test_a_run_from_a_tape_is_the_run_with_a_live_teacher(
     weights = []
     for mode, options in (
         ("cached", ["--cache", tmp_path / "t"]),
-        ("cached", ["--cache", tmp_path / "t", "--setup", name]),
+        ("cached", ["--cache", tmp_path / "t", "--setting", name]),
         (
             "online",
-            ["--teacher", TEACHER, "--setup", name, "--view-seed", 5, *average, *views],
+            ["--teacher", TEACHER, "--setting", name, "--view-seed", 5, *average, *views],
         ),
     ):
         out = tmp_path / f"run{len(weights)}"
@@ -557,26 +557,26 @@ def test_a_run_from_a_tape_is_the_run_with_a_live_teacher(
         )
         assert result.code == 0, result.err
         record = json.loads((out / "run.json").read_text())
-        assert record["setup"] == name
+        assert record["setting"] == name
         weights.append(record["weights"])
     assert len(set(weights)) == 1
     with pytest.raises(CacheMismatch, match=f"was made for {name}, not for fixed-center"):
-        cached_view_spec(get_setting("fixed-center"), tape.spec, tape.url, {}, 8)
+        cached_view_spec(get_setting("fixed-center"), cache.spec, cache.url, {}, 8)
 
 
 def test_refusals_are_one_line(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
     line = ("precompute", "--data", digits_test.path, "--teacher", TEACHER, "--out", tmp_path / "t")
     for options, words in (
-        (["--setup", "same"], "unknown set-up 'same': a set-up is one of fixed-whole"),
-        (["--setup", "same/ic", "--mixup", 1], "consistent-inception does not mix"),
-        (["--setup", "fix/rs", "--views", 3], "--views 1, not 3"),
+        (["--setting", "same"], "unknown setting 'same': a setting is one of fixed-whole"),
+        (["--setting", "same/ic", "--mixup", 1], "consistent-inception does not mix"),
+        (["--setting", "fix/rs", "--views", 3], "--views 1, not 3"),
     ):
         result = kdcache(*line, *options)
         assert result.code == 2
         assert words in result.err
         assert result.err.count("\n") == 1
     assert not (tmp_path / "t").exists()
-    made(kdcache, digits_test, tmp_path / "t", "--setup", "ind/ic", "--views", 1)
+    made(kdcache, digits_test, tmp_path / "t", "--setting", "ind/ic", "--views", 1)
     line = (
         "train",
         "--mode",
@@ -591,9 +591,9 @@ def test_refusals_are_one_line(kdcache: Run, digits_test: Dataset, tmp_path: Pat
         tmp_path / "r",
     )
     for options, words in (
-        (["--setup", "same/ic"], "was made for independent-inception, not for consistent-incep"),
-        (["--setup", "ind/ic", "--view-seed", HIGH], "has the student's own seed"),
-        (["--setup", "ind/ic", "--crop", "random"], "with --crop random it would be independent-m"),
+        (["--setting", "same/ic"], "was made for independent-inception, not for consistent-incep"),
+        (["--setting", "ind/ic", "--view-seed", HIGH], "has the student's own seed"),
+        (["--setting", "ind/ic", "--crop", "random"], "with --crop random it would be independent-m"),
     ):
         result = kdcache(*line, *options)
         assert result.code == 2
@@ -620,13 +620,13 @@ def seven_classes(num_classes: int | None) -> nn.Module:
 def test_the_picture_shows_what_either_side_sees(
     photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], tmp_path: Path
 ) -> None:
-    for setup in SETTINGS:
-        wanted = DEFINITIONS[setup.name]
-        shown = plots._seen(setup, photos, 7, SIZE, SEED)
+    for setting in SETTINGS:
+        wanted = DEFINITIONS[setting.name]
+        shown = plots._seen(setting, photos, 7, SIZE, SEED)
         assert len(shown) == 3
         for epoch, (teacher, student) in enumerate(shown):
             assert (student == by_sample(cv2, stored, wanted.student, epoch)[7]).all()
-            if not setup.average:
+            if not setting.num_averaged_views:
                 number = wanted.teacher_views(epoch)[0]
                 assert (teacher == by_sample(cv2, stored, wanted.teacher, number)[7]).all()
                 continue

@@ -35,7 +35,7 @@ from tests import ranks
 from tests.conftest import TEACHER, Result, linear_teacher
 from tests.test_loader import damaged_copy, everything
 
-STUDENT = "python:tests.test_processes:student"
+STUDENT = "python:tests.test_distributed:student"
 SPEC = TrainSpec("labels", ViewSpec(8), batch_size=64)
 
 
@@ -171,8 +171,8 @@ def test_what_all_processes_meet_is_said_once(
 
 
 @pytest.fixture(scope="module")
-def tape(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tape")
+def cache(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
     line = ["precompute", "--data", digits_test.path, "--teacher", TEACHER, "--views", 2]
     ranks.command(1, folder, *line, "--out", folder / "t")()
     return folder / "t"
@@ -191,13 +191,13 @@ def tape(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_the_result_of_one_process(
     digits_test: Dataset,
     tmp_path: Path,
-    tape: Path,
+    cache: Path,
     count: int,
     mode: str,
     options: tuple[Any, ...],
 ) -> None:
     given = {
-        "cached": ("--cache", tape, "--teacher", TEACHER),
+        "cached": ("--cache", cache, "--teacher", TEACHER),
         "online": ("--teacher", TEACHER),
         "labels": (),
     }[mode]
@@ -223,7 +223,7 @@ def measure(data: Path, out: Path, rank: int, count: int) -> None:
     dataset = open_dataset(data)
     network = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
     judge = load.load_model(
-        "python:tests.test_processes:other_teacher", "teacher", num_classes=10, size_px=8
+        "python:tests.test_distributed:other_teacher", "teacher", num_classes=10, size_px=8
     )
     with World(rank, count) as world:
         found = evaluate(
@@ -379,7 +379,7 @@ def test_a_damaged_sample_of_one_process_ends_all_and_is_named_once(
     sample = sample_of(digits_test, second)
     damaged = damaged_copy(digits_test, tmp_path, sample, everything)
     out = tmp_path / "run"
-    line = training(damaged.path, out, "--min-area", 0.05, "--log-every", 1)
+    line = training(damaged.path, out, "--min-scale", 0.05, "--log-every", 1)
     found = ranks.command(2, tmp_path / "io", *line)()
     assert found[1].code == 2, found
     assert found[0].code in (-signal.SIGTERM, 128 + signal.SIGTERM)
@@ -411,7 +411,7 @@ def test_nan_in_one_process_stops_all_and_keeps_no_such_checkpoint(
 ) -> None:
     out = tmp_path / "run"
     line = training(digits_test.path, out, "--checkpoint-every", 1, "--log-every", 3)
-    line[line.index(STUDENT)] = "python:tests.test_processes:student_that_fails_one"
+    line[line.index(STUDENT)] = "python:tests.test_distributed:student_that_fails_one"
     found = ranks.command(2, tmp_path / "io", *line)()
     assert found[0].code == 2, found
     said = "kdcache: the loss is not finite at step 5: lower --lr or raise --warmup; the checkpoint"
@@ -463,7 +463,7 @@ def with_unused(num_classes: int) -> nn.Module:
 
 def test_weights_that_no_step_uses(digits_test: Dataset, tmp_path: Path) -> None:
     line = training(digits_test.path, tmp_path / "run")
-    line[line.index(STUDENT)] = "python:tests.test_processes:with_unused"
+    line[line.index(STUDENT)] = "python:tests.test_distributed:with_unused"
     found = ranks.command(2, tmp_path / "io", *line)()
     assert found[0].code == 2, found
     [said] = set(lines_of(found))  # on a slow machine both say it

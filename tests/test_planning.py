@@ -1,4 +1,4 @@
-"""The plan comes true: bytes and objects of the tape that is then made, hours by its formula."""
+"""The plan comes true: bytes and objects of the cache that is then made, hours by its formula."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
 from kdcache.models import load
 from kdcache.models.classifier import Classifier
-from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.teacher.precompute import precompute
 from kdcache.training import planning
 from kdcache.training.planning import Recording, Steps
 from kdcache.views.spec import ViewSpec
-from tests.conftest import TEACHER, Result
+from tests.conftest import TEACHER, Result, cache_spec
 
 STUDENT = "python:tests.conftest:convolutional_student"
 KINDS = {
@@ -29,8 +29,8 @@ KINDS = {
     "top 2": {"top_k": 2},
     "8 bits": {"top_k": 2, "dtype": "uint8"},
     "draws": {"draws": 6, "dtype": "uint8"},
-    "by sample": {"top_k": 2, "order": "sample"},
-    "averaged": {"top_k": 2, "order": "sample", "average": 5},
+    "by sample": {"top_k": 2, "row_order": "dataset"},
+    "averaged": {"top_k": 2, "row_order": "dataset", "average": 5},
 }
 
 
@@ -45,19 +45,19 @@ def teacher() -> Classifier:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_tape_is_as_large_as_planned(
+def test_the_cache_is_as_large_as_planned(
     digits: Dataset, teacher: Classifier, tmp_path: Path, kind: str
 ) -> None:
     options = KINDS[kind]
     views = 1 if "average" in options else 3
-    spec = make_cache_spec(digits, teacher, ViewSpec(8, mixup=0), views=views, **options)
+    spec = cache_spec(digits, teacher, ViewSpec(8, mixup=0), num_views=views, **options)
     recording = planning.record_some(digits, teacher, spec, batch_size=128, workers=1)
     found = planning.make_plan(spec, recording)
-    tape = precompute(digits, teacher, spec, tmp_path / "t", batch_size=128)
-    sizes = {key: n for key, n in tape.store.sizes().items() if not key.startswith(".")}
-    assert found.shards == len(tape.places())
+    cache = precompute(digits, teacher, spec, tmp_path / "t", batch_size=128)
+    sizes = {key: n for key, n in cache.store.sizes().items() if not key.startswith(".")}
+    assert found.shards == len(cache.shards())
     assert found.objects == len(sizes)
-    # The manifest says more; an averaged tape is judged by fewer views than it averages.
+    # The manifest says more; an averaged cache is judged by fewer views than it averages.
     close = 0.1 if "average" in options else 0.03
     assert found.bytes + 1000 == pytest.approx(sum(sizes.values()), rel=close)
     assert found.bytes_per_record == found.bytes / (views * 1500)
@@ -69,22 +69,22 @@ def test_bytes_come_from_whole_chunks_where_a_shard_is_large(
 ) -> None:
     monkeypatch.setattr(layout, "CHUNK_BYTES", 1024)
     monkeypatch.setattr(layout, "SHARD_BYTES", 4096)
-    spec = make_cache_spec(digits, teacher, ViewSpec(8), views=2, top_k=2)
+    spec = cache_spec(digits, teacher, ViewSpec(8), num_views=2, top_k=2)
     recording = planning.record_some(digits, teacher, spec, batch_size=200, workers=1)
     assert len(recording.records) < 1500
     found = planning.make_plan(spec, recording)
-    tape = precompute(digits, teacher, spec, tmp_path / "t")
-    assert found.shards == len(tape.places()) > 2
-    assert found.bytes + 1000 == pytest.approx(tape.stored_bytes(), rel=0.1)
+    cache = precompute(digits, teacher, spec, tmp_path / "t")
+    assert found.shards == len(cache.shards()) > 2
+    assert found.bytes + 1000 == pytest.approx(cache.stored_bytes(), rel=0.1)
 
 
 def test_hours_are_those_of_every_pass_of_the_teacher(digits: Dataset, teacher: Classifier) -> None:
-    spec = make_cache_spec(
-        digits, teacher, ViewSpec(8, mixup=0), top_k=2, order="sample", average=2
+    spec = cache_spec(
+        digits, teacher, ViewSpec(8, mixup=0), top_k=2, row_order="dataset", num_averaged_views=2
     )
     two = planning.record_some(digits, teacher, spec, batch_size=128, workers=1)
     many = planning.record_some(
-        digits, teacher, replace(spec, average=200), batch_size=128, workers=1
+        digits, teacher, replace(spec, num_averaged_views=200), batch_size=128, workers=1
     )
     assert 20 < many.seconds / two.seconds < 500
 
@@ -175,7 +175,7 @@ def test_too_small_a_disk_is_said(
     monkeypatch.setattr(planning, "free_bytes", lambda out: 1000)
     result = kdcache("plan", "--data", digits.path, "--teacher", TEACHER, "--out", tmp_path / "t")
     assert result.code == 0
-    assert f"{tmp_path / 't'} has room for 1 kB, the tape takes" in result.err
+    assert f"{tmp_path / 't'} has room for 1 kB, the cache takes" in result.err
     assert len(result.err.splitlines()) == 1
 
 

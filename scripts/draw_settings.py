@@ -1,6 +1,6 @@
 """docs/setups.png: python scripts/draw_setups.py
 
-What teacher and student see of one of scikit-learn's photos in each set-up.
+What teacher and student see of one of scikit-learn's photos in each setting.
 """
 
 from __future__ import annotations

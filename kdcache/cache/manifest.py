@@ -1,0 +1,135 @@
+"""The manifest: what a cache is, in the attributes of its Zarr group.
+
+In: a spec and its layout. Out: every zarr.json of a cache; or the reverse. What stays true: a
+changed byte of any zarr.json is an error; a cache of each earlier version is read, and its
+`identity`, which keys the checksums of its shards, is the one that was stored with it. The number
+of views is no part of the identity: a cache grows by a new manifest.
+
+docs/cache-format.md has the format of each version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from kdcache.cache import layout as layouts
+from kdcache.cache.layout import GROUP, Layout
+from kdcache.cache.records import Records
+from kdcache.cache.spec import CACHE_VERSION, CacheSpec
+from kdcache.spec import canonical_json, digest, require_version
+
+KEY = "kdcache"
+NO_DIGEST = "0" * 64
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache is.
+
+    version        of the stored manifest
+    identity       keys the checksums of shards: 16 hex digits over all that decides a record
+    metadata       what may differ between equal caches: teacher's name, software, device
+    render_digest  of some rendered views, where the cache was made; None where it is not known
+    zarr_json      every zarr.json, by its key in the store
+    """
+
+    version: int
+    identity: str
+    spec: CacheSpec
+    layout: Layout
+    metadata: dict[str, Any]
+    render_digest: str | None
+    zarr_json: dict[str, bytes]
+
+    @staticmethod
+    def of(spec: CacheSpec, metadata: dict[str, Any], render_digest: str | None) -> Manifest:
+        """Of a new cache."""
+        layout = Layout.of(spec)
+        return _written(
+            Manifest(CACHE_VERSION, spec.identity, spec, layout, metadata, render_digest, {})
+        )
+
+    def grown(self, num_views: int) -> Manifest:
+        """The same cache with so many views, as the current version writes it."""
+        spec = replace(self.spec, num_views=num_views)
+        return _written(replace(self, version=CACHE_VERSION, spec=spec))
+
+    def encode(self, view: int, start: int, records: Records) -> dict[str, bytes]:
+        """The object of each column, for the shard whose first row is `start`."""
+        return layouts.encode(self.zarr_json, view, start, records)
+
+    def seal(self, name: str, view: int, shard: int, data: bytes) -> bytes:
+        """SHA-256 of an object and of where it belongs."""
+        place = f"kdcache {self.identity} {name} {view} {shard}\n".encode()
+        return hashlib.sha256(place + data).digest()
+
+
+def read_manifest(text: bytes, arrays: Mapping[str, bytes | None]) -> Manifest:
+    """The manifest of any version.
+
+    text     the group's zarr.json
+    arrays   by name, each array's zarr.json
+
+    Raises UsageError for a later version, ValueError and its like for anything else that is wrong.
+    """
+    found = json.loads(text)["attributes"][KEY]
+    version = require_version("caches", found["spec"]["version"], CACHE_VERSION)
+    own = found["digest"].encode()
+    if hashlib.sha256(text.replace(own, NO_DIGEST.encode())).hexdigest().encode() != own:
+        raise ValueError("its digest is not that of its contents")
+    zarr_json = {GROUP: text}
+    array_digest = _array_digest if version > 1 else lambda data: hashlib.sha256(data).hexdigest()
+    for name, expected in found["arrays"].items():
+        key, data = f"{name}/{GROUP}", arrays[name]
+        if data is None or array_digest(data) != expected:
+            raise ValueError(f"{key} is {'missing' if data is None else 'not what was written'}")
+        zarr_json[key] = data
+    metadata = found["metadata" if version > 1 else "info"]
+    return Manifest(
+        version,
+        found["identity"] if version > 1 else digest(found["spec"]),
+        CacheSpec.from_json(found["spec"], metadata),
+        Layout(**found["layout"]),
+        metadata,
+        found["render_digest" if version > 1 else "pixels"],
+        zarr_json,
+    )
+
+
+def array_names(text: bytes) -> list[str]:
+    """The arrays that a group's zarr.json names. Raises ValueError and its like for another one."""
+    return list(json.loads(text)["attributes"][KEY]["arrays"])
+
+
+def _written(manifest: Manifest) -> Manifest:
+    """With every zarr.json. The group's holds digests of the arrays', and its own."""
+    spec, layout = manifest.spec, manifest.layout
+    arrays = layouts.metadata(spec, layout, {})
+    attributes = {
+        "digest": NO_DIGEST,
+        "identity": manifest.identity,
+        "spec": spec.to_json(),
+        "layout": asdict(layout),
+        "arrays": {
+            name.partition("/")[0]: _array_digest(text)
+            for name, text in arrays.items()
+            if name != GROUP
+        },
+        "render_digest": manifest.render_digest,
+        "metadata": manifest.metadata,
+    }
+    text = layouts.metadata(spec, layout, {KEY: attributes})[GROUP]
+    own = hashlib.sha256(text).hexdigest()
+    text = text.replace(NO_DIGEST.encode(), own.encode())
+    return replace(manifest, zarr_json={**arrays, GROUP: text})
+
+
+def _array_digest(text: bytes) -> str:
+    """Of an array's zarr.json, whatever its number of views: growing writes these files first."""
+    found = json.loads(text)
+    found["shape"][0] = 0
+    return hashlib.sha256(canonical_json(found).encode()).hexdigest()
