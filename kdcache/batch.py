@@ -8,8 +8,8 @@ Shape legend, used as name suffixes everywhere:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 class Batch:
     """Rows of one view, in position order.
 
-    images_BCHW     uint8, mixed; on the loader's device, in channels-last memory
-    labels_B        int64, the sample's own class
-    partner_labels_B      int64, the class of its partner (its own where nothing is mixed)
-    mix_weights_B   int16, the partner's weight in 1/256
-    positions_B, sample_ids_B   int64 NumPy arrays
-    teacher_images_BCHW      what the teacher sees of the same samples, where that is other pixels
+    view                 its number
+    positions_B          int64 NumPy array: places in the view's order
+    sample_ids_B         int64 NumPy array: places in the dataset
+    images_BCHW          uint8, mixed; on the loader's device, in channels-last memory
+    labels_B             int64, the sample's own class
+    partner_labels_B     int64, the class of its partner (its own where nothing is mixed)
+    mix_weights_B        int16, the partner's weight in 1/256
+    teacher_images_BCHW  what the teacher sees of the same samples; None where that is images_BCHW
     """
 
     view: int
@@ -36,6 +38,12 @@ class Batch:
     partner_labels_B: torch.Tensor
     mix_weights_B: torch.Tensor
     teacher_images_BCHW: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """The batch with its tensors on a device. Lightning and accelerate call this."""
+        tensors = {n: x for n, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        moved: dict[str, Any] = {name: move(x, device) for name, x in tensors.items()}
+        return replace(self, **moved)
 
     @property
     def for_teacher(self) -> torch.Tensor:
@@ -66,12 +74,12 @@ class Target:
         """The class of the largest logit [B], int64."""
         return _top_class(self.logits_BK, self.class_ids_BK)
 
-    def to(self, device: torch.device) -> Target:
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Target:
         classes, tail = self.class_ids_BK, self.tail_B3
         return Target(
-            _moved(self.logits_BK, device),
-            None if classes is None else _moved(classes, device),
-            None if tail is None else _moved(tail, device),
+            move(self.logits_BK, device),
+            None if classes is None else move(classes, device),
+            None if tail is None else move(tail, device),
             self.num_classes,
         )
 
@@ -96,12 +104,12 @@ class TemperedTarget:
         """The class of the largest probability [B], int64."""
         return _top_class(self.log_p_BK, self.class_ids_BK)
 
-    def to(self, device: torch.device) -> TemperedTarget:
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> TemperedTarget:
         tail = self.log_tail_B
         return TemperedTarget(
-            _moved(self.log_p_BK, device),
-            _moved(self.class_ids_BK, device),
-            None if tail is None else _moved(tail, device),
+            move(self.log_p_BK, device),
+            move(self.class_ids_BK, device),
+            None if tail is None else move(tail, device),
             self.temperature,
             self.num_classes,
         )
@@ -120,9 +128,9 @@ def _top_class(values_BK: torch.Tensor, class_ids_BK: torch.Tensor | None) -> to
     return class_ids_BK.gather(1, column_B[:, None])[:, 0].long()
 
 
-def _moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+def move(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """By way of pinned memory, from which a copy to a GPU does not hold the host up."""
-    if device.type == "cuda" and x.device.type == "cpu":
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 

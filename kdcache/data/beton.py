@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from kdcache.data.ffcv import (
     get_metadata_type,
 )
 from kdcache.errors import DatasetCorrupt, UsageError
-from kdcache.spec import canonical_json
+from kdcache.spec import canonical_json, require_version
 from kdcache.views.spec import SMALL_PX
 
 FIELDS = {"image": RGBImageField(), "label": IntField()}
@@ -70,15 +71,21 @@ def sidecar_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def open_dataset(path: Path) -> Dataset:
-    """The dataset at `path`. Raises UsageError or DatasetCorrupt, saying what is wrong with it."""
+def open_dataset(path: str | os.PathLike[str]) -> Dataset:
+    """The dataset in a .beton file and its sidecar, checked to be whole.
+
+    path   of the .beton file
+
+    Raises UsageError where there is none, DatasetCorrupt where one of the two is truncated, damaged
+    or of another file.
+    """
+    path = Path(path)
     if not path.is_file():
         raise UsageError(f"no such file: {path}; make it with `kdcache convert SOURCE {path}`")
     metadata, table = _read_tables(path)
     try:
         sidecar = json.loads(sidecar_path(path).read_text())
-        if sidecar["version"] != SIDECAR_VERSION:
-            raise ValueError(f"version {sidecar['version']}, expected {SIDECAR_VERSION}")
+        version = require_version("sidecars", sidecar["version"], SIDECAR_VERSION)
         class_names = tuple(map(str, sidecar["classes"]))
         checksums = np.frombuffer(base64.b64decode(sidecar["checksums"]), np.uint32)
         content_hash = sidecar["fingerprint"]
@@ -86,11 +93,13 @@ def open_dataset(path: Path) -> Dataset:
         raise UsageError(
             f"{path} has no sidecar {sidecar_path(path).name}: make both with `kdcache convert`"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except UsageError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetCorrupt(
             f"{sidecar_path(path)} is damaged ({error}): convert the images again"
         ) from error
-    if content_hash != content_hash_of(class_names, metadata, table, checksums):
+    if content_hash != content_hash_of(version, class_names, metadata, table, checksums):
         raise DatasetCorrupt(
             f"{path} and its sidecar do not belong together, or one is damaged: "
             "convert the images again"
@@ -141,13 +150,17 @@ def _read_tables(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def content_hash_of(
+    version: int,
     class_names: tuple[str, ...],
     metadata: NDArray[Any],
     table: NDArray[Any],
     checksums: NDArray[np.uint32],
 ) -> str:
-    """Digest of the samples, in order: payload CRC and size, shape, label, class names."""
-    h = hashlib.sha256(canonical_json([SIDECAR_VERSION, list(class_names)]).encode())
+    """16 hex digits over the samples, in order: payload CRC and size, shape, label, class names.
+
+    version   of the sidecar, which says how
+    """
+    h = hashlib.sha256(canonical_json([version, list(class_names)]).encode())
     image = metadata["f0"]
     columns = (checksums, table["size"], image["mode"], image["height"], image["width"])
     for column in (*columns, metadata["f1"]):

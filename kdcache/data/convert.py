@@ -32,7 +32,7 @@ from kdcache.data.beton import (
     sidecar_path,
 )
 from kdcache.data.ffcv import ALLOC_TABLE_TYPE, CURRENT_VERSION, IMAGE_MODES, HeaderType, libffcv
-from kdcache.data.sources import Image, Source
+from kdcache.data.sources import Image, Source, open_source
 from kdcache.errors import StorageError, UsageError
 from kdcache.spec import canonical_json
 from kdcache.views.spec import SMALL_PX
@@ -53,19 +53,29 @@ class _Payload:
 
 
 def convert(
-    source: Source,
-    out: Path,
+    source: Source | str,
+    out: str | os.PathLike[str],
     *,
     max_side_px: int | None = None,
     quality: int = 95,
     on_error: OnError = "fail",
     progress: Progress = lambda done: None,
 ) -> tuple[Dataset, list[str]]:
-    """Write `source` to `out`; the dataset and one line for each image that was skipped.
+    """Write images to a .beton file with a sidecar: the dataset, and a line for each skipped image.
+
+    source       what `open_source` gives, or its name: the training split
+    out          path of the .beton file, which must not exist; the sidecar is `out` + ".json"
+    max_side_px  images whose longer side is above this many pixels are made smaller; None: none
+    quality      1 to 100, of images that have to be re-encoded as JPEG
+    on_error     what an unreadable image does: "fail", or "skip"
+    progress     is called with the number of images done so far
 
     JPEGs that need no change keep their bytes. Other images are stored as pixels up to 64 px and
-    as JPEG of `quality` above. Raises UsageError for a path that exists or an unreadable image.
+    as JPEG above. Raises UsageError for a path that exists or an unreadable image, StorageError.
     """
+    out = Path(out)
+    if isinstance(source, str):
+        source = open_source(source)
     _check_convert(out, max_side_px, quality)
     _remove_abandoned(out)
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
@@ -101,7 +111,9 @@ def convert(
             "version": SIDECAR_VERSION,
             "classes": source.class_names,
             "samples": len(metadata),
-            "fingerprint": content_hash_of(source.class_names, metadata, table, checksums),
+            "fingerprint": content_hash_of(
+                SIDECAR_VERSION, source.class_names, metadata, table, checksums
+            ),
             "checksums": base64.b64encode(checksums.tobytes()).decode(),
         }
         _write_synced(sidecar_partial, (canonical_json(sidecar) + "\n").encode())

@@ -44,13 +44,28 @@ _BYTES = numba.uint8[::1]
 class Loader:
     """Batches of views. A resource: use it with `with`, or close it.
 
-    teacher_view_spec   what the teacher sees of the same samples: batches carry these pixels too, from a
-                   second pass beside the first
-    workers        threads that decode, in each pass; one value for all loaders of a process is
-                   wise, because numba has one pool of threads
+        with Loader(dataset, ViewSpec(224), 256) as loader:
+            for epoch in range(epochs):
+                loader.view = epoch
+                for batch in loader: ...
 
-    Raises UsageError for a teacher's view that mixes otherwise than the student's.
+    dataset            what `open_dataset` gives
+    spec               the views; any of them, at any time
+    batch_size         images in a batch; the last batch of a view may have fewer
+    teacher_view_spec  what the teacher sees of the same samples: batches have these pixels too,
+                       from a second pass beside the first
+    workers            threads that decode, in each pass; one value for all loaders of a process is
+                       wise, because numba has one pool of threads. None: all cores, or half of
+                       them where batches stay on the CPU
+    device             where batches go; to a GPU they are copied ahead of need
+
+    view               the one that iteration gives: set it before each epoch
+
+    Raises UsageError for a batch size below 1, and for a teacher's view that mixes otherwise than
+    the student's.
     """
+
+    view: int = 0
 
     def __init__(
         self,
@@ -90,6 +105,14 @@ class Loader:
             for seen in self._seen
         ]
         self._passes: set[_Pass] = set()
+
+    def __len__(self) -> int:
+        """Batches of a view."""
+        return -(-len(self.dataset) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """All batches of the view `view`, in its order."""
+        return self.batches(self.view)
 
     def __enter__(self) -> Loader:
         return self

@@ -87,20 +87,41 @@ def natural_size_px(name: str) -> int | None:
     return pretrained.natural_size_px(name)
 
 
+def load_student(
+    name: str, *, num_classes: int | None, size_px: int, device: torch.device | str = "cpu"
+) -> Classifier:
+    """A model to train, initialised from torch's current seed.
+
+    name         torchvision:NAME, timm:NAME, kdcache:small|medium|large,
+                 python:package.module:factory, or the folder of a finished run
+    num_classes  C; None only for a run, which has its own
+    size_px      side of the views that it will get, in pixels
+
+    Raises UsageError for an unknown name, or a network that does not give [B, C] logits.
+    """
+    return load_model(name, "student", num_classes=num_classes, size_px=size_px, device=device)
+
+
 def load_teacher(
-    names: Sequence[str],
+    names: str | Sequence[str],
     *,
-    num_classes: int | None,
+    num_classes: int | None = None,
     size_px: int,
     device: torch.device | str = "cpu",
     precision: Precision = "float32",
 ) -> Teacher:
-    """The teacher of these names: one model, or several whose probabilities are averaged.
+    """A frozen model with its weights, or several whose probabilities are averaged.
 
-    num_classes   None: as many as the teachers have
+    names        of one model or several, as in `load_student`; torchvision's and timm's come with
+                 pretrained weights
+    num_classes  C; None: as many as the teachers have
+    size_px      side of the views that it will get, in pixels
+    precision    of its forward passes, by autocast
 
-    Raises UsageError without a name, where class counts differ, and what `load` raises.
+    Raises UsageError without a name, where class counts differ, and for what `load_student` does.
     """
+    if isinstance(names, str):
+        names = [names]
     if not names:
         raise UsageError("expected the name of at least one teacher")
     members = [

@@ -10,7 +10,6 @@ import re
 from typing import Any, Literal
 
 import torch
-import torchvision
 
 from kdcache.errors import MissingDependency, UsageError, did_you_mean
 from kdcache.models.classifier import Classifier
@@ -31,7 +30,7 @@ def from_torchvision(name: str, role: Role, num_classes: int | None) -> Classifi
     and before these are fetched for a teacher of another class count.
     """
     try:
-        weights = torchvision.models.get_model_weights(name).DEFAULT
+        weights = _torchvision().models.get_model_weights(name).DEFAULT
         preprocess = weights.transforms()
         mean, std = tuple(preprocess.mean), tuple(preprocess.std)
         options: dict[str, Any] = {}
@@ -44,13 +43,13 @@ def from_torchvision(name: str, role: Role, num_classes: int | None) -> Classifi
         if role == "teacher":
             count = len(weights.meta["categories"])
             require_classes(f"torchvision:{name}", count, num_classes)
-        network = torchvision.models.get_model(name, weights=None, num_classes=count, **options)
+        network = _torchvision().models.get_model(name, weights=None, num_classes=count, **options)
         if role == "teacher":
             network.load_state_dict(_torchvision_weights(name, weights))
     except UsageError:
         raise
     except ValueError as error:
-        close = did_you_mean(name, torchvision.models.list_models(module=torchvision.models))
+        close = did_you_mean(name, _torchvision().models.list_models(module=_torchvision().models))
         line = f"unknown model 'torchvision:{name}': see torchvision.models{close}"
         raise UsageError(line) from error
     except (TypeError, AttributeError, KeyError) as error:
@@ -91,7 +90,7 @@ def pretrained(name: str) -> tuple[Weights, int]:
     """
     kind, _, rest = name.partition(":")
     if kind == "torchvision":
-        weights = torchvision.models.get_model_weights(rest).DEFAULT
+        weights = _torchvision().models.get_model_weights(rest).DEFAULT
         try:
             return _torchvision_weights(rest, weights), len(weights.meta["categories"])
         except (OSError, RuntimeError) as error:
@@ -124,7 +123,7 @@ def natural_size_px(name: str) -> int | None:
         return int(config.input_size[-1]) if config and config.fixed_input_size else None
     if kind == "torchvision" and rest.startswith(("vit_", "maxvit_")):
         try:
-            return _fixed_size(torchvision.models.get_model_weights(rest).DEFAULT)
+            return _fixed_size(_torchvision().models.get_model_weights(rest).DEFAULT)
         except ValueError:
             return None
     return None
@@ -144,6 +143,14 @@ def _torchvision_weights(name: str, weights: Any) -> Weights:
         elif key != (new := re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", key)):
             state[new] = state.pop(key)
     return state
+
+
+def _torchvision() -> Any:
+    # Here, not above: it takes a second to import, and a cache can be read and trained from
+    # without it.
+    import torchvision
+
+    return torchvision
 
 
 def _timm() -> Any:
