@@ -84,7 +84,7 @@ class LogitCache:
 
     @property
     def render_digest(self) -> str | None:
-        """16 hex digits of some rendered views, where the cache was made (`loader.render_digest`)."""
+        """Of some rendered views, where the cache was made: `data.loader.render_digest`."""
         return self.manifest.render_digest
 
     @property
@@ -285,8 +285,8 @@ class LogitCache:
         if seal != b"".join(self.manifest.seal(n, view, shard, objects[n]) for n in self._names):
             raise CacheCorrupt(
                 f"{self.url}: view {view} shard {shard} (positions {start} to {stop - 1}) is "
-                "damaged, or is of another place or cache: `kdcache verify --delete-damaged` removes it, "
-                f"then run the same {self._command} again"
+                "damaged, or is of another place or cache: `kdcache verify --delete-damaged` "
+                f"removes it, then run the same {self._command} again"
             )
         placed = {layouts.key(name, view, shard): data for name, data in objects.items()}
         try:
@@ -309,7 +309,7 @@ class LogitCache:
         return Records.concatenate(parts)
 
     def __getitem__(self, place: int | tuple[int, int | slice]) -> Records:
-        """cache[view], cache[view, position] or cache[view, start:stop]; IndexError beyond the end."""
+        """cache[view], cache[view, row] or cache[view, start:stop]; IndexError beyond the end."""
         view, rows = place if isinstance(place, tuple) else (place, slice(None))
         if not -self.spec.num_views <= view < self.spec.num_views:
             raise IndexError(f"the cache has views 0 to {self.spec.num_views - 1}, not {view}")
@@ -334,10 +334,13 @@ class LogitCache:
     def target(
         self, view: int, positions: ArrayLike, temperature: float | None = None
     ) -> TemperedTarget:
-        """Log-probabilities at T of the teacher's answers to these positions of a view.
+        """Log-probabilities at T of the teacher's softmax for these rows of a view.
 
-        `temperature` is 1 by default, on a cache of draws that of the draws. Raises UsageError for a
-        temperature that the cache does not serve.
+        view         0 to num_views - 1
+        positions    of the view, or sample ids where rows are in dataset order; any shape
+        temperature  T; None: 1, or that of the draws
+
+        Raises UsageError for a temperature at which the records have no targets.
         """
         places = np.asarray(positions, np.int64).reshape(-1)
         order = np.argsort(places, kind="stable")  # so that each shard is read once

@@ -31,8 +31,8 @@ def cached_view_spec(
 ) -> tuple[str, ViewSpec]:
     """The setting's name and the student's view of a run from this cache.
 
-    What is not given comes from the cache; where no setting is named, that comes from the cache too,
-    or is "custom" where the options contradict it. Raises CacheMismatch where the cache serves
+    What is not given comes from the cache; where no setting is named, that comes from the cache
+    too, or is "custom" where the options contradict it. Raises CacheMismatch where the cache serves
     another setting or other views than the named one, UsageError for options that contradict that.
     """
     if setting is not None:

@@ -1,8 +1,8 @@
 """Is a cache all there, and as it was written? Read every shard; keep some records on the way.
 
 In: a cache. Out: its faults, and a random sample of its records, which `recompute.py` judges. What
-stays true: one damaged shard hides no other; equal caches give equal samples. Cost: the cache is read
-once, a shard at a time.
+stays true: one damaged shard hides no other; equal caches give equal samples. Cost: the cache is
+read once, a shard at a time.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""TinyViT's cache of teacher answers: a cache to one, and one to a cache.
+"""TinyViT's saved logits: a cache to a folder of them, and the reverse.
 
-In: a cache, or a folder as TinyViT saves it (`saved_logits.py`). Out: the other. What stays true: at
-T = 1 both say the same, to float16's rounding; an exported folder is there whole or not at all; an
-import that was killed is finished by the same command. Cost: an import holds 4 bytes for each
-sample and, where it averages, for each epoch of it.
+In: a cache, or a folder as TinyViT saves it (`tinyvit_reader.py`). Out: the other. What stays true:
+at T = 1 both hold the same probabilities, to float16's rounding; an exported folder is there whole
+or not at all; an import that was killed is finished by the same command. Cost: an import holds 4
+bytes for each sample and, where it averages, for each epoch of it.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def exported_top_k(spec: CacheSpec, top_k: int | None) -> int:
         raise UsageError("TinyViT's layout keeps the top k: it has no place for random draws")
     if spec.view_spec is not None and spec.view_spec.mixup:
         raise UsageError(
-            f"the cache answers mixed pairs (mixup {spec.view_spec.mixup:g}), which TinyViT would not "
-            "show its student: precompute a cache with --mixup 0"
+            f"the cache is of mixed pairs (mixup {spec.view_spec.mixup:g}), which TinyViT would "
+            "not show its student: precompute a cache with --mixup 0"
         )
     if spec.num_classes > MAX_CLASSES:
         raise UsageError(

@@ -72,8 +72,8 @@ def _read_weights(file: Path) -> dict[str, torch.Tensor]:
         weights: dict[str, torch.Tensor] = safetensors.torch.load_file(file)
     except (OSError, SafetensorError) as error:
         raise UsageError(
-            f"cannot read {file}: {first_line(error)}; expected a .safetensors file, the folder of a "
-            f"finished run, or '{PRETRAINED}'"
+            f"cannot read {file}: {first_line(error)}; expected a .safetensors file, the folder of "
+            f"a finished run, or '{PRETRAINED}'"
         ) from error
     return weights
 

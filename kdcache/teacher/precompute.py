@@ -1,10 +1,10 @@
 """Record a teacher's logits: loader, teacher, record codec, cache.
 
-In: a dataset, a frozen teacher, the spec of a cache. Out: a complete cache. What stays true: a shard
-is written once it is whole; run again, it does the shards that are missing and no others; several
-processes, on one machine or many, do each shard once and give the bytes that one would; views that
-are added to a cache become part of it once all of them are complete. Cost: the teacher's forward
-pass; records of one shard are held, and written while the next runs.
+In: a dataset, a frozen teacher, the spec of a cache. Out: a complete cache. What stays true: a
+shard is written once it is whole; run again, it does the shards that are missing and no others;
+several processes, on one machine or many, do each shard once and give the bytes that one would;
+views that are added to a cache become part of it once all of them are complete. Cost: the
+teacher's forward pass; records of one shard are held, and written while the next runs.
 """
 
 from __future__ import annotations

@@ -123,8 +123,8 @@ def recompute(
     assert spec.view_spec is not None
     if len(dataset) != spec.num_samples:
         raise UsageError(
-            f"{dataset.path} has {len(dataset)} samples, {cache.url} was made from {spec.num_samples}: "
-            "use the data it was made from"
+            f"{dataset.path} has {len(dataset)} samples, {cache.url} was made from "
+            f"{spec.num_samples}: use the data it was made from"
         )
     other, factor = _other_arithmetic(cache, teacher)
     places: list[tuple[int, int]] = []

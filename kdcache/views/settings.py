@@ -1,9 +1,9 @@
 """The settings of the paper: what the teacher and the student see of an image.
 
 Beyer et al. 2022 (arXiv 2106.05237), section 3. In: a setting's name and the view options that were
-given. Out: the student's view, the teacher's, and how a cache of the teacher's answers is made. What
-stays true: a setting is a pure function from the student's view to the teacher's, so online training
-and a cache of any age agree on what either sees.
+given. Out: the student's view, the teacher's, and how a cache for it is made. What stays true: a
+setting is a pure function from the student's view to the teacher's, so online training and a cache
+of any age agree on what either sees. `SETTINGS` has them by name.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from kdcache.views.spec import EVAL_SCALE, Crop, ViewSpec
 
 RowOrder = Literal["view", "dataset"]
 
-CUSTOM = "custom"  # the name of what is no setting of ours
+CUSTOM = "custom"  # the name where no setting fits
 PAPER_AVERAGE = 1024  # the crops that the paper averages over
-MIN_SCALES = {"inception": 0.05, "whole": 1.0}  # where none is given; else the mild crop's
+MIN_SCALES = {"inception": 0.05, "whole": 1.0}  # where none is given; else EVAL_SCALE
 _SEED_BIT = 1 << 63
 
 
@@ -34,13 +34,14 @@ def other_seed(seed: int) -> int:
 class Setting:
     """What teacher and student see.
 
-    name, paper   ours, and the paper's (figure 3)
-    sees          one line
-    crop, mixing  of the student's view
-    teacher_crop  of the teacher's own view, never mixed; None: it sees the student's pixels
-    independent   the teacher draws its crops and mirrors with another seed
-    row_order     of a cache: "view" where the teacher sees what the student sees
-    num_averaged_views  the teacher's answer is a mean of probabilities over this many views; 0: of one
+    name                its name; paper: the paper's name for it (figure 3)
+    sees                one line for people
+    crop, mixing        of the student's view
+    teacher_crop        of the teacher's own view, never mixed; None: it sees the student's pixels
+    independent         the teacher's crops and flips are drawn with another seed
+    row_order           of a cache: "view" where the teacher sees what the student sees
+    num_averaged_views  the target is the mean probability over this many views of the teacher's;
+                        0: of one view
     """
 
     name: str
@@ -55,7 +56,7 @@ class Setting:
 
     @property
     def fixed(self) -> bool:
-        """There is one answer to each sample, whatever the epoch."""
+        """There is one target for each sample, whatever the epoch."""
         return self.row_order == "dataset" and not self.independent
 
     def student_view_spec(self, given: dict[str, Any], natural_size_px: int) -> ViewSpec:
@@ -110,7 +111,8 @@ class Setting:
             )
         if num_averaged_views and not self.num_averaged_views:
             raise UsageError(
-                f"{self.name} asks of one view at a time: --average-views goes with --setting fixed-average"
+                f"{self.name} has targets of one view: --average-views goes with --setting "
+                "fixed-average"
             )
         if self.fixed and num_views != 1:
             raise UsageError(
@@ -126,7 +128,7 @@ class Setting:
         elif bool(mixup) != self.mixing:
             option, has = f"--mixup {mixup:g}", "mixes" if self.mixing else "does not mix"
         elif self.crop == "whole" and given.get("flip"):
-            option, has = "--flip", "shows one picture of each image"
+            option, has = "--flip", "has the same view every epoch"
         else:
             return
         teachers = crop if self.teacher_crop == self.crop else self.teacher_crop
@@ -138,8 +140,8 @@ class Setting:
         ]
         if same:
             raise UsageError(
-                f"{self.name} {has}: with {option} it would be {same[0]}; give --setting {same[0]}, "
-                f"or leave {option} out"
+                f"{self.name} {has}: with {option} it would be {same[0]}; give --setting "
+                f"{same[0]}, or leave {option} out"
             )
         raise UsageError(f"{self.name} {has}: leave {option} out, or --setting")
 
@@ -153,14 +155,15 @@ _PAPER = (
     Setting(
         "fixed-whole",
         "fix/rs",
-        "both see all of the image, squashed into the square: one picture for ever",
+        "both see all of the image, resized without keeping the aspect ratio: the same view every "
+        "epoch",
         "whole",
         row_order="dataset",
     ),
     Setting(
         "fixed-center",
         "fix/cc",
-        "the teacher sees the centre crop, the student a mild random crop, another each epoch",
+        "the teacher sees the centre crop, the student a random crop, another each epoch",
         "random",
         teacher_crop="center",
         row_order="dataset",
@@ -168,7 +171,7 @@ _PAPER = (
     Setting(
         "fixed-average",
         "fix/ic_ens",
-        "the teacher's answer is its mean over many inception crops, the student sees another "
+        "the target is the teacher's mean over many inception crops, the student sees another "
         "inception crop each epoch",
         "inception",
         teacher_crop="inception",
@@ -178,7 +181,7 @@ _PAPER = (
     Setting(
         "independent-random",
         "ind/rc",
-        "each sees a mild random crop of its own, another each epoch",
+        "each sees a random crop of its own, another each epoch",
         "random",
         teacher_crop="random",
         independent=True,
@@ -196,7 +199,7 @@ _PAPER = (
     Setting(
         "consistent-random",
         "same/rc",
-        "both see the same mild random crop, another each epoch",
+        "both see the same random crop, another each epoch",
         "random",
     ),
     Setting(
@@ -237,7 +240,7 @@ def make_view_spec(given: dict[str, Any], natural_size_px: int) -> ViewSpec:
 
 
 def setting_name(student: ViewSpec, teacher: ViewSpec | None = None) -> str:
-    """The name of the setting where the two see this (`teacher_view_spec`); "custom" for none of ours."""
+    """The name of the setting where the two see this; "custom" where there is none."""
     size_px = (teacher or student).size_px
     for setting in SETTINGS.values():
         alike = (
