@@ -58,11 +58,11 @@ class Batch:
 class Target:
     """A target distribution for each row, at any temperature.
 
-    logits_BK    float32, relative to the row's largest, so at most 0
-    class_ids_BK   int64, the classes of these logits; None when K = C, in class order
-    tail_B3      float32 summary of the C-K classes that are not named: log-sum-exp at T = 1, mean
-                 and variance of their relative logits; None when no mass is left for them
-    num_classes  C
+    logits_BK     float32, relative to the row's largest, so at most 0
+    class_ids_BK  int64, the classes of these logits; None where K = C, in class order
+    tail_B3       float32, of the C - K classes that are not named: log-sum-exp at T = 1, mean and
+                  variance of their relative logits; None where no mass is left for them
+    num_classes   C
     """
 
     logits_BK: torch.Tensor
@@ -86,12 +86,13 @@ class Target:
 
 @dataclass(frozen=True)
 class TemperedTarget:
-    """A target at one temperature, of a user's own making; it need not sum to 1.
+    """A target at one temperature; it need not sum to 1.
 
-    log_p_BK     log-probabilities at `temperature` of the named classes; -inf names none
-    class_ids_BK   uint16, int32 or int64, no class twice in a row
-    log_tail_B   log of the mass of all other classes; None when there is none
-    num_classes  C
+    log_p_BK      log-probabilities at `temperature` of the named classes; -inf names none
+    class_ids_BK  uint16, int32 or int64, no class twice in a row
+    log_tail_B    log of the mass of all other classes; None where there is none
+    temperature   T
+    num_classes   C
     """
 
     log_p_BK: torch.Tensor

@@ -44,10 +44,14 @@ SIDECAR_VERSION = 1
 
 @dataclass(frozen=True)
 class Dataset:
-    """A whole `.beton` file and what its sidecar says.
+    """A complete `.beton` file and its sidecar. Make one with `convert`, or `open_dataset`.
 
-    checksums  CRC-32 of each payload, uint32 [N]; labels int64 [N]; sides_px uint16 [N, 2] are
-               heights and widths
+    path          of the .beton file
+    class_names   of the labels
+    content_hash  16 hex digits over all samples and class names: what caches and runs know it by
+    checksums     uint32 [N], CRC-32 of each sample's payload
+    labels        int64 [N], indices into class_names
+    sides_px      uint16 [N, 2], heights and widths in pixels
     """
 
     path: Path
@@ -62,7 +66,7 @@ class Dataset:
 
     @property
     def natural_size_px(self) -> int:
-        """The view size to take when none is asked for: small images keep theirs."""
+        """The default side of a view in pixels: that of small images, else 224."""
         side = int(self.sides_px.max())
         return side if side <= SMALL_PX else 224
 

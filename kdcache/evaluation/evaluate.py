@@ -67,11 +67,17 @@ def evaluate(
     part: tuple[int, int] = (0, 1),
     reduce: Callable[[Sums], Sums] = lambda sums: sums,
 ) -> Evaluation:
-    """Accuracy and calibration of `model`, and its likeness to the teacher where one is given.
+    """Accuracy and calibration of a model, and its agreement with a teacher where one is given.
 
-    teacher_size_px   side of the teacher's view of the same boxes, where that is another
-    progress          is called with the rows done so far, of this part
-    part              (i, n): this process asks the i-th of n slices of the samples, i from 0
+    model             what `load_student` or `load_teacher` gives
+    dataset           images of the model's classes, shown by `evaluation_view_spec`: once, plain
+    size_px           side of the views, in pixels
+    teacher           to compare with; None: no figures of agreement
+    teacher_size_px   side of the teacher's view of the same boxes, in pixels; None: size_px
+    batch_size        images in a forward pass
+    workers           threads that decode, as in `Loader`
+    progress          is called with the number of rows done so far, of this part
+    part              (i, n): this process takes the i-th of n slices of the samples, i from 0
     reduce            adds up the float64 sums, which are on the model's device and have the same
                       names and shapes in each of the n processes, and gives the result to all
 
