@@ -1,14 +1,14 @@
-"""The distillation loss, forward and backward: kdcache's forms against everybody's.
+"""The distillation loss, forward and backward: kdcache's forms against others.
 
     python -m benchmarks.bench_loss [--save] [--rounds 100] [--shape 512x1000 ...]
     python -m benchmarks.bench_loss --write      (docs/losses.md and its picture, from saved lines)
 
-Every contestant gets the same raw student logits and the same target, and must give the loss and
-the logits' gradient; one that misses float64 is printed as FAIL and not timed. Sparse ones compute
-the `renormalise` loss of k = 16 shifted logits at T = 4, dense ones the dense loss at T = 4.
-`copy` reads the logits and writes as much, in the same rounds: nothing that gives a gradient can
-be faster. Before a warm measurement the same form has just run; before a cold one 256 MB have been
-written. On a GPU times are events on the device, and small shapes run as a CUDA graph.
+Every form gets the same raw student logits and the same target, and has to compute the loss and
+the logits' gradient; one that differs from float64 is printed as FAIL and not timed. Sparse ones
+compute the `renormalise` loss of k = 16 shifted logits at T = 4, dense ones the dense loss.
+`copy` reads the logits and writes as much, in the same rounds: nothing that computes a gradient
+can be faster. Before a warm measurement the same form has just run; before a cold one 256 MB have
+been written. On a GPU times are events on the device, and small shapes run as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -31,12 +31,20 @@ from benchmarks.loss_report import write
 from kdcache.batch import Target
 from kdcache.cache.codecs.top_k import decode, dense_target, encode
 from kdcache.kernels import reference
+from kdcache.kernels.problem import Problem
 from kdcache.losses.distillation import distillation_loss
 
 T, K = 4.0, 16
 CPU_SHAPES = ((512, 1000), (256, 21841))
-GPU_SHAPES = ((1024, 1000), (4096, 1000), (4096, 1008), (1024, 21841), (1024, 21848), (4096, 32000),
-              (1024, 151936))  # fmt: skip
+GPU_SHAPES = (
+    (1024, 1000),
+    (4096, 1000),
+    (4096, 1008),
+    (1024, 21841),
+    (1024, 21848),
+    (4096, 32000),
+    (1024, 151936),
+)
 FLUSH_BYTES = 256 << 20
 GRAPH_UP_TO = 32 << 20  # logits: above, a launch is nothing
 
@@ -59,8 +67,12 @@ class Case:
         return Case(z, sparse.to(where), dense.to(where))
 
 
+def class_ids_of(t: Target) -> torch.Tensor | None:
+    return t.class_ids_BK
+
+
 def eager_dense(z: torch.Tensor, t: Target) -> torch.Tensor:
-    """As torchdistill and most recipes have it."""
+    """As in torchdistill and most recipes."""
     p = F.softmax(t.logits_BK / T, 1)
     return F.kl_div(F.log_softmax(z.float() / T, 1), p, reduction="batchmean") * T**2
 
@@ -72,14 +84,14 @@ def eager_dense_log(z: torch.Tensor, t: Target) -> torch.Tensor:
 
 def eager_sparse(z: torch.Tensor, t: Target) -> torch.Tensor:
     x = z.float() / T
-    log_q = x.gather(1, t.classes_BK) - x.logsumexp(1, keepdim=True)
+    log_q = x.gather(1, class_ids_of(t)) - x.logsumexp(1, keepdim=True)
     log_p = F.log_softmax(t.logits_BK / T, 1)
     return (log_p.exp() * (log_p - log_q)).sum() * (T**2 / len(z))
 
 
 def densify(z: torch.Tensor, t: Target) -> torch.Tensor:
     p = torch.zeros(z.shape, device=z.device)
-    p.scatter_(1, t.classes_BK, F.softmax(t.logits_BK / T, 1))
+    p.scatter_(1, class_ids_of(t), F.softmax(t.logits_BK / T, 1))
     return F.kl_div(F.log_softmax(z.float() / T, 1), p, reduction="batchmean") * T**2
 
 
@@ -144,15 +156,13 @@ def contestants(case: Case, device: str) -> dict[str, tuple[Step, str]]:
 def correct(case: Case, step: Step, kind: str) -> bool:
     """Against float64: the loss to 1e-4, the gradient to 1e-5 of the largest or a 16-bit rounding.
 
-    Wide enough for everybody's arithmetic; ours is held to far less in the tests.
+    Wide enough for the arithmetic of all forms; the tests hold ours to far less.
     """
     z = case.z.detach().double().requires_grad_()
     t, tail = (case.dense, "none") if kind == "dense" else (case.sparse, kind)
-    rows = reference.rows(
-        z, t.logits_BK.double(), t.classes_BK, None if t.tail_B3 is None else t.tail_B3.double(),
-        None, None, T, 0.0, tail,
-    )  # fmt: skip
-    true = reference.reduce(rows, "mean")
+    tail_B3 = None if t.tail_B3 is None else t.tail_B3.double()
+    problem = Problem(z, t.logits_BK.double(), class_ids_of(t), tail_B3, None, T, tail)
+    true = reference.reduce(reference.rows(problem), "mean")
     (true_gradient,) = torch.autograd.grad(true, z)
     loss, gradient = step()
     close = abs(loss.item() / true.item() - 1) < 1e-4
@@ -224,8 +234,9 @@ def peak_bytes(case: Case, step: Step, device: str) -> int:
     return most
 
 
-def measure(shape: tuple[int, int], dtype: torch.dtype, device: str,
-            rounds: int) -> list[list[dict[str, Any]]]:  # fmt: skip
+def measure(
+    shape: tuple[int, int], dtype: torch.dtype, device: str, rounds: int
+) -> list[list[dict[str, Any]]]:
     """Result lines of a warm cache, and of a cold one."""
     B, C = shape
     case = Case.make(B, C, dtype, device)
@@ -245,9 +256,16 @@ def measure(shape: tuple[int, int], dtype: torch.dtype, device: str,
         except RuntimeError as error:  # a form that waits for the device cannot be captured
             failures.append({"contestant": name, "result": f"no graph: {str(error)[:60]}"})
             torch.cuda.synchronize()
-    common = {"device": device, "shape": f"{B}x{C}", "dtype": str(dtype)[6:], "k": K, "T": T,
-              "launch": launch, "rounds": rounds,
-              "threads": torch.get_num_threads() if device == "cpu" else None}  # fmt: skip
+    common = {
+        "device": device,
+        "shape": f"{B}x{C}",
+        "dtype": str(dtype)[6:],
+        "k": K,
+        "T": T,
+        "launch": launch,
+        "rounds": rounds,
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+    }
     found = []
     for cache in ("warm", "cold"):
         times = interleaved(steps, Clock(device, cache == "cold"), rounds)
@@ -256,12 +274,19 @@ def measure(shape: tuple[int, int], dtype: torch.dtype, device: str,
         for name, us in times.items():
             p20, p50, p80 = (float(q) for q in np.quantile(us, [0.2, 0.5, 0.8]))
             moved = bytes_of(name, case.z.element_size(), device)
-            lines.append({
-                "contestant": name, "p20": p20, "p50": p50, "p80": p80, "min": min(us),
-                "bytes_per_logit": moved, "gb_s": moved and moved * B * C / p50 / 1e3,
-                "of_copy": moved and moved / (2 * case.z.element_size()) * copy / p50,
-                "peak_bytes_per_logit": memory.get(name),
-            })  # fmt: skip
+            lines.append(
+                {
+                    "contestant": name,
+                    "p20": p20,
+                    "p50": p50,
+                    "p80": p80,
+                    "min": min(us),
+                    "bytes_per_logit": moved,
+                    "gb_s": moved and moved * B * C / p50 / 1e3,
+                    "of_copy": moved and moved / (2 * case.z.element_size()) * copy / p50,
+                    "peak_bytes_per_logit": memory.get(name),
+                }
+            )
         found.append([common | {"cache": cache} | line for line in lines])
     return found
 

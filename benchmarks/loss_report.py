@@ -37,9 +37,11 @@ def tables() -> str:
 def _passport(line: dict[str, Any]) -> str:
     machine, versions = line["machine"], line["machine"]["versions"]
     where = machine["gpu"] or f"{machine['cpu']}, {line['threads']} threads"
-    return (f"{where}; torch {versions['torch']}, triton {versions['triton']}, numba "
-            f"{versions['numba']}; commit {machine['commit']}; {line['dtype']}, k = {line['k']}, "
-            f"T = {line['T']:g}, {line['rounds']} interleaved rounds.")  # fmt: skip
+    return (
+        f"{where}; torch {versions['torch']}, triton {versions['triton']}, numba "
+        f"{versions['numba']}; commit {machine['commit']}; {line['dtype']}, k = {line['k']}, "
+        f"T = {line['T']:g}, {line['rounds']} interleaved rounds."
+    )
 
 
 def _table(lines: list[dict[str, Any]]) -> str:
@@ -48,16 +50,19 @@ def _table(lines: list[dict[str, Any]]) -> str:
     ours = next((x["p50"] for x in timed if x["contestant"] == "kdcache sparse"), None)
     graph = ", CUDA graph" if first["launch"] == "graph" else ""
     rows = [
-        f"**{first['shape']}**, {first['cache']} cache{graph}", "",
+        f"**{first['shape']}**, {first['cache']} cache{graph}",
+        "",
         "| form | p50 us | p20 to p80 | times ours | share of copy | peak bytes a logit |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]  # fmt: skip
+    ]
     for x in timed:
         times = f"{x['p50'] / ours:.1f}" if ours else ""
         peak = "" if x["peak_bytes_per_logit"] is None else f"{x['peak_bytes_per_logit']:.1f}"
         share = "" if x["of_copy"] is None else f"{x['of_copy']:.0%}"
-        rows.append(f"| {x['contestant']} | {x['p50']:,.0f} | {x['p20']:,.0f} to {x['p80']:,.0f} "
-                    f"| {times} | {share} | {peak} |")  # fmt: skip
+        rows.append(
+            f"| {x['contestant']} | {x['p50']:,.0f} | {x['p20']:,.0f} to {x['p80']:,.0f} "
+            f"| {times} | {share} | {peak} |"
+        )
     rows += [f"| {x['contestant']} | {x['result']} | | | | |" for x in lines if "result" in x]
     return "\n".join(rows)
 

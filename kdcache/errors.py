@@ -10,6 +10,7 @@
     ├── NonFinite                         mend the model or the learning rate
     ├── ProcessLost                       see what another process of the run says
     ├── StorageError (OSError)            free space, or gain the right to write
+    │   └── StorageConflict               give each writer its own part
     └── MissingDependency (ImportError)   install what is named
 
 A message says what was expected, what was found, where, and what to do, in one line.
@@ -57,6 +58,10 @@ class PeerFailed(KDCacheError):
 
 class StorageError(KDCacheError, OSError):
     """The disk or the store refused to write."""
+
+
+class StorageConflict(StorageError):
+    """Another writer has put other bytes where this one was to write."""
 
 
 class MissingDependency(KDCacheError, ImportError):

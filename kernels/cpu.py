@@ -4,18 +4,20 @@ In: float32 logits in memory, any row stride. Out: the loss of each row, and the
 weighted sum if asked for. One pass over a row that stays in the cache; rows are independent, so
 the result does not depend on the number of threads.
 
-Cost: one exponential a logit (two with a label and T != 1, or a dense teacher), see `vector.py`.
+Cost: one exponential a logit (two with a dense teacher), see `vector.py`.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numba
 import numpy as np
 import torch
 from numba import carray, njit, prange
 
+from kdcache.kernels.problem import TAIL_CODES, Problem
 from kdcache.kernels.vector import (
     F32,
     LOG2E,
@@ -32,27 +34,55 @@ from kdcache.kernels.vector import (
     total_of,
 )
 
-# torch's OpenMP is numba's too; threads of its other layers fight torch's for the cores.
+# torch's OpenMP is numba's too; threads of its other layers compete with torch's for the cores.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
-TAILS = {"renormalise": 0, "none": 1, "uniform": 2, "bucket": 3}
-RENORMALISE, NONE, UNIFORM, BUCKET = range(4)
+RENORMALISE, UNIFORM, BUCKET = (TAIL_CODES[t] for t in ("renormalise", "uniform", "bucket"))
 # Below this share the tail's own maximum replaces the row's, lest its exponentials underflow.
 SMALL_TAIL = 1e-20
 
 
-@njit
-def _tensors(rows, width, z_at, stride, labels_at, weights_at, loss_at, gradient_at, gradient):
-    """Memory as arrays: of z all in one line, so that its rows stay contiguous; absent ones empty.
+class _Rows(NamedTuple):
+    """Student rows, their results and their factors.
 
-    Addresses, because each array that crosses from Python costs as much as several rows.
+    Addresses, because each array that crosses from Python costs as much as several rows; an absent
+    tensor's is 0. lanes: the parallel parts.
     """
+
+    count: int
+    width: int
+    z_at: int
+    z_stride: int
+    row_weights_at: int
+    loss_at: int
+    gradient_at: int
+    want_gradient: bool
+    temperature: float
+    coefficient: float
+    lanes: int
+
+
+class _Named(NamedTuple):
+    """The teacher's named classes of the same rows; tail_size: numbers of a row's tail."""
+
+    kept: int
+    values_at: int
+    class_ids_at: int
+    tail_at: int
+    tail_size: int
+    mode: int
+    tempered: bool
+
+
+@njit
+def _tensors(rows):
+    """Memory as arrays: z as one vector, so that its rows stay contiguous; absent ones empty."""
+    count, width = rows.count, rows.width
     return (
-        carray(floats_at(z_at), ((rows - 1) * stride + width,)),
-        carray(integers_at(labels_at), (rows if labels_at else 0,)),
-        carray(floats_at(weights_at), (rows if weights_at else 0,)),
-        carray(floats_at(loss_at), (rows,)),
-        carray(floats_at(gradient_at), (rows if gradient else 0, width)),
+        carray(floats_at(rows.z_at), ((count - 1) * rows.z_stride + width,)),
+        carray(floats_at(rows.row_weights_at), (count if rows.row_weights_at else 0,)),
+        carray(floats_at(rows.loss_at), (count,)),
+        carray(floats_at(rows.gradient_at), (count if rows.want_gradient else 0, width)),
     )
 
 
@@ -72,7 +102,7 @@ def _tail_log_mass(tail, left, inverse_t):
 @njit
 def _teacher(values, tail, left, inverse_t, mode, tempered, log_p, p):
     """log p and p at T of the named classes of one row; returns log r, -inf without a tail, and
-    whether the teacher is numbers: NaN where it is not would pass for a class of no mass."""
+    whether all values are numbers: a NaN would count as a class of no mass."""
     factor = 1.0 if tempered else inverse_t
     top = -np.inf
     fine = True
@@ -116,17 +146,16 @@ def _rest(x, e, top, scale):
 
 
 @njit(parallel=True, error_model="numpy", boundscheck=False, cache=True)
-def _sparse(
-    rows, width, z_at, stride, labels_at, weights_at, temperature, label_weight, coefficient,
-    want_gradient, lanes, loss_at, gradient_at, kept, values_at, classes_at, tail_at, tail_size,
-    mode, tempered,
-):  # fmt: skip
-    z, labels, weights, loss, gradient = _tensors(
-        rows, width, z_at, stride, labels_at, weights_at, loss_at, gradient_at, want_gradient
-    )
-    values = carray(floats_at(values_at), (rows, kept))
-    classes = carray(integers_at(classes_at), (rows, kept))
-    tail = carray(floats_at(tail_at), (rows, tail_size))
+def _sparse(rows, teacher):
+    """Fills loss and gradient; returns how many rows name a class outside 0 to width - 1."""
+    count, width, want_gradient = rows.count, rows.width, rows.want_gradient
+    temperature, coefficient = rows.temperature, rows.coefficient
+    lanes, stride = rows.lanes, rows.z_stride
+    kept, mode, tempered = teacher.kept, teacher.mode, teacher.tempered
+    z, row_weights, loss, gradient = _tensors(rows)
+    values = carray(floats_at(teacher.values_at), (count, kept))
+    class_ids = carray(integers_at(teacher.class_ids_at), (count, kept))
+    tail = carray(floats_at(teacher.tail_at), (count, teacher.tail_size))
     inverse_t = 1.0 / temperature
     scale = F32(inverse_t * LOG2E)
     bad = 0
@@ -137,13 +166,11 @@ def _sparse(
         gap = np.empty(kept, np.float32)
         ek = np.empty(kept, np.float32)
         spare = np.empty(0 if want_gradient else width, np.float32)
-        once = np.empty(width if label_weight > 0 else 0, np.float32)
-        for r in range(rows * lane // lanes, rows * (lane + 1) // lanes):
+        for r in range(count * lane // lanes, count * (lane + 1) // lanes):
             x = z[r * stride : r * stride + width]
             e = gradient[r] if want_gradient else spare
-            named = classes[r]
-            label = labels[r] if labels.size > 0 else -1
-            wrong = label >= width
+            named = class_ids[r]
+            wrong = False
             for k in range(kept):
                 wrong |= named[k] < 0 or named[k] >= width
             if wrong:
@@ -156,13 +183,15 @@ def _sparse(
             for k in range(kept):
                 live += log_p[k] > -np.inf
             left = width - live
+            top = largest(x)
+            # Also where the student's largest is NaN: `exp2` of a NaN is 0.
+            fine &= top < np.inf
             if not fine or (mode >= UNIFORM and left > 0 and not log_r < np.inf):
                 loss[r] = np.nan
                 e[:] = np.nan
                 continue
             tail_p = math.exp(log_r) if mode >= UNIFORM and left > 0 else 0.0
 
-            top = largest(x)
             total = exponentials(x, top, scale, e)
             for k in range(kept):
                 gap[k] = x[named[k]] - top
@@ -207,60 +236,35 @@ def _sparse(
                     kl += tail_p * (log_r - log_rest)
                 rest_mass = mass * math.exp(log_rest) - tail_p
 
-            hard = label_weight if label >= 0 else 0.0
-            # At T = 1 the exponentials of the label's softmax are there, unless named ones are not.
-            again = hard > 0 and (temperature != 1.0 or mode == BUCKET)
-            total_once = exponentials(x, top, F32(LOG2E), once) if again else total
-            weight = coefficient * (weights[r] if weights.size > 0 else 1.0)
-            loss[r] = weight * (1.0 - label_weight) * temperature * temperature * kl
-            if hard > 0:
-                below = np.float64(x[label]) - top
-                loss[r] += weight * hard * (math.log(np.float64(total_once)) - below)
+            weight = coefficient * (row_weights[r] if row_weights.size > 0 else 1.0)
+            loss[r] = weight * temperature * temperature * kl
             if want_gradient:
-                soft = weight * (1.0 - label_weight) * temperature
-                hard *= weight
+                soft = weight * temperature
                 s = F32(soft * rest_mass / rest_sum) if rest_sum > 0 else F32(0.0)
                 flat = F32(soft * each)
-                s_once = F32(hard / total_once)
-                if again:
-                    for j in range(width):
-                        e[j] = multiply_add(once[j], s_once, multiply_add(e[j], s, -flat))
-                else:
-                    s += s_once
-                    for j in range(width):
-                        e[j] = multiply_add(e[j], s, -flat)
+                for j in range(width):
+                    e[j] = multiply_add(e[j], s, -flat)
                 for k in range(kept):
                     if log_p[k] > -np.inf:
-                        g = soft * (ek[k] / np.float64(total) * mass - p[k])
-                        e[named[k]] = g + s_once * (once[named[k]] if again else ek[k])
-                if hard > 0:
-                    e[label] -= F32(hard)
+                        e[named[k]] = soft * (ek[k] / np.float64(total) * mass - p[k])
     return bad
 
 
 @njit(parallel=True, error_model="numpy", boundscheck=False, cache=True)
-def _dense(
-    rows, width, z_at, stride, labels_at, weights_at, temperature, label_weight, coefficient,
-    want_gradient, lanes, loss_at, gradient_at, t_at, t_stride,
-):  # fmt: skip
-    z, labels, weights, loss, gradient = _tensors(
-        rows, width, z_at, stride, labels_at, weights_at, loss_at, gradient_at, want_gradient
-    )
-    t = carray(floats_at(t_at), ((rows - 1) * t_stride + width,))
+def _dense(rows, t_at, t_stride):
+    count, width, want_gradient = rows.count, rows.width, rows.want_gradient
+    temperature, coefficient = rows.temperature, rows.coefficient
+    lanes, stride = rows.lanes, rows.z_stride
+    z, row_weights, loss, gradient = _tensors(rows)
+    t = carray(floats_at(t_at), ((count - 1) * t_stride + width,))
     inverse_t = 1.0 / temperature
     scale = F32(inverse_t * LOG2E)
-    bad = 0
     for lane in prange(lanes):
         p = np.empty(width, np.float32)
         spare = np.empty(0 if want_gradient else width, np.float32)
-        once = np.empty(width if label_weight > 0 else 0, np.float32)
-        for r in range(rows * lane // lanes, rows * (lane + 1) // lanes):
+        for r in range(count * lane // lanes, count * (lane + 1) // lanes):
             x = z[r * stride : r * stride + width]
             y = t[r * t_stride : r * t_stride + width]
-            label = labels[r] if labels.size > 0 else -1
-            if label >= width:
-                bad += 1
-                continue
             e = gradient[r] if want_gradient else spare
             top, y_top = largest(x), largest(y)
             total = exponentials(x, top, scale, e)
@@ -268,74 +272,59 @@ def _dense(
             kl = np.float64(cross_of(p, y, y_top, x, top)) / y_total * inverse_t
             kl += math.log(np.float64(total)) - math.log(np.float64(y_total))
 
-            hard = label_weight if label >= 0 else 0.0
-            again = hard > 0 and temperature != 1.0
-            total_once = exponentials(x, top, F32(LOG2E), once) if again else total
-            weight = coefficient * (weights[r] if weights.size > 0 else 1.0)
-            loss[r] = weight * (1.0 - label_weight) * temperature * temperature * kl
-            if hard > 0:
-                below = np.float64(x[label]) - top
-                loss[r] += weight * hard * (math.log(np.float64(total_once)) - below)
+            weight = coefficient * (row_weights[r] if row_weights.size > 0 else 1.0)
+            loss[r] = weight * temperature * temperature * kl
             if want_gradient:
-                soft = weight * (1.0 - label_weight) * temperature
-                hard *= weight
-                s, y_s, s_once = F32(soft / total), F32(soft / y_total), F32(hard / total_once)
-                if again:
-                    for j in range(width):
-                        soft_gradient = multiply_add(e[j], s, -p[j] * y_s)
-                        e[j] = multiply_add(once[j], s_once, soft_gradient)
-                else:
-                    s += s_once
-                    for j in range(width):
-                        e[j] = multiply_add(e[j], s, -p[j] * y_s)
-                if hard > 0:
-                    e[label] -= F32(hard)
-    return bad
+                soft = weight * temperature
+                s, y_s = F32(soft / total), F32(soft / y_total)
+                for j in range(width):
+                    e[j] = multiply_add(e[j], s, -p[j] * y_s)
 
 
-def rows(
-    student_BC: torch.Tensor,
-    values: torch.Tensor,
-    classes_BK: torch.Tensor | None,
-    tail_values: torch.Tensor | None,
-    labels_B: torch.Tensor | None,
-    weights_B: torch.Tensor | None,
-    temperature: float,
-    label_weight: float,
-    tail: str,
-    tempered: bool,
-    coefficient: float,
-    gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rows(problem: Problem, coefficient: float, gradient: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """coefficient * `reference.rows` [B], and the gradient of its sum, float32 [B, C] (or [0, 0]).
 
-    Raises IndexError for a class or a label that is C or more.
+    Raises IndexError for a named class outside 0 to C - 1.
     """
-    B, C = student_BC.shape
+    B, C = problem.student_BC.shape
     loss_B = torch.empty(B)
-    gradient_BC = torch.empty(student_BC.shape if gradient else (0, 0))
+    gradient_BC = torch.empty((B, C) if gradient else (0, 0))
     if B == 0:
         return loss_B, gradient_BC
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(threads)
-    z, labels, weights = _rows(student_BC), _flat(labels_B, torch.int64), _flat(weights_B)
-    common = (
-        B, C, z.data_ptr(), z.stride(0), _address(labels), _address(weights), temperature,
-        label_weight, coefficient, gradient, min(B, threads), loss_B.data_ptr(),
-        gradient_BC.data_ptr(),
-    )  # fmt: skip
-    if classes_BK is None:
-        t = _rows(values)
-        bad = _dense(*common, t.data_ptr(), t.stride(0))
-    else:
-        kept, classes, summary = _flat(values), _flat(classes_BK, torch.int64), _flat(tail_values)
-        size = 0 if summary is None else summary.numel() // B
-        bad = _sparse(
-            *common, kept.shape[1], _address(kept), _address(classes), _address(summary), size,
-            TAILS[tail], tempered,
-        )  # fmt: skip
+    z, row_weights = _rows(problem.student_BC), _flat(problem.row_weights_B)
+    students = _Rows(
+        count=B,
+        width=C,
+        z_at=z.data_ptr(),
+        z_stride=z.stride(0),
+        row_weights_at=_address(row_weights),
+        loss_at=loss_B.data_ptr(),
+        gradient_at=gradient_BC.data_ptr(),
+        want_gradient=gradient,
+        temperature=problem.temperature,
+        coefficient=coefficient,
+        lanes=min(B, threads),
+    )
+    if problem.class_ids_BK is None:
+        t = _rows(problem.values)
+        _dense(students, t.data_ptr(), t.stride(0))
+        return loss_B, gradient_BC
+    values, tail_values = _flat(problem.values), _flat(problem.tail_values)
+    class_ids = _flat(problem.class_ids_BK, torch.int64)
+    named = _Named(
+        kept=values.shape[1],
+        values_at=_address(values),
+        class_ids_at=_address(class_ids),
+        tail_at=_address(tail_values),
+        tail_size=0 if tail_values is None else tail_values.numel() // B,
+        mode=TAIL_CODES[problem.tail],
+        tempered=problem.tempered,
+    )
+    bad = _sparse(students, named)
     if bad:
-        raise IndexError(f"{bad} of {B} rows name a class or a label outside 0 to {C - 1}")
+        raise IndexError(f"{bad} of {B} rows name a class outside 0 to {C - 1}")
     return loss_B, gradient_BC
 
 

@@ -1,98 +1,100 @@
 """Triton: raw student logits against raw teacher logits. Forward, backward, both in one.
 
-As `sparse.py`, with a second row in place of the named classes: the same tiles, stores and label.
+As `sparse.py`, with a second row in place of the named classes: the same tiles and stores.
 A class of no teacher mass contributes nothing, even where the student has -inf.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from kdcache.kernels import layout
 from kdcache.kernels.launch import Form
-from kdcache.kernels.rows import (
-    LOG2E,
-    LOW,
-    edges,
-    factors,
-    label_of,
-    load_row,
-    start_of,
-    store_row,
-)  # fmt: skip
+from kdcache.kernels.problem import Problem
+from kdcache.kernels.rows import LOW, edges, factors, load_row, start_of, store_row
 
 
 @triton.jit
-def _gradient(z, t, y_here, top, t_top, s, t_s, s_once, hard, scale, HARD: tl.constexpr):
+def _gradient(z, t, top, t_top, s, t_s, scale):
     g = tl.exp2((z - top[:, None]) * scale) * s[:, None]
     g -= tl.exp2((t - t_top[:, None]) * scale) * t_s[:, None]
-    if HARD:
-        g += tl.exp2((z - top[:, None]) * LOG2E) * s_once[:, None]
-        g -= tl.where(y_here, hard[:, None], 0.0)
     return g
 
 
 @triton.jit
 def _store_all(
-    z_ptr, t_ptr, g_ptr, row, base, t_base, off, start, in_R, z, t, y, top, total, t_top, t_total,
-    once, soft, hard, scale,
-    C: tl.constexpr, ZS: tl.constexpr, GS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
-    HARD: tl.constexpr,
-):  # fmt: skip
-    s, t_s, s_once = soft / total, soft / t_total, hard / once
-    col = start + tl.arange(0, BLOCK)
-    at_y = tl.where(y >= 0, y + off, -1)[:, None]
-    g = _gradient(z, t, col[None, :] == at_y, top, t_top, s, t_s, s_once, hard, scale, HARD)
+    z_ptr,
+    t_ptr,
+    g_ptr,
+    row,
+    start,
+    in_R,
+    z,
+    t,
+    top,
+    t_top,
+    s,
+    t_s,
+    scale,
+    C: tl.constexpr,
+    ZS: tl.constexpr,
+    TS: tl.constexpr,
+    GS: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gradient of a tile: z and t its logits, s and t_s the factors of both softmaxes."""
+    base, off = start_of(row, ZS, VEC)
     g_base, _ = start_of(row, GS, VEC)
     PEEL: tl.constexpr = ZS % VEC != 0
+    col = start + tl.arange(0, BLOCK)
+    g = _gradient(z, t, top, t_top, s, t_s, scale)
     store_row(g_ptr, g_base, off, col, in_R, g, C, VEC, PEEL)
     if PEEL:
+        t_base, _ = start_of(row, TS, VEC)
         at, own = edges(off, start, in_R, C, VEC, BLOCK)
         ze = tl.load(z_ptr + base[:, None] + at, mask=own, other=0.0).to(tl.float32)
         te = tl.load(t_ptr + t_base[:, None] + at, mask=own, other=0.0).to(tl.float32)
-        ge = _gradient(ze, te, at == at_y, top, t_top, s, t_s, s_once, hard, scale, HARD)
+        ge = _gradient(ze, te, top, t_top, s, t_s, scale)
         tl.store(g_ptr + g_base[:, None] + at, ge.to(g_ptr.dtype.element_ty), mask=own)
 
 
 @triton.jit
-def _store_loss(
-    z_ptr, y_ptr, w_ptr, go_ptr, loss_ptr, stats_ptr, B, row, in_R, kl, top, total, t_top, t_total,
-    once, T, label_weight, coefficient,
-    C: tl.constexpr, ZS: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr,
-    HAS_GO: tl.constexpr, GRADIENT: tl.constexpr,
-):  # fmt: skip
-    """The loss, the numbers for backward; returns the label, the gradient's factors, and the total,
-    NaN where the label is no class."""
-    y = tl.full([row.shape[0]], -1, tl.int32)
-    ce = tl.zeros_like(top)
-    wrong = row < 0
-    if HARD:
-        y, zy, wrong = label_of(y_ptr, z_ptr, row, in_R, C, ZS)
-        ce = tl.where(y >= 0, tl.log(once) - (zy - top), 0.0)
-        total = tl.where(wrong, float("nan"), total)
-    w, soft, hard = factors(
-        w_ptr, go_ptr, row, in_R, y, T, label_weight, coefficient, WEIGHTED, 0, HAS_GO
-    )
-    loss = w * ((1.0 - label_weight) * T * T * kl + label_weight * ce)
-    tl.store(loss_ptr + row, tl.where(wrong, float("nan"), loss), mask=in_R)
-    if not GRADIENT:
-        tl.store(stats_ptr + row, top, mask=in_R)
-        tl.store(stats_ptr + B + row, total, mask=in_R)
-        tl.store(stats_ptr + 2 * B + row, t_top, mask=in_R)
-        tl.store(stats_ptr + 3 * B + row, t_total, mask=in_R)
-        tl.store(stats_ptr + 4 * B + row, once, mask=in_R)
-    return y, soft, hard, total
+def _store_stats(stats_ptr, B, row, in_R, top, total, t_top, t_total):
+    """What `grad_kernel` needs of a row."""
+    tl.store(stats_ptr + row, top, mask=in_R)
+    tl.store(stats_ptr + B + row, total, mask=in_R)
+    tl.store(stats_ptr + 2 * B + row, t_top, mask=in_R)
+    tl.store(stats_ptr + 3 * B + row, t_total, mask=in_R)
 
 
 @triton.jit
 def row_kernel(
-    z_ptr, t_ptr, y_ptr, w_ptr, go_ptr, loss_ptr, stats_ptr, g_ptr,
-    B, T, inverse_t, scale, label_weight, coefficient,
-    C: tl.constexpr, ZS: tl.constexpr, TS: tl.constexpr, GS: tl.constexpr, VEC: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr,
-    HAS_GO: tl.constexpr, GRADIENT: tl.constexpr,
-):  # fmt: skip
+    z_ptr,
+    t_ptr,
+    w_ptr,
+    go_ptr,
+    loss_ptr,
+    stats_ptr,
+    g_ptr,
+    B,
+    T,
+    inverse_t,
+    scale,
+    coefficient,
+    C: tl.constexpr,
+    ZS: tl.constexpr,
+    TS: tl.constexpr,
+    GS: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    HAS_GO: tl.constexpr,
+    GRADIENT: tl.constexpr,
+):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     in_R = row < B
     base, off = start_of(row, ZS, VEC)
@@ -108,27 +110,54 @@ def row_kernel(
     gap = (t - t_top[:, None]) - (z - top[:, None])
     cross = tl.sum(tl.where(e > 0, e * gap, 0.0), axis=1)
     kl = cross / t_total * inverse_t + tl.log(total) - tl.log(t_total)
-    once = tl.full([ROWS], 1.0, tl.float32)
-    if HARD:
-        once = tl.sum(tl.exp2((z - top[:, None]) * LOG2E), axis=1)
-    y, soft, hard, total = _store_loss(
-        z_ptr, y_ptr, w_ptr, go_ptr, loss_ptr, stats_ptr, B, row, in_R, kl, top, total, t_top,
-        t_total, once, T, label_weight, coefficient, C, ZS, HARD, WEIGHTED, HAS_GO, GRADIENT,
-    )  # fmt: skip
+    w, soft = factors(w_ptr, go_ptr, row, in_R, T, coefficient, WEIGHTED, 0, HAS_GO)
+    tl.store(loss_ptr + row, w * (T * T * kl), mask=in_R)
     if GRADIENT:
+        s, t_s = soft / total, soft / t_total
         _store_all(
-            z_ptr, t_ptr, g_ptr, row, base, t_base, off, 0, in_R, z, t, y, top, total, t_top,
-            t_total, once, soft, hard, scale, C, ZS, GS, VEC, BLOCK, HARD,
-        )  # fmt: skip
+            z_ptr,
+            t_ptr,
+            g_ptr,
+            row,
+            0,
+            in_R,
+            z,
+            t,
+            top,
+            t_top,
+            s,
+            t_s,
+            scale,
+            C,
+            ZS,
+            TS,
+            GS,
+            VEC,
+            BLOCK,
+        )
+    else:
+        _store_stats(stats_ptr, B, row, in_R, top, total, t_top, t_total)
 
 
 @triton.jit
 def loop_kernel(
-    z_ptr, t_ptr, y_ptr, w_ptr, loss_ptr, stats_ptr,
-    B, T, inverse_t, scale, label_weight, coefficient,
-    C: tl.constexpr, ZS: tl.constexpr, TS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
-    HARD: tl.constexpr, WEIGHTED: tl.constexpr,
-):  # fmt: skip
+    z_ptr,
+    t_ptr,
+    w_ptr,
+    loss_ptr,
+    stats_ptr,
+    B,
+    T,
+    inverse_t,
+    scale,
+    coefficient,
+    C: tl.constexpr,
+    ZS: tl.constexpr,
+    TS: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
     row = (tl.program_id(0) + tl.arange(0, 1)).to(tl.int64)
     in_R = row < B
     base, off = start_of(row, ZS, VEC)
@@ -137,7 +166,6 @@ def loop_kernel(
     m = tl.full([GROUPS], LOW, tl.float32)
     t_m = tl.full([GROUPS], LOW, tl.float32)
     d = tl.zeros([GROUPS], tl.float32)
-    d_once = tl.zeros([GROUPS], tl.float32)
     t_d = tl.zeros([GROUPS], tl.float32)
     cross = tl.zeros([GROUPS], tl.float32)
     REACH: tl.constexpr = C if ZS % VEC == 0 else C + VEC - 1
@@ -148,9 +176,6 @@ def loop_kernel(
         high = tl.maximum(m, tl.max(z, axis=1))
         t_high = tl.maximum(t_m, tl.max(t, axis=1))
         d = d * tl.exp2((m - high) * scale) + tl.sum(tl.exp2((z - high[:, None]) * scale), axis=1)
-        if HARD:
-            d_once *= tl.exp2((m - high) * LOG2E)
-            d_once += tl.sum(tl.exp2((z - high[:, None]) * LOG2E), axis=1)
         e = tl.exp2((t - t_high[:, None]) * scale)
         gap = (t - t_high[:, None]) - (z - high[:, None])
         # sum e (t - z) cancels where both are large, so it too is kept relative to the maxima.
@@ -163,27 +188,39 @@ def loop_kernel(
     one = tl.zeros([1], tl.float32)
     top, t_top = tl.max(m, axis=0), tl.max(t_m, axis=0)
     total = tl.sum(d * tl.exp2((m - top) * scale), axis=0) + one
-    once = tl.sum(d_once * tl.exp2((m - top) * LOG2E), axis=0) + one
     decay = tl.exp2((t_m - t_top) * scale)
     t_total = tl.sum(t_d * decay, axis=0) + one
     moved = tl.where(t_d > 0, t_d * ((t_m - t_top) - (m - top)), 0.0)
     cross_sum = tl.sum(tl.where(decay > 0, decay * (cross + moved), 0.0), axis=0) + one
     kl = cross_sum / t_total * inverse_t + tl.log(total) - tl.log(t_total)
-    _store_loss(
-        z_ptr, y_ptr, w_ptr, w_ptr, loss_ptr, stats_ptr, B, row, in_R, kl, top + one, total,
-        t_top + one, t_total, once, T, label_weight, coefficient, C, ZS, HARD, WEIGHTED, False,
-        False,
-    )  # fmt: skip
+    w, _ = factors(w_ptr, w_ptr, row, in_R, T, coefficient, WEIGHTED, 0, False)
+    tl.store(loss_ptr + row, w * (T * T * kl), mask=in_R)
+    _store_stats(stats_ptr, B, row, in_R, top + one, total, t_top + one, t_total)
 
 
 @triton.jit
 def grad_kernel(
-    z_ptr, t_ptr, y_ptr, w_ptr, go_ptr, stats_ptr, g_ptr,
-    B, T, inverse_t, scale, label_weight, coefficient,
-    C: tl.constexpr, ZS: tl.constexpr, TS: tl.constexpr, GS: tl.constexpr, VEC: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr,
+    z_ptr,
+    t_ptr,
+    w_ptr,
+    go_ptr,
+    stats_ptr,
+    g_ptr,
+    B,
+    T,
+    inverse_t,
+    scale,
+    coefficient,
+    C: tl.constexpr,
+    ZS: tl.constexpr,
+    TS: tl.constexpr,
+    GS: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     GO_STRIDE: tl.constexpr,
-):  # fmt: skip
+):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     in_R = row < B
@@ -193,25 +230,37 @@ def grad_kernel(
     total = tl.load(stats_ptr + B + row, mask=in_R, other=1.0)
     t_top = tl.load(stats_ptr + 2 * B + row, mask=in_R, other=0.0)
     t_total = tl.load(stats_ptr + 3 * B + row, mask=in_R, other=1.0)
-    once = tl.load(stats_ptr + 4 * B + row, mask=in_R, other=1.0)
-    y = tl.full([ROWS], -1, tl.int32)
-    if HARD:
-        y = tl.load(y_ptr + row, mask=in_R, other=-1).to(tl.int32)
-    _, soft, hard = factors(
-        w_ptr, go_ptr, row, in_R, y, T, label_weight, coefficient, WEIGHTED, GO_STRIDE, True
-    )
+    _, soft = factors(w_ptr, go_ptr, row, in_R, T, coefficient, WEIGHTED, GO_STRIDE, True)
     col = start + tl.arange(0, BLOCK)
     z = load_row(z_ptr, base, off, col, in_R, C, VEC)
     t = load_row(t_ptr, t_base, off, col, in_R, C, VEC)
+    s, t_s = soft / total, soft / t_total
     _store_all(
-        z_ptr, t_ptr, g_ptr, row, base, t_base, off, start, in_R, z, t, y, top, total, t_top,
-        t_total, once, soft, hard, scale, C, ZS, GS, VEC, BLOCK, HARD,
-    )  # fmt: skip
+        z_ptr,
+        t_ptr,
+        g_ptr,
+        row,
+        start,
+        in_R,
+        z,
+        t,
+        top,
+        t_top,
+        s,
+        t_s,
+        scale,
+        C,
+        ZS,
+        TS,
+        GS,
+        VEC,
+        BLOCK,
+    )
 
 
-def _teacher_arguments(z, values, _classes, _tail_values, _tail, _tempered):
-    t = layout.rows_in_place(values)
-    return dict(t_ptr=t), dict(TS=layout.row_stride(t), VEC=layout.vector(z, t))
+def _teacher_arguments(problem: Problem, z: torch.Tensor):
+    t = layout.rows_in_place(problem.values)
+    return {"t_ptr": t}, {"TS": layout.row_stride(t), "VEC": layout.vector(z, t)}
 
 
 FORM = Form("dense", row_kernel, loop_kernel, grad_kernel, _teacher_arguments)

@@ -1,4 +1,4 @@
-"""Which kernel, block and warps serve which shape: data, each with its reason.
+"""The kernel, block and warps of each shape: data, each entry with its reason.
 
 `reach` is the columns that a row may touch: C, or C + VEC - 1 where rows begin between lines
 (layout.py). Reasons that hold throughout: 16 to 32 elements a thread give 128-bit accesses and at
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-MOST_NAMED = 1024  # classes that a program holds in registers; more are the reference's
-MANY_NAMED = 128  # above, a program has up to four times the warps, for the named ones' registers
+MOST_NAMED = 1024  # classes that a program holds in registers; with more, the reference computes
+MANY_NAMED = 128  # above, a program has up to four times the warps, for more registers
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,16 @@ ANY = 1 << 30
 
 SPARSE_FORWARD = (
     Entry(32, "row", 32, 16, 4, "many rows a program; 32 give sm_90 a stack"),
-    Entry(128, "row", 128, 8, 4, "rows that have more named classes spill", 16),
+    Entry(128, "row", 128, 8, 4, "with more named classes, 8 rows spill", 16),
     Entry(128, "row", 128, 4, 4, "half the rows, for the registers of their named classes"),
-    Entry(256, "row", 256, 4, 4, "eight rows of 256 spill beside a label's exponentials"),
+    Entry(256, "row", 256, 8, 4, "16 elements a thread", 16),
+    Entry(256, "row", 256, 4, 4, "half the rows, for the registers of their named classes"),
     Entry(512, "row", 512, 1, 1, "one warp a row: no shared memory, no barrier"),
     Entry(1024, "row", 1024, 1, 1, "one warp a row: half the instructions of four warps"),
     Entry(2048, "row", 2048, 1, 2, "32 elements a thread"),
     Entry(4096, "row", 4096, 1, 4, "32 elements a thread"),
     Entry(8192, "row", 8192, 1, 8, "32 elements a thread"),
-    Entry(ANY, "loop", 4096, 1, 8, "longer rows spill beside a label's exponentials"),
+    Entry(ANY, "loop", 4096, 1, 8, "a longer row in registers leaves room for one program per SM"),
 )
 DENSE_FORWARD = (
     Entry(32, "row", 32, 64, 4, "many rows a program"),
@@ -53,7 +54,7 @@ DENSE_FORWARD = (
     Entry(2048, "row", 2048, 1, 4, "16 elements of each a thread"),
     Entry(4096, "row", 4096, 1, 8, "16 elements of each a thread"),
     Entry(8192, "row", 8192, 1, 16, "16 elements of each a thread"),
-    Entry(ANY, "loop", 4096, 1, 8, "longer rows spill beside a label's exponentials"),
+    Entry(ANY, "loop", 4096, 1, 8, "a longer row in registers leaves room for one program per SM"),
 )
 BACKWARD = (
     Entry(32, "grad", 32, 64, 4, "many rows a program"),

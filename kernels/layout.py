@@ -12,12 +12,12 @@ import torch
 
 LINE_BYTES = 16
 MOST_IN_LINE = 8
-STATS = 8  # numbers a row that a forward leaves for its backward, at most
+STATS = 7  # numbers that a forward leaves for its backward for each row, at most
 
 
-def gradient_stride(classes: int, row_stride: int) -> int:
+def gradient_stride(num_classes: int, row_stride: int) -> int:
     """The smallest stride that holds a row and sits in its lines as the logits' does."""
-    return classes + (row_stride - classes) % MOST_IN_LINE
+    return num_classes + (row_stride - num_classes) % MOST_IN_LINE
 
 
 def row_stride(x_BC: torch.Tensor) -> int:

@@ -1,12 +1,13 @@
-"""The loss of a batch as one call: fused where it can be, with its gradient; operators of torch.
+"""The loss of a batch as one call, fused with its gradient where possible; operators of torch.
 
-    cuda   Triton; backward reads the logits again, or forward leaves the gradient (`in_forward`)
-    cpu    numba; forward leaves the gradient, backward hands it over
+    cuda   Triton; backward reads the logits again, or uses the gradient that forward computed
+           (`in_forward`)
+    cpu    numba; forward computes the gradient, backward returns it
     else, float64, or where either is missing or old: `reference.rows`, differentiated by torch
 
 In eager mode an autograd.Function calls the kernels; under torch.compile the operators
 `kdcache::loss_forward` and `kdcache::loss_backward` do. Only the student's logits get a gradient.
-A mean's 1/B is folded into the rows, so that the gradient needs no pass of its own for it.
+The 1/B of a mean is a factor of the rows, so that the gradient needs no further pass for it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kdcache.kernels import layout, reference
+from kdcache.kernels.problem import NUM_TENSORS, Problem
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,8 +41,8 @@ HAS_NUMBA = importlib.util.find_spec("numba") is not None
 HAS_TRITON = _has_triton()
 
 
-def backend(student_BC: Tensor, classes_BK: Tensor | None) -> str:
-    """Which form serves these logits: triton, numba or reference."""
+def backend(student_BC: Tensor, class_ids_BK: Tensor | None) -> str:
+    """Which form computes the loss of these logits: triton, numba or reference."""
     if student_BC.dtype not in FLOATS:
         return "reference"
     if student_BC.device.type == "cpu" and HAS_NUMBA:
@@ -48,22 +50,13 @@ def backend(student_BC: Tensor, classes_BK: Tensor | None) -> str:
     if student_BC.device.type == "cuda" and HAS_TRITON:
         from kdcache.kernels import dispatch
 
-        if dispatch.serves(None if classes_BK is None else classes_BK.shape[1]):
+        if dispatch.serves(None if class_ids_BK is None else class_ids_BK.shape[1]):
             return "triton"
     return "reference"
 
 
 def loss(
-    student_BC: Tensor,
-    values: Tensor,
-    classes_BK: Tensor | None,
-    tail_values: Tensor | None,
-    labels_B: Tensor | None,
-    weights_B: Tensor | None,
-    temperature: float,
-    label_weight: float,
-    tail: str,
-    tempered: bool,
+    problem: Problem,
     reduction: str,
     in_forward: bool = False,
     expected_gradient: Tensor | None = None,
@@ -72,100 +65,102 @@ def loss(
 
     in_forward, expected_gradient   cuda, eager: compute the gradient in the forward pass, for a
         gradient of the loss that will equal `expected_gradient` (a tensor of one number on the
-        device, such as the loss scale; 1 where None). Another one costs one more pass.
+        device, such as the loss scale; 1 where None). Any other gradient costs one more pass.
     """
-    problem = (student_BC, values, classes_BK, tail_values, labels_B, weights_B,
-               float(temperature), float(label_weight), tail, tempered)  # fmt: skip
-    chosen = backend(student_BC, classes_BK)
+    student_BC = problem.student_BC
+    chosen = backend(student_BC, problem.class_ids_BK)
     if chosen == "reference":
-        return reference.reduce(reference.rows(*problem), reduction)
+        return reference.reduce(reference.rows(problem), reduction)
     mean, whole = reduction == "mean", reduction != "none"
     gradient = torch.is_grad_enabled() and student_BC.requires_grad
     if gradient and not torch.compiler.is_compiling():
         in_forward = in_forward and chosen == "triton"
         return _Loss.apply(*problem, mean, whole, in_forward, expected_gradient)
-    forward = loss_forward if torch.compiler.is_compiling() else _forward
-    loss_B = forward(*problem, mean, gradient)[0]
+    if torch.compiler.is_compiling():
+        loss_B = loss_forward(*problem, mean, gradient)[0]
+    else:
+        loss_B = _forward(problem, mean, gradient)[0]
     return loss_B.sum() if whole else loss_B
 
 
-def _forward(student_BC, values, classes_BK, tail_values, labels_B, weights_B, temperature,
-             label_weight, tail, tempered, mean, gradient):  # fmt: skip
+def _forward(problem: Problem, mean: bool, gradient: bool) -> tuple[Tensor, Tensor]:
     """The rows, and what backward needs: on the CPU the gradient, on a GPU numbers of each row."""
-    problem = (student_BC, values, classes_BK, tail_values, labels_B, weights_B, temperature,
-               label_weight, tail, tempered, _coefficient(student_BC, mean))  # fmt: skip
-    if student_BC.device.type == "cpu":
+    if problem.student_BC.device.type == "cpu":
         from kdcache.kernels import cpu
 
-        return cpu.rows(*problem, gradient)
-    return _fused(classes_BK).forward(*problem)
+        return cpu.rows(problem, _coefficient(problem, mean), gradient)
+    return _fused(problem).forward(problem, _coefficient(problem, mean))
 
 
-def _backward(gradient_B, saved, student_BC, values, classes_BK, tail_values, labels_B, weights_B,
-              temperature, label_weight, tail, tempered, mean):  # fmt: skip
-    if student_BC.device.type == "cpu":
-        return (saved * gradient_B[:, None]).to(student_BC.dtype)
-    problem = (student_BC, values, classes_BK, tail_values, labels_B, weights_B, temperature,
-               label_weight, tail, tempered, _coefficient(student_BC, mean))  # fmt: skip
-    return _fused(classes_BK).backward(gradient_B, saved, *problem)
+def _backward(gradient_B: Tensor, saved: Tensor, problem: Problem, mean: bool) -> Tensor:
+    if problem.student_BC.device.type == "cpu":
+        return (saved * gradient_B[:, None]).to(problem.student_BC.dtype)
+    return _fused(problem).backward(gradient_B, saved, problem, _coefficient(problem, mean))
 
 
-def _fused(classes_BK: Tensor | None):
-    # Here, because triton.jit looks for a GPU or an interpreter when it decorates.
+def _fused(problem: Problem):
+    # Imported here, because triton.jit looks for a GPU or an interpreter when it decorates.
     from kdcache.kernels import dense, sparse
 
-    return (dense if classes_BK is None else sparse).FORM
+    return (dense if problem.class_ids_BK is None else sparse).FORM
 
 
-def _coefficient(student_BC: Tensor, mean: bool) -> float:
-    return 1 / max(student_BC.shape[0], 1) if mean else 1.0
+def _coefficient(problem: Problem, mean: bool) -> float:
+    return 1 / max(problem.student_BC.shape[0], 1) if mean else 1.0
 
 
 class _Loss(torch.autograd.Function):
-    """Eager mode. What Python does around a small kernel costs as much as the kernel."""
+    """Eager mode. What Python does around a small kernel takes as long as the kernel."""
 
     @staticmethod
     def forward(ctx, *arguments):
-        *problem, whole, in_forward, expected = arguments
-        # Tensors made in inference mode, as a teacher's may be, cannot be saved, only kept.
-        ctx.kept = [x if x is not None and x.is_inference() else None for x in problem[:6]]
-        ctx.save_for_backward(
-            *(x if kept is None else None for x, kept in zip(problem[:6], ctx.kept, strict=True))
-        )
-        ctx.options, ctx.in_forward, ctx.expected = problem[6:], in_forward, expected
+        *fields, mean, whole, in_forward, expected = arguments
+        problem = Problem(*fields)
+        _save(ctx, problem)
+        ctx.mean, ctx.in_forward, ctx.expected = mean, in_forward, expected
         if in_forward:
-            *inputs, mean = problem
-            loss_B, ctx.left = _fused(problem[2]).forward_with_gradient(
-                *inputs, _coefficient(problem[0], mean), expected
+            loss_B, ctx.left = _fused(problem).forward_with_gradient(
+                problem, _coefficient(problem, mean), expected
             )
         else:
-            loss_B, ctx.left = _forward(*problem, True)
+            loss_B, ctx.left = _forward(problem, mean, True)
         return loss_B.sum() if whole else loss_B
 
     @staticmethod
     def backward(ctx, gradient):
         if torch.is_grad_enabled():
             raise NotImplementedError("the fused losses have no second derivative: use float64")
-        return _gradient(ctx, gradient), *(None,) * 13
+        return _gradient(ctx, gradient), *(None,) * (len(Problem._fields) + 3)
+
+
+def _save(ctx, problem: Problem) -> None:
+    """Tensors made in inference mode, as a teacher's may be, cannot be saved, only kept."""
+    tensors = problem[:NUM_TENSORS]
+    ctx.kept = [x if x is not None and x.is_inference() else None for x in tensors]
+    pairs = zip(tensors, ctx.kept, strict=True)
+    ctx.save_for_backward(*(x if kept is None else None for x, kept in pairs))
+    ctx.options = problem[NUM_TENSORS:]
+
+
+def _saved(ctx) -> Problem:
+    pairs = zip(ctx.saved_tensors, ctx.kept, strict=True)
+    return Problem(*(x if kept is None else kept for x, kept in pairs), *ctx.options)
 
 
 def _gradient(ctx, gradient):
-    pairs = zip(ctx.saved_tensors, ctx.kept, strict=True)
-    problem = (*(x if kept is None else kept for x, kept in pairs), *ctx.options)
-    student_BC = problem[0]
-    # What forward left is handed over, not lent: whoever gets it may write to it.
-    left = ctx.left
-    if student_BC.device.type == "cpu":
+    problem, left = _saved(ctx), ctx.left
+    if problem.student_BC.device.type == "cpu":
+        # Handed over, not shared: the caller may write to it, so a second backward computes anew.
         ctx.left = None
-        left = _forward(*problem, True)[1] if left is None else left
+        left = _forward(problem, ctx.mean, True)[1] if left is None else left
         if gradient.dim() or gradient.item() != 1:
             left.mul_(gradient[:, None] if gradient.dim() else gradient)
-        return left if left.dtype == student_BC.dtype else left.to(student_BC.dtype)
-    gradient_B = gradient if gradient.dim() else gradient.expand(len(student_BC))
+        return left.to(problem.student_BC.dtype)
+    gradient_B = gradient if gradient.dim() else gradient.expand(len(problem.student_BC))
     if not ctx.in_forward:
-        return _backward(gradient_B, left, *problem)
+        return _backward(gradient_B, left, problem, ctx.mean)
     if left is None:
-        return _backward(gradient_B, _forward(*problem, True)[1], *problem)
+        return _backward(gradient_B, _forward(problem, ctx.mean, True)[1], problem, ctx.mean)
     from kdcache.kernels.launch import rescale
 
     ctx.left = None
@@ -173,28 +168,31 @@ def _gradient(ctx, gradient):
     return left
 
 
+# The operators have flat signatures, in the order of `Problem`: torch takes no tuple of fields.
+
+
 @torch.library.custom_op("kdcache::loss_forward", mutates_args=())
 def loss_forward(
     student_BC: Tensor,
     values: Tensor,
-    classes_BK: Tensor | None,
+    class_ids_BK: Tensor | None,
     tail_values: Tensor | None,
-    labels_B: Tensor | None,
-    weights_B: Tensor | None,
+    row_weights_B: Tensor | None,
     temperature: float,
-    label_weight: float,
     tail: str,
     tempered: bool,
     mean: bool,
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _forward(student_BC, values, classes_BK, tail_values, labels_B, weights_B, temperature,
-                    label_weight, tail, tempered, mean, gradient)  # fmt: skip
+    problem = Problem(
+        student_BC, values, class_ids_BK, tail_values, row_weights_B, temperature, tail, tempered
+    )
+    return _forward(problem, mean, gradient)
 
 
 @loss_forward.register_fake
-def _(student_BC, values, classes_BK, tail_values, labels_B, weights_B, temperature, label_weight,
-      tail, tempered, mean, gradient):  # fmt: skip
+def _(student_BC, *arguments):
+    gradient = arguments[-1]
     B, C = student_BC.shape
     saved = (B, C) if gradient else (0, 0)
     if student_BC.device.type == "cuda":
@@ -209,18 +207,18 @@ def loss_backward(
     saved: Tensor,
     student_BC: Tensor,
     values: Tensor,
-    classes_BK: Tensor | None,
+    class_ids_BK: Tensor | None,
     tail_values: Tensor | None,
-    labels_B: Tensor | None,
-    weights_B: Tensor | None,
+    row_weights_B: Tensor | None,
     temperature: float,
-    label_weight: float,
     tail: str,
     tempered: bool,
     mean: bool,
 ) -> Tensor:
-    return _backward(gradient_B, saved, student_BC, values, classes_BK, tail_values, labels_B,
-                     weights_B, temperature, label_weight, tail, tempered, mean)  # fmt: skip
+    problem = Problem(
+        student_BC, values, class_ids_BK, tail_values, row_weights_B, temperature, tail, tempered
+    )
+    return _backward(gradient_B, saved, problem, mean)
 
 
 @loss_backward.register_fake
@@ -231,13 +229,15 @@ def _(gradient_B, saved, student_BC, *_):
 
 
 def _setup(ctx, inputs, output):
-    ctx.save_for_backward(output[1], *inputs[:6])
-    ctx.options = inputs[6:11]
+    *fields, mean, _ = inputs
+    ctx.save_for_backward(output[1], *fields[:NUM_TENSORS])
+    ctx.options = *fields[NUM_TENSORS:], mean
 
 
 def _operator_backward(ctx, gradient_B, _):
-    saved, *problem = ctx.saved_tensors
-    return loss_backward(gradient_B, saved, *problem, *ctx.options), *(None,) * 11
+    saved, *tensors = ctx.saved_tensors
+    gradient = loss_backward(gradient_B, saved, *tensors, *ctx.options)
+    return gradient, *(None,) * (len(Problem._fields) + 1)
 
 
 loss_forward.register_autograd(_operator_backward, setup_context=_setup)

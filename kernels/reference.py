@@ -6,7 +6,8 @@ p = softmax(t / T). Every loss is T^2 KL(p || q), so that its gradient keeps its
 are; the maximum is subtracted before scaling by 1/T, so large logits lose nothing. A class with
 p = 0 contributes nothing, even where q = 0.
 
-`rows` is the whole definition, one number a row; `reduce` makes one number of them.
+`rows` is the whole definition, one number for each row; `reduce` is their mean or sum. A loss with
+labels is (1 - a) of it plus a times `label_cross_entropy`, with the same row weights and reduction.
 """
 
 from __future__ import annotations
@@ -16,43 +17,27 @@ from typing import Literal
 
 import torch
 
-Tail = Literal["bucket", "uniform", "renormalise", "none"]
+from kdcache.kernels.problem import Problem, Tail
+
 Reduction = Literal["mean", "sum", "none"]
 
 
-def rows(
-    student_BC: torch.Tensor,
-    values: torch.Tensor,
-    classes_BK: torch.Tensor | None,
-    tail_values: torch.Tensor | None,
-    labels_B: torch.Tensor | None,
-    weights_B: torch.Tensor | None,
-    temperature: float,
-    label_weight: float,
-    tail: Tail,
-    tempered: bool = False,
-) -> torch.Tensor:
-    """w ((1 - a) T^2 KL + a CE) of each row [B]; a is `label_weight`, CE the label's at T = 1.
-
-    values, classes_BK, tail_values   the teacher, in one of three forms:
-        logits [B, C], None, None                        a dense teacher
-        logits [B, K], classes, None or summary [B, 3]   kept logits and tail, as in `temper`
-        log-probabilities at T [B, K], classes, None or log r [B]   where `tempered`
-    labels_B   int64; a row whose label is negative has no cross-entropy term
-    weights_B  w, a factor for each row
-    """
-    if classes_BK is None:
+def rows(problem: Problem) -> torch.Tensor:
+    """w T^2 KL of each row [B]; w is its row weight, T the temperature."""
+    student_BC, values, class_ids_BK, tail_values, row_weights_B, temperature, tail, _ = problem
+    if class_ids_BK is None:
         loss_B = dense_kl(student_BC, values, temperature)
     else:
         log_p_BK, log_tail_B = values, tail_values
-        if not tempered:
+        if not problem.tempered:
             rest = None if tail == "renormalise" else tail_values
             log_p_BK, log_tail_B = temper(values, rest, student_BC.shape[1], temperature)
-        loss_B = sparse_kl(student_BC, classes_BK, log_p_BK, log_tail_B, temperature, tail)
-    if labels_B is not None:
-        ce_B = label_cross_entropy(student_BC, labels_B)
-        loss_B = (1 - label_weight) * loss_B + label_weight * ce_B
-    return loss_B if weights_B is None else loss_B * weights_B.to(loss_B.dtype)
+        loss_B = sparse_kl(student_BC, class_ids_BK, log_p_BK, log_tail_B, temperature, tail)
+    return weighted(loss_B, row_weights_B)
+
+
+def weighted(loss_B: torch.Tensor, row_weights_B: torch.Tensor | None) -> torch.Tensor:
+    return loss_B if row_weights_B is None else loss_B * row_weights_B.to(loss_B.dtype)
 
 
 def reduce(loss_B: torch.Tensor, reduction: Reduction) -> torch.Tensor:
@@ -63,9 +48,16 @@ def reduce(loss_B: torch.Tensor, reduction: Reduction) -> torch.Tensor:
 
 
 def label_cross_entropy(student_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
-    """-log softmax(z)[label] of each row [B], at T = 1; 0 where the label is negative."""
-    log_q = log_softmax(student_BC, 1.0).gather(1, labels_B.clamp(min=0).long()[:, None])[:, 0]
-    return torch.where(labels_B < 0, torch.zeros_like(log_q), -log_q)
+    """-log softmax(z)[label] of each row [B], at T = 1.
+
+    0 where the label is negative: the row has none. NaN, with a gradient of NaN for the whole row,
+    where the label is C or more.
+    """
+    wrong_B = labels_B >= student_BC.shape[1]
+    index_B = labels_B.clamp(min=0).masked_fill(wrong_B, 0).long()
+    ce_B = -log_softmax(student_BC, 1.0).gather(1, index_B[:, None])[:, 0]
+    ce_B = ce_B * torch.ones_like(ce_B).masked_fill(wrong_B, torch.nan)
+    return torch.where(labels_B < 0, torch.zeros_like(ce_B), ce_B)
 
 
 def log_softmax(logits_BC: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -85,7 +77,7 @@ def dense_kl(
 
 def sparse_kl(
     student_BC: torch.Tensor,
-    classes_BK: torch.Tensor,
+    class_ids_BK: torch.Tensor,
     log_p_BK: torch.Tensor,
     log_tail_B: torch.Tensor | None,
     temperature: float,
@@ -104,14 +96,14 @@ def sparse_kl(
     none         they are left out, and p stays as it is (unbiased sparse samples)
     """
     log_q_BC = log_softmax(student_BC, temperature)
-    classes_BK = classes_BK.long()
+    class_ids_BK = class_ids_BK.long()
     log_p = log_p_BK.to(log_q_BC.dtype)
     live = log_p > -torch.inf
     if tail == "renormalise":
         log_p = log_p - log_p.logsumexp(1, keepdim=True)
-    loss = _cross(log_p, log_q_BC.gather(1, classes_BK)).sum(1)
+    loss = _cross(log_p, log_q_BC.gather(1, class_ids_BK)).sum(1)
     if log_tail_B is not None and tail in ("bucket", "uniform"):
-        count = torch.zeros_like(log_q_BC).scatter_add(1, classes_BK, live.to(log_q_BC.dtype))
+        count = torch.zeros_like(log_q_BC).scatter_add(1, class_ids_BK, live.to(log_q_BC.dtype))
         named = count > 0
         left = (~named).sum(1)
         log_r = log_tail_B.to(log_q_BC.dtype).masked_fill(left == 0, -torch.inf)

@@ -1,4 +1,4 @@
-"""What the sparse and the dense Triton kernels share: where a row is, the label, the stores.
+"""What the sparse and the dense Triton kernels share: where a row is, its factors, the stores.
 
 Shapes in kernels: R rows of a program, N columns of a tile, K named classes. `col` counts from
 the line below a row's start (layout.py): class + `off`. VEC divides BLOCK.
@@ -55,35 +55,38 @@ def edges(off, start, in_R, C: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def label_of(y_ptr, z_ptr, row, in_R, C: tl.constexpr, STRIDE: tl.constexpr):
-    """Label (-1: none), its logit, and whether it is no class."""
-    y = tl.load(y_ptr + row, mask=in_R, other=-1).to(tl.int64)
-    fine = (y >= 0) & (y < C)
-    zy = tl.load(z_ptr + row * STRIDE + y, mask=in_R & fine, other=0.0).to(tl.float32)
-    wrong = y >= C
-    return tl.where(fine, y, -1).to(tl.int32), zy, wrong
-
-
-@triton.jit
 def factors(
-    w_ptr, go_ptr, row, in_R, y, T, label_weight, coefficient,
-    WEIGHTED: tl.constexpr, GO_STRIDE: tl.constexpr, HAS_GO: tl.constexpr,
-):  # fmt: skip
-    """What the loss of a row is multiplied by (w), and its gradient: soft part, label's part."""
+    w_ptr,
+    go_ptr,
+    row,
+    in_R,
+    T,
+    coefficient,
+    WEIGHTED: tl.constexpr,
+    GO_STRIDE: tl.constexpr,
+    HAS_GO: tl.constexpr,
+):
+    """What the loss of a row is multiplied by, and q - p for its gradient [R]."""
     w = tl.zeros_like(row).to(tl.float32) + coefficient
     if WEIGHTED:
         w *= tl.load(w_ptr + row, mask=in_R, other=0.0).to(tl.float32)
     up = w
     if HAS_GO:
         up = w * tl.load(go_ptr + row * GO_STRIDE, mask=in_R, other=0.0).to(tl.float32)
-    return w, up * (1.0 - label_weight) * T, tl.where(y >= 0, up * label_weight, 0.0)
+    return w, up * T
 
 
 @triton.jit
 def rescale_kernel(
-    g_ptr, go_ptr, expected_ptr, C: tl.constexpr, STRIDE: tl.constexpr, GO_STRIDE: tl.constexpr,
-    HAS_EXPECTED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    g_ptr,
+    go_ptr,
+    expected_ptr,
+    C: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GO_STRIDE: tl.constexpr,
+    HAS_EXPECTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """g *= gradient / expected, row by row; a row where they agree is left alone."""
     row = tl.program_id(0).to(tl.int64)
     ratio = tl.load(go_ptr + row * GO_STRIDE).to(tl.float32)

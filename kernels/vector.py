@@ -64,30 +64,27 @@ def _truncate(context, x):
     return types.int32(types.float32), code
 
 
-@intrinsic
-def maximum(context, a, b):
-    # numba's own max makes a loop that LLVM vectorises only if told that there are no NaNs.
+def _llvm(name, arity):
+    """The types and the code of an LLVM intrinsic that takes and returns float32 numbers."""
+
     def code(context, builder, signature, args):
         kind = ir.FloatType()
-        function = builder.module.declare_intrinsic(
-            "llvm.maximum", [kind], ir.FunctionType(kind, [kind, kind])
-        )
-        return builder.call(function, args)
+        shape = ir.FunctionType(kind, [kind] * arity)
+        return builder.call(builder.module.declare_intrinsic(name, [kind], shape), args)
 
-    return types.float32(types.float32, types.float32), code
+    return types.float32(*[types.float32] * arity), code
+
+
+@intrinsic
+def maximum(context, a, b):
+    # numba's own max makes a loop that LLVM vectorises only under the assumption of no NaNs.
+    return _llvm("llvm.maximum", 2)
 
 
 @intrinsic
 def multiply_add(context, a, b, c):
     # Fused on every machine that can, whether LLVM makes the loop of vectors or of numbers.
-    def code(context, builder, signature, args):
-        kind = ir.FloatType()
-        function = builder.module.declare_intrinsic(
-            "llvm.fmuladd", [kind], ir.FunctionType(kind, [kind, kind, kind])
-        )
-        return builder.call(function, args)
-
-    return types.float32(types.float32, types.float32, types.float32), code
+    return _llvm("llvm.fmuladd", 3)
 
 
 @njit(inline="always")

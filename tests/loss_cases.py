@@ -1,4 +1,4 @@
-"""Problems for the losses, and the bounds that every fused form keeps.
+"""Problems for the losses, and the error bounds of every fused form.
 
 The truth is float64 autograd of `reference.rows` on the exact stored inputs. With eps = 2^-23,
 p and q the target's and the student's probabilities, A the target's mass, x = z / T:
@@ -6,53 +6,47 @@ p and q the target's and the student's probabilities, A the target's mass, x = z
     loss      8 eps (N + A),  N the sum of the absolute terms that the loss adds up
     gradient  4 eps / T [(A q + tail)(4 + |x - max x|) + 4 p]
 
-each times the row's factor, plus the same of the label's term. A dense teacher's p comes out of
-logits as q does, and has q's bound. Twice as much on a GPU, whose exp2 and log2 are approximate;
-one rounding more where the gradient is stored in 16 bits.
+each times the row's factor. A dense teacher's p is computed from logits as q is, and has q's bound.
+Twice as much on a GPU, whose exp2 and log2 are approximate; one rounding more where the gradient is
+stored in 16 bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 
 from kdcache.kernels import reference
+from kdcache.kernels.problem import Problem
 
 EPS = 2.0**-23
 TAILS = ("renormalise", "none", "uniform", "bucket")
 
 
-@dataclass(frozen=True)
-class Problem:
-    student_BC: torch.Tensor
-    values: torch.Tensor
-    classes_BK: torch.Tensor | None
-    tail_values: torch.Tensor | None
-    labels_B: torch.Tensor | None
-    weights_B: torch.Tensor | None
-    temperature: float
-    label_weight: float
-    tail: str
-    tempered: bool
-
-    @property
-    def arguments(self) -> tuple[object, ...]:
-        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
-
-    def to(self, device: str) -> Problem:
-        moved = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, **moved)
+def moved(p: Problem, device: str) -> Problem:
+    return Problem(*(x.to(device) if torch.is_tensor(x) else x for x in p))
 
 
 def problem(
-    B: int = 5, C: int = 100, K: int | None = 8, *, T: float = 4.0, tail: str = "bucket",
-    tempered: bool = False, labels: bool = False, weights: bool = False, scale: float = 3.0,
-    dtype: torch.dtype = torch.float32, index: torch.dtype = torch.int64, stride: int | None = None,
-    shift: int = 0, pads: int = 0, masked: int = 0, seed: int = 0,
-) -> Problem:  # fmt: skip
+    B: int = 5,
+    C: int = 100,
+    K: int | None = 8,
+    *,
+    T: float = 4.0,
+    tail: str = "bucket",
+    tempered: bool = False,
+    row_weights: bool = False,
+    scale: float = 3.0,
+    dtype: torch.dtype = torch.float32,
+    index: torch.dtype = torch.int64,
+    stride: int | None = None,
+    shift: int = 0,
+    pads: int = 0,
+    masked: int = 0,
+    seed: int = 0,
+) -> Problem:
     """K None: a dense teacher. stride, shift: of the student's rows in their memory. pads: named
     classes that are -inf; masked: student logits that are -inf, on classes without mass."""
     g = torch.Generator().manual_seed(seed)
@@ -68,17 +62,17 @@ def problem(
     z.copy_((normal(B, C) * scale).clamp(-6e4, 6e4))
     if masked:
         z[:, -masked:] = -torch.inf
-    values, classes, rest = teacher, None, None
+    values, class_ids, rest = teacher, None, None
     if K is not None:
-        top, classes = (teacher - teacher.amax(1, keepdim=True)).topk(K, dim=1)
-        out = teacher.scatter(1, classes, -torch.inf)
+        top, class_ids = (teacher - teacher.amax(1, keepdim=True)).topk(K, dim=1)
+        out = teacher.scatter(1, class_ids, -torch.inf)
         if tempered:
             whole = (teacher / T).logsumexp(1)
             values = (top + teacher.amax(1, keepdim=True)) / T - whole[:, None]
             rest = (out / T).logsumexp(1) - whole
             if pads:
                 values[:, -pads:] = -torch.inf
-                classes[:, -pads:] = classes[:, :1]
+                class_ids[:, -pads:] = class_ids[:, :1]
         else:
             left = torch.where(out.isinf(), 0, out - teacher.amax(1, keepdim=True))
             count = max(C - K, 1)
@@ -86,24 +80,16 @@ def problem(
             variance = (left.square().sum(1) / count - mean**2).clamp(min=0)
             at_one = (out - teacher.amax(1, keepdim=True)).logsumexp(1)
             values, rest = top, torch.stack([at_one, mean, variance], 1) if K < C else None
-        classes = classes.to(index)
-    y = torch.randint(0, max(C - masked, 1), (B,), generator=g)
-    if B > 1:
-        y[-1] = -1
-        if classes is not None:
-            y[0] = classes[0, 0].long()
-    w = torch.rand(B, generator=g) + 0.5
-    return Problem(
-        z, values, classes, rest, y if labels else None, w if weights else None, T,
-        0.3 if labels else 0.0, tail, tempered,
-    )  # fmt: skip
+        class_ids = class_ids.to(index)
+    w = torch.rand(B, generator=g) + 0.5 if row_weights else None
+    return Problem(z, values, class_ids, rest, w, T, tail, tempered)
 
 
 def failing_teachers(C: int, tail: str | None) -> Iterator[Problem]:
     """Three rows, of which the second has a NaN for a value, or for a number of the tail where
     that counts. tail None: a dense teacher."""
     for tempered, T in product((False, True), (1.0, 4.0)):
-        options = dict(T=T, tail=tail or "none", tempered=tempered, labels=True)
+        options = dict(T=T, tail=tail or "none", tempered=tempered)
         for column in (0, 2, slice(None)):
             p = problem(3, C, 8 if tail else None, **options)
             p.values[1, column] = torch.nan
@@ -117,22 +103,24 @@ def failing_teachers(C: int, tail: str | None) -> Iterator[Problem]:
 
 def truth(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss [B] and its sum's gradient [B, C], in float64."""
-    z = p.student_BC.detach().double().requires_grad_()
-    upcast = {
-        n: v.double() for n, v in vars(p).items() if torch.is_tensor(v) and v.is_floating_point()
-    }
-    loss_B = reference.rows(*replace(p, **upcast | {"student_BC": z}).arguments)
+    exact = Problem(*(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in p))
+    z = exact.student_BC.detach().requires_grad_()
+    loss_B = reference.rows(exact._replace(student_BC=z))
     (gradient_BC,) = torch.autograd.grad(loss_B.sum(), z)
     return loss_B.detach(), gradient_BC
 
 
 def assert_close(
-    p: Problem, loss_B: torch.Tensor, gradient_BC: torch.Tensor | None, *,
-    factor: torch.Tensor | float = 1.0, interpreter: bool = False,
-) -> None:  # fmt: skip
+    p: Problem,
+    loss_B: torch.Tensor,
+    gradient_BC: torch.Tensor | None,
+    *,
+    factor: torch.Tensor | float = 1.0,
+    interpreter: bool = False,
+) -> None:
     """factor: what the loss's gradient was multiplied by on the way back, a number or one a row."""
     on_gpu = p.student_BC.is_cuda
-    p = p.to("cpu")
+    p = moved(p, "cpu")
     true_B, true_BC = truth(p)
     loss_bound, gradient_bound = _bounds(p)
     slack = 2 if on_gpu else 1
@@ -152,7 +140,7 @@ def assert_close(
     error = (stored.double() - true_BC).abs()
     # float32 itself ends somewhere: an exponential below 2^-126 is 0.
     bound = bound + 2.0**-126 * (1 + p.temperature * f.abs()) * (
-        1 if p.weights_B is None else p.weights_B.double()[:, None]
+        1 if p.row_weights_B is None else p.row_weights_B.double()[:, None]
     )
     excess = (error / bound).nan_to_num(9e9).max() if error.numel() else 0
     assert bool((error <= bound).all()), f"gradient: {excess:.2f}"
@@ -164,13 +152,13 @@ def _bounds(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     log_q = reference.log_softmax(z, T)
     gap = _gap(z) / T
     q = log_q.exp()
-    if p.classes_BK is None:
+    if p.class_ids_BK is None:
         log_p = reference.log_softmax(p.values.double(), T)
         terms = log_p.exp() * (_finite(log_p).abs() + _finite(log_q).abs())
         N, A = terms.sum(1), torch.ones(B).double()
         noise = q * (4 + gap) + log_p.exp() * (4 + _gap(p.values.double()) / T)
     else:
-        classes = p.classes_BK.long()
+        class_ids = p.class_ids_BK.long()
         log_p, log_r = p.values.double(), p.tail_values
         log_r = None if log_r is None else log_r.double()
         if not p.tempered:
@@ -179,10 +167,10 @@ def _bounds(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         if p.tail == "renormalise":
             log_p = log_p - log_p.logsumexp(1, keepdim=True)
         prob = log_p.exp()
-        log_qk = log_q.gather(1, classes)
+        log_qk = log_q.gather(1, class_ids)
         N = (prob * (_finite(log_p).abs() + _finite(log_qk).abs())).sum(1)
         A = prob.sum(1)
-        named = torch.zeros(B, C).double().scatter_add(1, classes, live.double()) > 0
+        named = torch.zeros(B, C).double().scatter_add(1, class_ids, live.double()) > 0
         left = (~named).sum(1)
         r = torch.zeros(B).double()
         if log_r is not None and p.tail in ("uniform", "bucket"):
@@ -200,22 +188,10 @@ def _bounds(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         A = A + r
         each = each.masked_fill(named, 0)
         noise = (A[:, None] * q + each) * (4 + gap)
-        noise = noise.scatter_add(1, classes, (4 * prob).masked_fill(~live, 0))
-    weight = torch.ones(B).double() if p.weights_B is None else p.weights_B.double()
-    soft = weight * (1 - p.label_weight) * T * T
-    loss_bound = 8 * EPS * soft * (N + A)
-    gradient_bound = 4 * EPS * (soft / T)[:, None] * noise
-    if p.labels_B is not None:
-        hard = weight * p.label_weight * (p.labels_B >= 0)
-        log_once = reference.log_softmax(z, 1.0)
-        at = log_once.gather(1, p.labels_B.clamp(min=0)[:, None])[:, 0].abs()
-        loss_bound = loss_bound + 8 * EPS * hard * (at + 1)
-        once = log_once.exp() * (4 + gap * T)
-        once = once.scatter_add(
-            1, p.labels_B.clamp(min=0)[:, None], torch.full((B, 1), 4.0).double()
-        )
-        gradient_bound = gradient_bound + 4 * EPS * hard[:, None] * once
-    return loss_bound, gradient_bound
+        noise = noise.scatter_add(1, class_ids, (4 * prob).masked_fill(~live, 0))
+    weight = torch.ones(B).double() if p.row_weights_B is None else p.row_weights_B.double()
+    soft = weight * T * T
+    return 8 * EPS * soft * (N + A), 4 * EPS * (soft / T)[:, None] * noise
 
 
 def _gap(x_BC: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 class FakeDriver:
-    """What the JIT asks of a driver in order to compile."""
+    """What the JIT needs of a driver in order to compile."""
 
     def __init__(self, arch: int) -> None:
         self.target = GPUTarget("cuda", arch, 32)
@@ -49,6 +49,7 @@ class Code:
     """registers of a thread; spills: bytes of stack and local memory, and their instructions.
 
     wide_loads, wide_stores: 128-bit accesses to global memory. narrow: those below 32 bits.
+    doubles: float64 instructions.
     """
 
     registers: int
@@ -59,6 +60,7 @@ class Code:
     wide_loads: int
     wide_stores: int
     narrow: int
+    doubles: int
 
 
 def compiled(kernel: Any, arch: int, arguments: dict[str, Any], warps: int) -> Code:
@@ -97,6 +99,7 @@ def read(cubin: bytes, shared: int) -> Code:
         wide_loads=accesses["LDG", "128"],
         wide_stores=accesses["STG", "128"],
         narrow=sum(n for (_, width), n in accesses.items() if width in ("U16", "U8", "S16", "S8")),
+        doubles=len(re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP|DMNMX)\b|\.F64\b|64H\b", sass)),
     )
 
 

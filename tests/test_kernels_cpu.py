@@ -10,16 +10,17 @@ import pytest
 import torch
 
 from kdcache.kernels import cpu, ops, reference
+from kdcache.kernels.problem import Problem
 from tests import loss_cases
-from tests.loss_cases import TAILS, Problem, assert_close, failing_teachers, problem, truth
+from tests.loss_cases import TAILS, assert_close, failing_teachers, problem, truth
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     z = p.student_BC.detach().requires_grad_()
-    assert ops.backend(z, p.classes_BK) == "numba"
-    loss_B = ops.loss(z, *p.arguments[1:], "none")
+    assert ops.backend(z, p.class_ids_BK) == "numba"
+    loss_B = ops.loss(p._replace(student_BC=z), "none")
     loss_B.sum().backward()
     return loss_B.detach(), z.grad
 
@@ -45,22 +46,21 @@ def test_sparse(C: int, tempered: bool, tail: str) -> None:
 @pytest.mark.parametrize("tail", TAILS)
 def test_one_class_and_two(tail: str) -> None:
     check(problem(3, 1, 1, T=0.5, tail=tail, tempered=True))
-    check(problem(3, 2, 1, T=4.0, tail=tail, labels=True))
+    check(problem(3, 2, 1, T=4.0, tail=tail))
 
 
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("T", [1.0, 4.0])
-def test_labels_and_weights(T: float, tail: str) -> None:
-    check(problem(T=T, tail=tail, labels=True))
-    check(problem(T=T, tail=tail, weights=True, tempered=True))
-    check(problem(T=T, tail=tail, labels=True, weights=True))
+def test_row_weights(T: float, tail: str) -> None:
+    check(problem(T=T, tail=tail, row_weights=True))
+    check(problem(T=T, tail=tail, row_weights=True, tempered=True))
 
 
 @pytest.mark.parametrize("C", [1, 2, 10, 1003, 21841])
 @pytest.mark.parametrize("T", [0.5, 1.0, 20.0])
 def test_dense(C: int, T: float) -> None:
     check(problem(3, C, None, T=T))
-    check(problem(3, C, None, T=T, labels=True, weights=True))
+    check(problem(3, C, None, T=T, row_weights=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -75,7 +75,7 @@ def test_large_logits_in_every_dtype(dtype: torch.dtype, tail: str) -> None:
 @pytest.mark.parametrize("tail", TAILS)
 def test_rows_with_fewer_named_classes(tail: str) -> None:
     check(problem(tail=tail, tempered=True, pads=3))
-    check(problem(tail=tail, tempered=True, pads=7, labels=True))
+    check(problem(tail=tail, tempered=True, pads=7))
 
 
 @pytest.mark.parametrize("tail", ["renormalise", "none", "bucket"])
@@ -88,26 +88,26 @@ def test_masked_student_logits(tail: str) -> None:
 
 @pytest.mark.parametrize("K", [8, None])
 def test_rows_of_another_stride_and_shift(K: int | None) -> None:
-    check(problem(C=101, K=K, stride=107, shift=3, labels=True))
+    check(problem(C=101, K=K, stride=107, shift=3))
     p = problem(C=100, K=K)
     columns = p.student_BC.t().contiguous().t()
     assert not columns.is_contiguous()
-    assert torch.equal(ops.loss(columns, *p.arguments[1:], "none"), run(p)[0])
+    assert torch.equal(ops.loss(p._replace(student_BC=columns), "none"), run(p)[0])
 
 
 def test_a_tail_that_all_but_vanishes() -> None:
     p = problem(tail="bucket", tempered=True, T=1.0)
     for gap in (20, 60, 120, 1000):
         z = p.student_BC.clone()
-        z.scatter_add_(1, p.classes_BK, torch.full(p.classes_BK.shape, float(gap)))
-        check(Problem(z, *p.arguments[1:]))
+        z.scatter_add_(1, p.class_ids_BK, torch.full(p.class_ids_BK.shape, float(gap)))
+        check(p._replace(student_BC=z))
 
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_all_classes_named_equals_dense(tail: str) -> None:
     p = problem(C=100, K=100, tail=tail)
-    logits = torch.empty(5, 100).scatter_(1, p.classes_BK, p.values)
-    dense = Problem(p.student_BC, logits, None, *p.arguments[3:])
+    logits = torch.empty(5, 100).scatter_(1, p.class_ids_BK, p.values)
+    dense = p._replace(values=logits, class_ids_BK=None)
     (loss, gradient), (dense_loss, dense_gradient) = run(p), run(dense)
     torch.testing.assert_close(loss, dense_loss, rtol=1e-5, atol=1e-6)
     worst = (gradient - dense_gradient).abs().amax(1) / gradient.abs().amax(1)
@@ -123,7 +123,7 @@ def test_no_rows(K: int | None) -> None:
 
 @pytest.mark.parametrize("K", [8, None])
 def test_twice_is_the_same_to_the_bit_on_any_number_of_threads(K: int | None) -> None:
-    p = problem(64, 1003, K, labels=True)
+    p = problem(64, 1003, K)
     first = run(p)
     torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(first, run(p), strict=True))
@@ -137,15 +137,15 @@ def test_near_memory_is_the_same_to_the_bit(
     """LLVM's loops take one element at a time where their arrays lie near each other."""
     empty = torch.empty
     for seed in range(30):
-        p = problem(1, C, K, labels=True, seed=seed)
-        far = cpu.rows(*p.arguments, 1.0, True)
+        p = problem(1, C, K, seed=seed)
+        far = cpu.rows(p, 1.0, True)
         for gap in (0, 1, 6, 16, 32):
             pool = empty(2 * C + gap)
             student, gradient = pool[:C].view(1, C), pool[C + gap :].view(1, C)
             student.copy_(p.student_BC)
             beside = {p.student_BC.shape: gradient}
             monkeypatch.setattr(cpu.torch, "empty", lambda x, b=beside: b.get(x, empty(x)))
-            near = cpu.rows(student, *p.arguments[1:], 1.0, True)
+            near = cpu.rows(p._replace(student_BC=student), 1.0, True)
             assert near[1].data_ptr() == gradient.data_ptr()
             assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True)), gap
 
@@ -153,7 +153,7 @@ def test_near_memory_is_the_same_to_the_bit(
 def test_a_gradient_that_is_not_one_and_a_second_backward() -> None:
     p = problem()
     z = p.student_BC.detach().requires_grad_()
-    loss_B = ops.loss(z, *p.arguments[1:], "none")
+    loss_B = ops.loss(p._replace(student_BC=z), "none")
     factor = torch.linspace(-2, 3, 5)
     loss_B.backward(factor, retain_graph=True)
     assert_close(p, loss_B.detach(), z.grad, factor=factor)
@@ -174,7 +174,7 @@ def test_a_teacher_that_is_no_number_makes_its_row_nan(tail: str | None) -> None
 @pytest.mark.parametrize("tail", [*TAILS, None])
 def test_a_student_that_is_no_number_makes_its_row_nan(tail: str | None) -> None:
     for column in (0, 50, 99):
-        p = problem(3, 100, 8 if tail else None, tail=tail or "none", labels=True)
+        p = problem(3, 100, 8 if tail else None, tail=tail or "none")
         p.student_BC[1, column] = torch.nan
         for loss_B, gradient in (truth(p), run(p)):
             assert loss_B.isnan().tolist() == [False, True, False]
@@ -184,8 +184,8 @@ def test_a_student_that_is_no_number_makes_its_row_nan(tail: str | None) -> None
 @pytest.mark.parametrize("wrong", [-1, 100, 2**40])
 def test_a_class_that_does_not_exist_is_refused(wrong: int) -> None:
     p = problem()
-    p.classes_BK[2, 3] = wrong
-    with pytest.raises(IndexError, match="1 of 5 rows name a class or a label outside 0 to 99"):
+    p.class_ids_BK[2, 3] = wrong
+    with pytest.raises(IndexError, match="1 of 5 rows name a class outside 0 to 99"):
         run(p)
 
 
@@ -197,12 +197,10 @@ def test_the_gradient_of_a_row_sums_to_nothing() -> None:
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_the_reference_has_the_gradient_of_its_loss(tail: str) -> None:
-    p = problem(3, 12, 4, T=2.0, tail=tail, labels=True)
-    others = [
-        v.double() if torch.is_tensor(v) and v.is_floating_point() else v for v in p.arguments
-    ]
-    z = others[0].requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: reference.rows(z, *others[1:]), z)
+    p = problem(3, 12, 4, T=2.0, tail=tail)
+    exact = Problem(*(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in p))
+    z = exact.student_BC.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: reference.rows(exact._replace(student_BC=z)), z)
 
 
 def test_uint16_classes() -> None:
@@ -229,7 +227,7 @@ def _spoilt(p: Problem, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     elif kind == "T squared twice":
         loss = loss * p.temperature**2
     elif kind == "lost tail":
-        bare = Problem(*p.arguments[:3], None, *p.arguments[4:])
+        bare = p._replace(tail_values=None)
         return tuple(x.float() for x in truth(bare))
     elif kind == "A = 1":
         q = torch.softmax(p.student_BC / p.temperature, 1)

@@ -13,7 +13,8 @@ import sys
 import pytest
 import torch
 
-from tests.loss_cases import EPS, TAILS, Problem, assert_close, failing_teachers, problem
+from kdcache.kernels.problem import Problem
+from tests.loss_cases import EPS, TAILS, assert_close, failing_teachers, moved, problem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_DEVICE = torch.cuda.is_available() and not INTERPRETED
@@ -50,8 +51,10 @@ if INTERPRETED or ON_DEVICE:
 def test_under_the_interpreter(part: str) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-q", "-m", part, "--noconftest"],
-        env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stdout[-5000:]
     assert " passed" in run.stdout
 
@@ -83,19 +86,19 @@ def _choose(tiles: bool, request: pytest.FixtureRequest) -> None:
 
 
 def recompute(p: Problem, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    form = (dense if p.classes_BK is None else sparse).FORM
-    loss_B, stats = form.forward(*p.arguments, 1.0)
-    return loss_B, form.backward(factor, stats, *p.arguments, 1.0)
+    form = (dense if p.class_ids_BK is None else sparse).FORM
+    loss_B, stats = form.forward(p, 1.0)
+    return loss_B, form.backward(factor, stats, p, 1.0)
 
 
 def in_forward(p: Problem, expected: float) -> tuple[torch.Tensor, torch.Tensor]:
-    form = (dense if p.classes_BK is None else sparse).FORM
+    form = (dense if p.class_ids_BK is None else sparse).FORM
     scale = None if expected == 1 else torch.tensor([expected], device=DEVICE)
-    return form.forward_with_gradient(*p.arguments, 1.0, scale)
+    return form.forward_with_gradient(p, 1.0, scale)
 
 
 def check(p: Problem) -> None:
-    p = p.to(DEVICE)
+    p = moved(p, DEVICE)
     factor = torch.linspace(0.5, 2, len(p.student_BC), device=DEVICE)
     loss_B, gradient = recompute(p, factor)
     assert_close(p, loss_B, gradient, factor=factor, interpreter=INTERPRETED)
@@ -109,30 +112,30 @@ def check(p: Problem) -> None:
 def test_sparse(C: int, tail: str) -> None:
     check(problem(5, C, 1, T=1.0, tail=tail))
     check(problem(3, C, 5, T=4.0, tail=tail, tempered=True, dtype=torch.bfloat16))
-    check(problem(3, C, min(16, C), T=20.0, tail=tail, dtype=torch.float16, labels=True))
-    check(problem(3, C, min(C, 100), T=2.0, tail=tail, weights=True, index=torch.uint16))
+    check(problem(3, C, min(16, C), T=20.0, tail=tail, dtype=torch.float16))
+    check(problem(3, C, min(C, 100), T=2.0, tail=tail, row_weights=True, index=torch.uint16))
 
 
 @kernel
 @pytest.mark.parametrize("tail", TAILS)
 def test_one_class_and_two(tail: str) -> None:
     check(problem(3, 1, 1, T=0.5, tail=tail, tempered=True))
-    check(problem(3, 2, 1, T=4.0, tail=tail, labels=True, dtype=torch.bfloat16))
+    check(problem(3, 2, 1, T=4.0, tail=tail, dtype=torch.bfloat16))
 
 
 @kernel
 @pytest.mark.usefixtures("small_tiles")
 def test_many_named_classes_and_classes_beyond_15_bits() -> None:
-    check(problem(1, 1500, 1024, tail="bucket", labels=True))
+    check(problem(1, 1500, 1024, tail="bucket"))
     p = problem(1, 40000, 4, tail="uniform", index=torch.uint16)
-    p.classes_BK[0, 3] = 39999
+    p.class_ids_BK[0, 3] = 39999
     check(p)
 
 
 @kernel
 @pytest.mark.parametrize("tail", TAILS)
 def test_sparse_long_rows(tail: str) -> None:
-    check(problem(1, 21841, 16, tail=tail, labels=True, dtype=torch.bfloat16))
+    check(problem(1, 21841, 16, tail=tail, dtype=torch.bfloat16))
     check(problem(1, 17003, 7, tail=tail, tempered=True, T=0.5, index=torch.int32))
 
 
@@ -141,7 +144,7 @@ def test_sparse_long_rows(tail: str) -> None:
 def test_dense(C: int) -> None:
     rows = 1 if C > 1003 else 3
     check(problem(rows, C, None, T=0.5))
-    check(problem(rows, C, None, T=20.0, labels=True, weights=True))
+    check(problem(rows, C, None, T=20.0, row_weights=True))
     check(problem(rows, C, None, T=1.0, dtype=torch.bfloat16))
 
 
@@ -160,7 +163,7 @@ def test_large_logits_in_every_dtype(dtype: torch.dtype, tail: str) -> None:
 @pytest.mark.parametrize("tail", TAILS)
 def test_large_logits_in_tiles(dtype: torch.dtype, tail: str) -> None:
     check(problem(2, 700, T=0.5, tail=tail, scale=3e4, dtype=dtype, tempered=True))
-    check(problem(1, 1003, T=20.0, tail=tail, dtype=dtype, labels=True, weights=True))
+    check(problem(1, 1003, T=20.0, tail=tail, dtype=dtype, row_weights=True))
 
 
 @kernel
@@ -170,7 +173,7 @@ def test_large_dense_logits(C: int, tiles: bool, request: pytest.FixtureRequest)
     _choose(tiles, request)
     check(problem(2, C, None, T=0.5, scale=3e4, dtype=torch.float16))
     p = problem(2, C, None, T=2.0)
-    check(Problem(p.student_BC + 3e4, p.values - 3e4, *p.arguments[2:]))
+    check(p._replace(student_BC=p.student_BC + 3e4, values=p.values - 3e4))
 
 
 @kernel
@@ -189,15 +192,26 @@ def test_masked_student_logits_and_fewer_named_classes(
 @pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("K", [8, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("C", "stride", "shift"), [
-    (1000, 1024, 0), (1001, 1008, 0), (1003, 1003, 1), (100, 131, 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("C", "stride", "shift"),
+    [
+        (1000, 1024, 0),
+        (1001, 1008, 0),
+        (1003, 1003, 1),
+        (100, 131, 0),
+    ],
+)
 def test_rows_of_any_stride_and_alignment(
-    C: int, stride: int, shift: int, dtype: torch.dtype, K: int | None, tiles: bool,
+    C: int,
+    stride: int,
+    shift: int,
+    dtype: torch.dtype,
+    K: int | None,
+    tiles: bool,
     request: pytest.FixtureRequest,
-) -> None:  # fmt: skip
+) -> None:
     _choose(tiles, request)
-    check(problem(2, C, K, stride=stride, shift=shift, dtype=dtype, labels=True))
+    check(problem(2, C, K, stride=stride, shift=shift, dtype=dtype))
 
 
 @kernel
@@ -207,7 +221,7 @@ def test_a_dense_teacher_of_another_dtype(stride: int, dtype: torch.dtype) -> No
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     p = problem(3, 1000, None, stride=stride, dtype=dtype)
     rounded = p.values.to(other)
-    check(Problem(p.student_BC, rounded, *p.arguments[2:]))
+    check(p._replace(values=rounded))
 
 
 @kernel
@@ -217,17 +231,17 @@ def test_a_tail_that_all_but_vanishes(tiles: bool, request: pytest.FixtureReques
     p = problem(2, 700, tail="bucket", tempered=True, T=1.0)
     for gap in (20, 120, 1000):
         z = p.student_BC.clone()
-        z.scatter_add_(1, p.classes_BK, torch.full(p.classes_BK.shape, float(gap)))
-        check(Problem(z, *p.arguments[1:]))
+        z.scatter_add_(1, p.class_ids_BK, torch.full(p.class_ids_BK.shape, float(gap)))
+        check(p._replace(student_BC=z))
 
 
 @kernel
 @pytest.mark.parametrize("tail", TAILS)
 def test_all_classes_named_equals_dense(tail: str) -> None:
-    p = problem(C=100, K=100, tail=tail).to(DEVICE)
-    logits = p.values.new_empty(5, 100).scatter_(1, p.classes_BK, p.values)
+    p = moved(problem(C=100, K=100, tail=tail), DEVICE)
+    logits = p.values.new_empty(5, 100).scatter_(1, p.class_ids_BK, p.values)
     ones = torch.ones(5, device=DEVICE)
-    whole = Problem(p.student_BC, logits, None, *p.arguments[3:])
+    whole = p._replace(values=logits, class_ids_BK=None)
     (loss, gradient), (dense_loss, dense_gradient) = recompute(p, ones), recompute(whole, ones)
     torch.testing.assert_close(loss, dense_loss, rtol=1e-5, atol=1e-6)
     worst = (gradient - dense_gradient).abs().amax(1) / gradient.abs().amax(1)
@@ -240,7 +254,7 @@ def test_all_classes_named_equals_dense(tail: str) -> None:
 @pytest.mark.parametrize("K", [8, None])
 @pytest.mark.parametrize("C", [100, 17003])
 def test_no_rows(C: int, K: int | None) -> None:
-    p = problem(0, C, K).to(DEVICE)
+    p = moved(problem(0, C, K), DEVICE)
     for loss_B, gradient in (recompute(p, torch.ones(0, device=DEVICE)), in_forward(p, 1)):
         assert loss_B.shape == (0,)
         assert gradient.shape == (0, C)
@@ -250,7 +264,7 @@ def test_no_rows(C: int, K: int | None) -> None:
 @pytest.mark.parametrize("K", [8, None])
 @pytest.mark.parametrize("C", [100, 1003, pytest.param(17003, marks=pytest.mark.slow)])
 def test_twice_is_the_same_to_the_bit(C: int, K: int | None) -> None:
-    p = problem(4, C, K, labels=True, dtype=torch.bfloat16).to(DEVICE)
+    p = moved(problem(4, C, K, dtype=torch.bfloat16), DEVICE)
     factor = torch.ones(4, device=DEVICE)
     for form in (lambda: recompute(p, factor), lambda: in_forward(p, 1)):
         first, second = form(), form()
@@ -259,19 +273,15 @@ def test_twice_is_the_same_to_the_bit(C: int, K: int | None) -> None:
 
 @kernel
 @pytest.mark.parametrize("tiles", [False, True])
-@pytest.mark.parametrize("what", ["class", "label", "label of a dense target"])
 @pytest.mark.parametrize("wrong", [-1, 100, 2**40])
 def test_a_class_that_does_not_exist_makes_its_row_nan(
-    wrong: int, what: str, tiles: bool, request: pytest.FixtureRequest
+    wrong: int, tiles: bool, request: pytest.FixtureRequest
 ) -> None:
-    """Which the device can do without being waited for; nothing is written out of place."""
+    """The kernel does it without the host waiting; nothing is written out of place."""
     _choose(tiles, request)
-    p = problem(K=None if "dense" in what else 8, labels=True).to(DEVICE)
-    if what == "class":
-        p.classes_BK[2, 3] = wrong
-    else:
-        p.labels_B[2] = wrong
-    bad = [row == 2 and (what == "class" or wrong > 0) for row in range(5)]
+    p = moved(problem(), DEVICE)
+    p.class_ids_BK[2, 3] = wrong
+    bad = [row == 2 for row in range(5)]
     for loss_B, gradient in (recompute(p, torch.ones(5, device=DEVICE)), in_forward(p, 1)):
         assert loss_B.isnan().tolist() == bad
         assert gradient.isnan().all(1).tolist() == gradient.isnan().any(1).tolist() == bad
@@ -285,7 +295,7 @@ def test_what_is_no_number_comes_out_as_none(
 ) -> None:
     _choose(tiles, request)
     for column, nan in ((0, float("nan")), (350, -float("nan")), (699, float("inf"))):
-        p = problem(3, 700, 8 if tail else None, tail=tail or "none").to(DEVICE)
+        p = moved(problem(3, 700, 8 if tail else None, tail=tail or "none"), DEVICE)
         p.student_BC[1, column] = nan
         loss_B, gradient = recompute(p, torch.ones(3, device=DEVICE))
         assert loss_B.isfinite().tolist() == [True, False, True]
@@ -298,10 +308,10 @@ def test_what_is_no_number_comes_out_as_none(
 def test_a_teacher_that_is_no_number_makes_its_row_nan(
     tail: str | None, tiles: bool, request: pytest.FixtureRequest
 ) -> None:
-    """What `precompute.ask` makes of a failing teacher where it does not wait for the device."""
+    """A failing teacher has such targets where the host does not wait for the device."""
     _choose(tiles, request)
     for p in failing_teachers(300, tail):
-        q = p.to(DEVICE)
+        q = moved(p, DEVICE)
         for loss_B, gradient in (recompute(q, torch.ones(3, device=DEVICE)), in_forward(q, 1)):
             assert loss_B.isnan().tolist() == [False, True, False]
             assert gradient.isnan().all(1).tolist() == [False, True, False]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
-from kdcache.batch import Target
-from kdcache.cache.codecs import top_k as codec
+from kdcache.batch import Target, dense_target
+from kdcache.cache.codecs import Rows
 from kdcache.errors import UsageError
 from kdcache.kernels import reference
-from kdcache.kernels.reference import Tail
+from kdcache.kernels.problem import Tail
 from kdcache.losses.distillation import check_temperature, distillation_loss, distillation_losses
+from tests.conftest import codec_for
 
 TAILS: tuple[Tail, ...] = get_args(Tail)
 
@@ -23,16 +25,19 @@ def student_and_teacher(num_classes: int = 40) -> tuple[torch.Tensor, torch.Tens
 
 
 def recorded(teacher_BC: torch.Tensor, top_k: int) -> Target:
-    return codec.decode(codec.encode(teacher_BC, top_k, "float32"), teacher_BC.shape[1])
+    num_classes = teacher_BC.shape[1]
+    codec = codec_for(num_classes, top_k, "float32")
+    rows = Rows(0, 0, np.arange(len(teacher_BC)))
+    return codec.decode(codec.encode(teacher_BC, rows), num_classes)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 7.0, 20.0])
 def test_dense_targets_give_the_definition(temperature: float) -> None:
     student, teacher = student_and_teacher()
-    found = distillation_losses(student, codec.dense_target(teacher), temperature=temperature)
+    found = distillation_losses(student, dense_target(teacher), temperature=temperature)
     wanted = reference.dense_kl(student.double(), teacher.double(), temperature)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
-    mean = distillation_loss(student, codec.dense_target(teacher), temperature=temperature)
+    mean = distillation_loss(student, dense_target(teacher), temperature=temperature)
     torch.testing.assert_close(mean, found.mean())
 
 
@@ -41,7 +46,7 @@ def test_dense_targets_give_the_definition(temperature: float) -> None:
 def test_a_full_record_gives_the_dense_loss(tail: Tail, temperature: float) -> None:
     student, teacher = student_and_teacher()
     found = distillation_losses(student, recorded(teacher, 40), temperature=temperature, tail=tail)
-    wanted = distillation_losses(student, codec.dense_target(teacher), temperature=temperature)
+    wanted = distillation_losses(student, dense_target(teacher), temperature=temperature)
     assert torch.equal(found, wanted)
 
 
@@ -50,7 +55,7 @@ def test_a_record_that_lacks_one_class_is_almost_dense(temperature: float) -> No
     """A tail of one class is known exactly at T = 1, and almost at any other."""
     student, teacher = student_and_teacher()
     found = distillation_losses(student, recorded(teacher, 39), temperature=temperature)
-    wanted = distillation_losses(student, codec.dense_target(teacher), temperature=temperature)
+    wanted = distillation_losses(student, dense_target(teacher), temperature=temperature)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -59,7 +64,7 @@ def test_bucket_is_the_default_and_a_lower_bound() -> None:
     target = recorded(teacher, 8)
     found = distillation_losses(student, target)
     assert torch.equal(found, distillation_losses(student, target, tail="bucket"))
-    assert (found <= distillation_losses(student, codec.dense_target(teacher)) + 1e-5).all()
+    assert (found <= distillation_losses(student, dense_target(teacher)) + 1e-5).all()
 
 
 def test_losses_of_one_target_differ_by_their_tail() -> None:
@@ -93,7 +98,7 @@ def test_inputs_are_left_as_they_were(top_k: int) -> None:
 def test_class_counts_must_agree() -> None:
     _, teacher = student_and_teacher()
     with pytest.raises(UsageError, match="the student has 39 classes, its targets have 40"):
-        distillation_loss(torch.zeros(16, 39), codec.dense_target(teacher))
+        distillation_loss(torch.zeros(16, 39), dense_target(teacher))
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])

@@ -1,4 +1,4 @@
-"""The loss as a user of it has it: checks, module, torch.compile, autocast, CUDA graph."""
+"""The loss as a user calls it: checks, module, torch.compile, autocast, CUDA graph."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +19,7 @@ from kdcache.batch import Target, TemperedTarget
 from kdcache.cache.codecs.top_k import decode, dense_target, encode
 from kdcache.errors import UsageError
 from kdcache.kernels import ops, reference
+from kdcache.kernels.problem import Problem
 from kdcache.losses.distillation import DistillationLoss, distillation_loss, log_probabilities
 
 B, C = 12, 50
@@ -45,6 +47,12 @@ def tempered(kind: str = "sparse", temperature: float = 2.0) -> TemperedTarget:
     return TemperedTarget(log_p, goal.class_ids_BK.to(torch.uint16), log_tail, temperature, C)
 
 
+def definition(z: torch.Tensor, goal: Target, row_weights: torch.Tensor | None = None) -> Problem:
+    """At T = 3, in float64."""
+    tail, values = goal.tail_B3, goal.logits_BK
+    return Problem(z.double(), values, goal.class_ids_BK, tail, row_weights, 3.0, "bucket")
+
+
 def labels(device: str = "cpu") -> torch.Tensor:
     return torch.arange(B, device=device)
 
@@ -54,20 +62,101 @@ def labels(device: str = "cpu") -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
 def test_it_is_the_reference(kind: str, reduction: str, device: str) -> None:
     z, goal = student_logits().detach().to(device).requires_grad_(), target(kind, device)
-    weights = torch.linspace(0, 2, B, device=device)
-    loss = distillation_loss(
-        z, goal, temperature=3.0, label_weight=0.25, labels=labels(device), weights=weights,
-        reduction=reduction,
-    )  # fmt: skip
-    true_B = reference.rows(
-        z.double(), goal.logits_BK, goal.class_ids_BK, goal.tail_B3, labels(device), weights, 3.0,
-        0.25, "bucket",
-    )  # fmt: skip
-    true = reference.reduce(true_B, reduction)
+    row_weights = torch.linspace(0, 2, B, device=device)
+    loss = distillation_loss(z, goal, temperature=3.0, row_weights=row_weights, reduction=reduction)
+    true = reference.reduce(reference.rows(definition(z, goal, row_weights)), reduction)
     torch.testing.assert_close(loss.double(), true, rtol=2e-6, atol=1e-6)
     (gradient,) = torch.autograd.grad(loss.sum(), z)
     (true_gradient,) = torch.autograd.grad(true.sum(), z)
     torch.testing.assert_close(gradient, true_gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_weight", [0.25, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_with_labels(
+    kind: str, dtype: torch.dtype, label_weight: float, reduction: str, device: str
+) -> None:
+    """w ((1 - a) T^2 KL + a CE) of each row; row 3 has no label, and row 0 no weight."""
+    z, goal = student_logits(dtype).detach().to(device).requires_grad_(), target(kind, device)
+    row_weights, some = torch.linspace(0, 2, B, device=device), labels(device)
+    some[3] = -1
+    loss = distillation_loss(
+        z,
+        goal,
+        temperature=3.0,
+        label_weight=label_weight,
+        labels=some,
+        row_weights=row_weights,
+        reduction=reduction,
+    )
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = z.double()
+    kl_B = reference.rows(definition(exact, goal))
+    ce_B = functional.cross_entropy(exact, some, ignore_index=-1, reduction="none")
+    true_B = row_weights * ((1 - label_weight) * kl_B + label_weight * ce_B)
+    true = reference.reduce(true_B, reduction)
+    torch.testing.assert_close(loss.double(), true, rtol=2e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(loss.sum(), z)
+    (true_gradient,) = torch.autograd.grad(true.sum(), z)
+    # One rounding to 16 bits, as that of the definition.
+    rtol = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, 1e-5)
+    torch.testing.assert_close(gradient, true_gradient, rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_a_label_that_is_no_class(kind: str, dtype: torch.dtype) -> None:
+    z, goal, some = student_logits(dtype), target(kind), labels()
+    some[[2, 5]] = torch.tensor([C, 2**40])
+    with pytest.raises(IndexError, match=f"labels must be below {C}, which 2 of {B} are not"):
+        distillation_loss(z, goal, label_weight=0.5, labels=some)
+    assert distillation_loss(z, goal, labels=some).isfinite()
+    # The definition, which is what a GPU computes.
+    ce_B = reference.label_cross_entropy(z, some)
+    (gradient,) = torch.autograd.grad(ce_B.sum(), z)
+    bad = [row in (2, 5) for row in range(B)]
+    assert ce_B.isnan().tolist() == bad
+    assert gradient.isnan().all(1).tolist() == gradient.isnan().any(1).tolist() == bad
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_a_student_that_is_no_number_makes_its_labelled_row_nan(kind: str) -> None:
+    z = student_logits().detach()
+    z[4, 7] = torch.nan
+    z.requires_grad_()
+    loss_B = distillation_loss(z, target(kind), label_weight=0.5, labels=labels(), reduction="none")
+    (gradient,) = torch.autograd.grad(loss_B.sum(), z)
+    bad = [row == 4 for row in range(B)]
+    assert loss_B.isnan().tolist() == gradient.isnan().all(1).tolist() == bad
+
+
+@pytest.mark.parametrize("label_weight", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("expected", [None, 1024.0])
+def test_the_expected_gradient_of_the_fused_term(
+    expected: float | None, label_weight: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    loss = ops.loss
+    monkeypatch.setattr(ops, "loss", lambda *a: calls.append(a) or loss(*a))
+    scale = None if expected is None else torch.tensor(expected)
+    total = distillation_loss(
+        student_logits(),
+        target("sparse"),
+        label_weight=label_weight,
+        labels=labels(),
+        gradient_in_forward=True,
+        expected_gradient=scale,
+    )
+    total.backward(torch.tensor(expected or 1.0))
+    _, _, in_forward, of_kl = calls[0]
+    assert in_forward == (label_weight < 1)
+    if label_weight == 0:
+        assert of_kl is scale
+    else:
+        assert of_kl.item() == (expected or 1.0) * (1 - label_weight)
 
 
 def test_mean_is_sum_by_count() -> None:
@@ -80,12 +169,14 @@ def test_mean_is_sum_by_count() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled(kind: str, dynamic: bool, device: str) -> None:
+@pytest.mark.parametrize("label_weight", [0.0, 0.5])
+def test_compiled(label_weight: float, kind: str, dynamic: bool, device: str) -> None:
     goal = target(kind, device)
+    torch.compiler.reset()
 
     def step(z: torch.Tensor) -> torch.Tensor:
         return 3 * distillation_loss(
-            z * 2, goal, temperature=2.0, label_weight=0.5, labels=labels(device)
+            z * 2, goal, temperature=2.0, label_weight=label_weight, labels=labels(device)
         )
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
@@ -114,16 +205,18 @@ def test_compiled_with_another_batch_stride_and_dtype_each_time() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize("label_weight", [0.0, 0.5])
+def test_autocast(label_weight: float, dtype: torch.dtype, device: str) -> None:
     """Logits come out of autocast in 16 bits; the loss computes and returns 32."""
     student = torch.nn.Linear(8, C).to(device)
     x, goal = torch.randn(B, 8, device=device), target("sparse", device)
+    options = {"label_weight": label_weight, "labels": labels(device)}
     with torch.autocast(device, dtype):
         logits = student(x)
-        loss = distillation_loss(logits, goal, temperature=2.0)
+        loss = distillation_loss(logits, goal, temperature=2.0, **options)
     assert (logits.dtype, loss.dtype) == (dtype, torch.float32)
     loss.backward()
-    true = distillation_loss(logits.detach().double(), goal, temperature=2.0)
+    true = distillation_loss(logits.detach().double(), goal, temperature=2.0, **options)
     torch.testing.assert_close(loss.double(), true, rtol=1e-5, atol=1e-6)
     assert bool(student.weight.grad.isfinite().all())
 
@@ -131,11 +224,9 @@ def test_autocast(dtype: torch.dtype, device: str) -> None:
 def test_module() -> None:
     z, goal = student_logits(), target("sparse")
     module = DistillationLoss(2.0, tail="uniform", label_weight=0.1, reduction="sum")
-    functional = distillation_loss(
-        z, goal, temperature=2.0, tail="uniform", label_weight=0.1, labels=labels(),
-        reduction="sum",
-    )  # fmt: skip
-    assert torch.equal(module(z, goal, labels()), functional)
+    options = {"tail": "uniform", "label_weight": 0.1, "labels": labels(), "reduction": "sum"}
+    same = distillation_loss(z, goal, temperature=2.0, **options)
+    assert torch.equal(module(z, goal, labels()), same)
     assert "temperature=2.0, tail=uniform, label_weight=0.1" in repr(module)
 
 
@@ -157,21 +248,20 @@ def test_a_target_of_ones_own() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns_first", [False, True])
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
-def test_the_operators_keep_their_word(
+def test_the_operators_match_their_schemas(
     kind: str, columns_first: bool, dtype: torch.dtype, device: str
 ) -> None:
     goal, z = target(kind, device), student_logits(dtype).detach().to(device)
     z = (z.t().contiguous().t() if columns_first else z).requires_grad_()
-    inputs = (z, goal.logits_BK, goal.class_ids_BK, goal.tail_B3, labels(device), None)
-    options = (2.0, 0.5, "bucket", False, True)
+    inputs = (z, goal.logits_BK, goal.class_ids_BK, goal.tail_B3, torch.ones(B, device=device))
+    options = (2.0, "bucket", False, True)
     torch.library.opcheck(ops.loss_forward, (*inputs, *options, True))
     torch.library.opcheck(ops.loss_forward, (z.detach(), *inputs[1:], *options, False))
     _, saved = ops.loss_forward(z.detach(), *inputs[1:], *options, True)
     upstream = torch.ones(B, device=device)
-    torch.library.opcheck(
-        ops.loss_backward, (upstream, saved, z.detach(), *inputs[1:], *options),
-        test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
+    arguments = (upstream, saved, z.detach(), *inputs[1:], *options)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.loss_backward, arguments, test_utils=tests)
 
 
 def test_without_numba_and_triton_the_reference_serves() -> None:
@@ -255,7 +345,7 @@ class OnTheDevice(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("classes", [50, 20000])
+@pytest.mark.parametrize("num_classes", [50, 20000])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("in_forward", [False, True])
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
@@ -271,14 +361,15 @@ def test_nothing_waits_for_the_device(
     monkeypatch.setattr(layout, "vector", lambda *_: 8)
     context = SimpleNamespace(save_for_backward=lambda *x: setattr(context, "saved_tensors", x))
     with FakeTensorMode(), OnTheDevice():
+
         def some(*shape: int) -> torch.Tensor:
             return torch.empty(shape, device="cuda")
 
         named = some(B, 5).long(), some(B, 3)
         teacher = (some(B, num_classes), None, None) if kind == "dense" else (some(B, 5), *named)
-        inputs = (some(B, num_classes), *teacher, some(B).long(), some(B))
+        inputs = (some(B, num_classes), *teacher, some(B))
         assert ops.backend(inputs[0], inputs[2]) == "triton"
-        options = (2.0, 0.5, "bucket", False, reduction == "mean", reduction != "none")
+        options = (2.0, "bucket", False, reduction == "mean", reduction != "none")
         loss = ops._Loss.forward(context, *inputs, *options, in_forward, some(1))
         gradient = ops._gradient(context, torch.ones_like(loss))
         assert gradient.shape == (B, num_classes)
@@ -287,6 +378,35 @@ def test_nothing_waits_for_the_device(
         with pytest.raises(AssertionError, match="leaves it"):
             loss.cpu()
     assert len(launched) == 2 + (in_forward and num_classes == 20000)
+
+
+@pytest.mark.parametrize("in_forward", [False, True])
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_labels_do_not_wait_for_the_device(
+    kind: str, in_forward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kdcache.kernels import launch, layout
+
+    launched = []
+    monkeypatch.setattr(launch, "launch", lambda kernel, *_, **__: launched.append(kernel))
+    monkeypatch.setattr(layout, "vector", lambda *_: 8)
+    with FakeTensorMode(), OnTheDevice():
+
+        def some(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, device="cuda")
+
+        named = (some(B, 5), some(B, 5).long(), some(B, 3))
+        goal = Target(some(B, C), None, None, C) if kind == "dense" else Target(*named, C)
+        loss = distillation_loss(
+            some(B, C).requires_grad_(),
+            goal,
+            label_weight=0.5,
+            labels=some(B).long(),
+            row_weights=some(B),
+            gradient_in_forward=in_forward,
+        )
+        assert loss.shape == ()
+    assert len(launched) == 1
 
 
 def test_usage_errors() -> None:
@@ -302,7 +422,7 @@ def test_usage_errors() -> None:
         (Target(goal.logits_BK, goal.class_ids_BK[:, 1:], goal.tail_B3, C), r"target must be .12, 4"),
         (Target(goal.logits_BK, goal.class_ids_BK, goal.tail_B3[:, 0], C), r"tail must be \[12, 3\]"),
         (Target(goal.logits_BK, None, None, C), r"\[12, 50\] beside .*\[12, 50\], not \[12, 5\]"),
-        (Target(goal.logits_BK, goal.class_ids_BK.float(), None, C), "classes must be class numbers"),
+        (Target(goal.logits_BK, goal.class_ids_BK.float(), None, C), "class_ids must be class ids"),
         (Target(goal.logits_BK[:, :0], goal.class_ids_BK[:, :0], None, C), "names no class"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -310,15 +430,17 @@ def test_usage_errors() -> None:
     with pytest.raises(UsageError, match=r"labels must be \[12\] beside .*, not \[3\]"):
         distillation_loss(z, goal, label_weight=0.5, labels=labels()[:3])
     for shape in ((13,), (12, 1)):
-        with pytest.raises(UsageError, match=r"weights must be \[12\] beside logits"):
-            distillation_loss(z, goal, weights=torch.ones(shape))
+        with pytest.raises(UsageError, match=r"row_weights must be \[12\] beside logits"):
+            distillation_loss(z, goal, row_weights=torch.ones(shape))
     with pytest.raises(UsageError, match="expected_gradient must be one number"):
         distillation_loss(z, goal, expected_gradient=torch.ones(2))
-    with pytest.raises(UsageError, match=r"weights requires a gradient, and gets none: detach it"):
-        distillation_loss(z, goal, weights=torch.ones(B, requires_grad=True))
+    with pytest.raises(
+        UsageError, match=r"row_weights requires a gradient, and gets none: detach it"
+    ):
+        distillation_loss(z, goal, row_weights=torch.ones(B, requires_grad=True))
     with pytest.raises(UsageError, match=r"temperature must be above 0, not -1"):
         distillation_loss(z, tempered(temperature=-1.0), temperature=-1)
-    with pytest.raises(UsageError, match=r"labels must be class numbers, not torch.float32"):
+    with pytest.raises(UsageError, match=r"labels must be class ids, not torch.float32"):
         distillation_loss(z, goal, label_weight=0.5, labels=labels().float())
     with pytest.raises(UsageError, match=r"tail must be one of bucket, .*, not 'renorm'"):
         distillation_loss(z, goal, tail="renorm")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from kdcache.kernels import reference
-from kdcache.kernels.reference import Tail
+from kdcache.kernels.problem import Problem, Tail
 
 F64 = NDArray[np.float64]
 TEMPERATURES = [0.5, 1.0, 2.0, 4.0, 20.0]
@@ -20,11 +20,13 @@ TAILS: tuple[Tail, ...] = get_args(Tail)
 
 
 def pair(
-    rows: int = 6, classes: int = 37, dtype: torch.dtype = torch.float64
+    rows: int = 6, num_classes: int = 37, dtype: torch.dtype = torch.float64
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Student and teacher logits."""
-    torch.manual_seed(rows * classes)
-    return (3 * torch.randn(rows, classes)).to(dtype), (3 * torch.randn(rows, classes)).to(dtype)
+    torch.manual_seed(rows * num_classes)
+    return (3 * torch.randn(rows, num_classes)).to(dtype), (3 * torch.randn(rows, num_classes)).to(
+        dtype
+    )
 
 
 def softmax(z: F64) -> F64:
@@ -43,18 +45,18 @@ def named_part(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The k largest classes, their log-probabilities, and the log of the mass of the others."""
     log_p = torch.log_softmax(teacher / temperature, 1)
-    classes = teacher.topk(k, 1).indices
-    rest = log_p.scatter(1, classes, -torch.inf).logsumexp(1)
-    return classes, log_p.gather(1, classes), rest
+    class_ids = teacher.topk(k, 1).indices
+    rest = log_p.scatter(1, class_ids, -torch.inf).logsumexp(1)
+    return class_ids, log_p.gather(1, class_ids), rest
 
 
 # --- dense -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("classes", [2, 10, 1000])
-def test_dense_is_the_formula(classes: int, temperature: float) -> None:
-    student, teacher = pair(classes=classes)
+@pytest.mark.parametrize("num_classes", [2, 10, 1000])
+def test_dense_is_the_formula(num_classes: int, temperature: float) -> None:
+    student, teacher = pair(num_classes=num_classes)
     p, q = softmax(teacher.numpy() / temperature), softmax(student.numpy() / temperature)
     found = reference.dense_kl(student, teacher, temperature).numpy()
     np.testing.assert_allclose(found, temperature**2 * kl(p, q), rtol=1e-10, atol=1e-13)
@@ -124,7 +126,7 @@ def test_huge_logits_lose_nothing(dtype: torch.dtype, temperature: float) -> Non
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_impossible_classes_cost_nothing(temperature: float) -> None:
     """-inf where the teacher's probability is 0, on either side or both: finite all through."""
-    student, teacher = pair(classes=8, dtype=torch.float32)
+    student, teacher = pair(num_classes=8, dtype=torch.float32)
     teacher[:, 2:4] = -torch.inf
     student[:, 3] = -torch.inf
     student.requires_grad_()
@@ -178,10 +180,10 @@ def test_sparse_is_its_dense_picture(tail: Tail, k: int, temperature: float) -> 
 @pytest.mark.parametrize("tail", TAILS)
 def test_all_classes_named_is_dense(tail: Tail, temperature: float) -> None:
     student, teacher = pair()
-    classes, log_p, _ = named_part(teacher, 37, temperature)
+    class_ids, log_p, _ = named_part(teacher, 37, temperature)
     dense = reference.dense_kl(student, teacher, temperature)
     for log_tail in (None, torch.full((6,), -torch.inf, dtype=torch.float64)):
-        found = reference.sparse_kl(student, classes, log_p, log_tail, temperature, tail)
+        found = reference.sparse_kl(student, class_ids, log_p, log_tail, temperature, tail)
         torch.testing.assert_close(found, dense)
 
 
@@ -201,14 +203,14 @@ def test_bucket_is_a_lower_bound_that_rises_with_k(temperature: float) -> None:
 @pytest.mark.parametrize("log_mass", [-torch.inf, -2000.0])
 def test_an_empty_tail_leaves_the_students_tail_alone(tail: Tail, log_mass: float) -> None:
     """r = 0 adds nothing, and a student whose tail is impossible gets finite gradients."""
-    student, teacher = pair(classes=6)
+    student, teacher = pair(num_classes=6)
     teacher[:, 3:] = -torch.inf
     student[:, 3:] = -torch.inf
     student.requires_grad_()
-    classes = torch.arange(3).expand(6, 3)
+    class_ids = torch.arange(3).expand(6, 3)
     log_p = torch.log_softmax(teacher, 1)[:, :3]
     log_tail = torch.full((6,), log_mass, dtype=torch.float64)
-    loss = reference.sparse_kl(student, classes, log_p, log_tail, 1.0, tail)
+    loss = reference.sparse_kl(student, class_ids, log_p, log_tail, 1.0, tail)
     loss.sum().backward()
     wanted = reference.dense_kl(student.detach()[:, :3], teacher[:, :3], 1.0)
     torch.testing.assert_close(loss.detach(), wanted)
@@ -243,7 +245,7 @@ def test_half_precision_students_are_computed_in_float32(dtype: torch.dtype, tai
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_dense_passes_gradcheck(temperature: float) -> None:
-    student, teacher = pair(rows=3, classes=7)
+    student, teacher = pair(rows=3, num_classes=7)
     student.requires_grad_()
     assert torch.autograd.gradcheck(
         lambda z: reference.dense_kl(z, teacher, temperature), (student,)
@@ -254,7 +256,7 @@ def test_dense_passes_gradcheck(temperature: float) -> None:
 @pytest.mark.parametrize("k", [1, 3, 7])
 @pytest.mark.parametrize("tail", TAILS)
 def test_sparse_passes_gradcheck(tail: Tail, k: int, temperature: float) -> None:
-    student, teacher = pair(rows=3, classes=7)
+    student, teacher = pair(rows=3, num_classes=7)
     student.requires_grad_()
     named = named_part(teacher, k, temperature)
     assert torch.autograd.gradcheck(
@@ -270,6 +272,47 @@ def test_gradients_sum_to_zero_in_each_row(tail: Tail) -> None:
     reference.sparse_kl(student, *named_part(teacher, 4, 2.0), 2.0, tail).sum().backward()
     assert student.grad is not None
     torch.testing.assert_close(student.grad.sum(1), torch.zeros(6, dtype=torch.float64))
+
+
+# --- labels and rows -------------------------------------------------------------------------
+
+
+def test_label_cross_entropy_is_torchs() -> None:
+    student, _ = pair()
+    student.requires_grad_()
+    labels = torch.tensor([0, 36, -1, 5, -100, 7])
+    found = reference.label_cross_entropy(student, labels)
+    wanted = functional.cross_entropy(
+        student, labels.clamp(min=-1), ignore_index=-1, reduction="none"
+    )
+    torch.testing.assert_close(found, wanted)
+    gradients = [torch.autograd.grad(x.sum(), student)[0] for x in (found, wanted)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_label_cross_entropy_passes_gradcheck() -> None:
+    student, _ = pair(rows=3, num_classes=7)
+    student.requires_grad_()
+    labels = torch.tensor([2, -1, 6])
+    assert torch.autograd.gradcheck(lambda z: reference.label_cross_entropy(z, labels), (student,))
+
+
+def test_a_row_without_a_label_may_have_impossible_classes() -> None:
+    student = torch.tensor([[-torch.inf, 1.0, 0.5]], requires_grad=True)
+    loss = reference.label_cross_entropy(student, torch.tensor([-1]))
+    loss.sum().backward()
+    assert loss == 0
+    assert student.grad is not None
+    assert (student.grad == 0).all()
+
+
+def test_rows_are_weighted() -> None:
+    student, teacher = pair()
+    row_weights = torch.linspace(0, 2, 6)
+    p = Problem(student, teacher, None, None, row_weights, 2.0, "bucket")
+    wanted = row_weights * reference.dense_kl(student, teacher, 2.0)
+    torch.testing.assert_close(reference.rows(p), wanted)
+    torch.testing.assert_close(reference.reduce(wanted, "mean"), wanted.sum() / 6)
 
 
 # --- the tail at any temperature -------------------------------------------------------------

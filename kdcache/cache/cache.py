@@ -16,7 +16,6 @@ The format is in docs/cache-format.md. Cost: reading in order reads and hashes e
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,15 +29,16 @@ from numpy.typing import ArrayLike
 from kdcache.batch import Target, TemperedTarget
 from kdcache.cache import layout as layouts
 from kdcache.cache.layout import GROUP, SEALS
-from kdcache.cache.manifest import KEY, Manifest, array_names, read_manifest
+from kdcache.cache.manifest import KEY, Manifest, array_names, num_views_of, read_manifest
 from kdcache.cache.records import Records
 from kdcache.cache.spec import CacheSpec
-from kdcache.cache.store import Store, open_store
+from kdcache.cache.store import Store, open_store, write_once
 from kdcache.errors import (
     CacheCorrupt,
     CacheIncomplete,
     CacheMismatch,
     MissingDependency,
+    StorageConflict,
     StorageError,
     UsageError,
 )
@@ -215,19 +215,26 @@ class LogitCache:
             )
 
     def write(self, view: int, shard: int, records: Records) -> None:
-        """Store the records of one whole shard, its checksums last. Raises StorageError."""
+        """Store the records of one whole shard, its checksums last.
+
+        Nothing that is there is changed: equal objects are kept, for others StorageConflict is
+        raised. Raises StorageError; neither leaves a part of these records. A shard that is there
+        and damaged has to be deleted before.
+        """
         start, stop = self.shard_range(shard)
         assert len(records) == stop - start
         objects = self.manifest.encode(view, start, records)
-        seal = b"".join(self.manifest.seal(n, view, shard, objects[n]) for n in self._names)
+        placed = {layouts.key(name, view, shard): objects[name] for name in self._names}
+        last = layouts.key(SEALS, view, shard)
+        placed[last] = b"".join(self.manifest.seal(n, view, shard, objects[n]) for n in self._names)
         try:
-            self.store.delete(layouts.key(SEALS, view, shard))
-            for name in self._names:
-                self.store.write(layouts.key(name, view, shard), objects[name])
-            self.store.write(layouts.key(SEALS, view, shard), seal)
+            write_once(self.store, placed, last)
+        except StorageConflict as error:
+            raise StorageConflict(
+                f"view {view} shard {shard}: {error}: another process with other results writes "
+                "to this cache; let it finish, or give each its own --part, and run again"
+            ) from error
         except StorageError as error:
-            with contextlib.suppress(StorageError):
-                self.delete_shard(view, shard)
             raise StorageError(
                 f"view {view} shard {shard}: {error}; fix the storage and run the same command "
                 "again, finished shards are kept"
@@ -244,13 +251,16 @@ class LogitCache:
         self.require_complete()
         if self._stored.version < self.manifest.version:  # its digests cover the number of views
             self._replace_manifest(self._stored.grown(self.num_stored_views))
-        for key, text in self.manifest.zarr_json.items():
-            if key != GROUP:
-                self.store.write(key, text)
+        # First the arrays, which a reader of Zarr may find larger than the manifest says.
+        for key in self.manifest.zarr_json.keys() - {GROUP}:
+            held, grown = self.store.read(key), self.manifest.zarr_json[key]
+            if held is not None and num_views_of(held) < self.spec.num_views:
+                self.store.replace(key, held, grown)
         self._replace_manifest(self.manifest)
 
     def _replace_manifest(self, manifest: Manifest) -> None:
-        self.store.write(GROUP, manifest.zarr_json[GROUP])
+        """Raises StorageConflict where another process has changed the manifest meanwhile."""
+        self.store.replace(GROUP, self._stored.zarr_json[GROUP], manifest.zarr_json[GROUP])
         self._stored = manifest
 
     def delete_shard(self, view: int, shard: int) -> None:
@@ -259,8 +269,18 @@ class LogitCache:
             self.store.delete(layouts.key(name, view, shard))
 
     def lock_shard(self, view: int, shard: int) -> bool:
-        """Whether this process may write the shard; False while another process does."""
-        return self.store.lock_shard(view * self.shards_per_view + shard)
+        """Whether this process may write the shard; False while another process does.
+
+        What a killed process has left of it is deleted, so that other bytes can take its place. In
+        a store without locks, this may delete what a live process with the same part puts just now;
+        that process's shard is then missing, and not damaged, unless it pauses between two of its
+        puts for as long as this one computes the shard.
+        """
+        if not self.store.lock_shard(view * self.shards_per_view + shard):
+            return False
+        if not self.has_shard(view, shard):
+            self.delete_shard(view, shard)
+        return True
 
     def unlock_shard(self, view: int, shard: int) -> None:
         self.store.unlock_shard(view * self.shards_per_view + shard)

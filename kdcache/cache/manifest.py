@@ -105,6 +105,11 @@ def array_names(text: bytes) -> list[str]:
     return list(json.loads(text)["attributes"][KEY]["arrays"])
 
 
+def num_views_of(text: bytes) -> int:
+    """The number of views in an array's zarr.json."""
+    return int(json.loads(text)["shape"][0])
+
+
 def _written(manifest: Manifest) -> Manifest:
     """With every zarr.json. The group's holds digests of the arrays', and its own."""
     spec, layout = manifest.spec, manifest.layout

@@ -20,6 +20,7 @@ import PIL.Image
 import PIL.ImageOps
 from numpy.typing import NDArray
 
+from kdcache import files
 from kdcache.data.beton import (
     FIELDS,
     METADATA,
@@ -116,9 +117,10 @@ def convert(
             ),
             "checksums": base64.b64encode(checksums.tobytes()).decode(),
         }
-        _write_synced(sidecar_partial, (canonical_json(sidecar) + "\n").encode())
-        sidecar_partial.replace(sidecar_path(out))
-        partial.replace(out)
+        sidecar_partial.write_bytes((canonical_json(sidecar) + "\n").encode())
+        files.sync_file(partial)  # both are on the disk before either gets its name
+        files.commit_file(sidecar_partial, sidecar_path(out))
+        files.commit_file(partial, out)
     except OSError as error:
         raise StorageError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
@@ -259,13 +261,4 @@ def _write_beton(
         header[0] = (CURRENT_VERSION, len(FIELDS), PAGE_BYTES, n, end)
         file.seek(0)
         file.write(header.tobytes() + descriptors.tobytes() + metadata.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
     return metadata, table, checksums
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -9,10 +9,10 @@ import torch
 from safetensors import SafetensorError
 
 from kdcache.errors import UsageError
+from kdcache.files import save_tensors
 from kdcache.models import pretrained
 from kdcache.models.classifier import Classifier
 from kdcache.models.load import WEIGHTS_FILE, _from_run, first_line
-from kdcache.training.checkpoint import save_tensors
 
 PRETRAINED = "pretrained"
 

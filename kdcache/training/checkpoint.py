@@ -24,8 +24,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from kdcache.cache.store import commit_file
 from kdcache.errors import CheckpointCorrupt, StorageError
+from kdcache.files import commit_file
 
 VERSION = "1"
 SUFFIX = ".safetensors"

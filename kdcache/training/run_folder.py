@@ -27,10 +27,10 @@ from typing import Any, TextIO
 import torch
 
 from kdcache import __version__
-from kdcache.cache.store import commit_file
 from kdcache.data.beton import Dataset
 from kdcache.errors import CheckpointCorrupt, MissingDependency, StorageError, UsageError
 from kdcache.evaluation.evaluate import Evaluation
+from kdcache.files import commit_file
 from kdcache.models import load
 from kdcache.models.classifier import Classifier
 from kdcache.models.run_json import RUN_FILE, RUN_VERSION
