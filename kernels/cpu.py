@@ -34,9 +34,6 @@ from kdcache.kernels.vector import (
     total_of,
 )
 
-# torch's OpenMP is numba's too; threads of its other layers compete with torch's for the cores.
-numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-
 RENORMALISE, UNIFORM, BUCKET = (TAIL_CODES[t] for t in ("renormalise", "uniform", "bucket"))
 # Below this share the tail's own maximum replaces the row's, lest its exponentials underflow.
 SMALL_TAIL = 1e-20

@@ -15,8 +15,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kdcache.batch import Target, TemperedTarget
-from kdcache.cache.codecs.top_k import decode, dense_target, encode
+from kdcache.batch import Target, TemperedTarget, dense_target
+from kdcache.cache.codecs import TopK
 from kdcache.errors import UsageError
 from kdcache.kernels import ops, reference
 from kdcache.kernels.problem import Problem
@@ -37,7 +37,8 @@ def student_logits(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def target(kind: str, device: str = "cpu") -> Target:
     logits = teacher_logits()
-    made = dense_target(logits) if kind == "dense" else decode(encode(logits, 5, "float32"), C)
+    codec = TopK(5, "float32")
+    made = dense_target(logits) if kind == "dense" else codec.decode(codec.encode(logits), C)
     return made.to(torch.device(device))
 
 
