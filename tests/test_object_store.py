@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import zarr
 
-from kdcache.cache import store as stores
 from kdcache.cache.cache import LogitCache
 from kdcache.cache.store import ObjectStore
 from kdcache.data.beton import Dataset, open_dataset
@@ -45,11 +44,14 @@ def as_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], 
 
     def log_in(address: str) -> None:
         values = {
-            "AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_CONFIG_FILE": "/nonexistent", "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
+            "AWS_ENDPOINT_URL": address,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": "/nonexistent",
+            "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
             "AWS_EC2_METADATA_DISABLED": "true",
-        }  # fmt: skip
+        }
         for name, value in values.items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("AWS_PROFILE", raising=False)
@@ -114,9 +116,12 @@ def test_a_cache_is_made_inspected_verified_and_trained_from(
     assert objects(client, bucket, "deep/t.zarr/") == contents(tmp_path / "t")
     train = ["train", "--mode", "cached", *data, "--student", STUDENT, "--epochs", 2]
     for command in (
-        ["inspect", url], ["verify", url], ["verify", url, *data, "--teacher", TEACHER],
-        [*train, "--cache", url, "--out", tmp_path / "run"], [*line, url + "/"],
-    ):  # fmt: skip
+        ["inspect", url],
+        ["verify", url],
+        ["verify", url, *data, "--teacher", TEACHER],
+        [*train, "--cache", url, "--out", tmp_path / "run"],
+        [*line, url + "/"],
+    ):
         result = processes.command(tmp_path, *command)()
         assert (result.code, result.err) == (0, ""), result
     assert processes.run(_read_with_zarr, url, tmp_path / "t") == 0
@@ -234,9 +239,11 @@ def test_a_bucket_that_is_not_there(
 
 
 def test_wrong_and_no_credentials(
-    digits_test: Dataset, as_user: Callable[[str], None], tmp_path: Path,
+    digits_test: Dataset,
+    as_user: Callable[[str], None],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     with serving(INITIAL_NO_AUTH_ACTION_COUNT="0") as (address, _):
         as_user(address)
         result = precompute(tmp_path, digits_test, "s3://bucket/t")
@@ -317,12 +324,13 @@ def test_a_server_that_dies(
 
 
 def _write_to_a_dying_store(server: int, job: Job) -> None:
-    write, count = stores.ObjectStore.write, iter(range(1000))
+    write_new, count = ObjectStore.write_new, iter(range(1000))
 
-    def dying(store: ObjectStore, key: str, data: bytes) -> None:
+    def dying(store: ObjectStore, key: str, data: bytes) -> bool:
         if "/c/" in key and next(count) == 5:
+            time.sleep(1)  # by then the next shard is computed, and waits for this one
             os.kill(server, signal.SIGKILL)
-        write(store, key, data)
+        return write_new(store, key, data)
 
     processes.PUT = dying  # type: ignore[assignment]
     with (job.log.parent / "stderr").open("w") as words, contextlib.redirect_stderr(words):
@@ -341,6 +349,7 @@ def test_a_server_that_dies_under_a_writer(
         code = processes.run(_write_to_a_dying_store, server, job)
     one_line(
         Result(code, "", "kdcache: " + (tmp_path / "stderr").read_text()),
-        "view 0 shard 2: cannot write s3://bucket/t: ", "run the same command again",
-    )  # fmt: skip
+        "view 0 shard 2: cannot write s3://bucket/t: ",
+        "run the same command again",
+    )
     assert time.monotonic() - start < 30

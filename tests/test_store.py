@@ -17,20 +17,20 @@ import fsspec
 import pytest
 import torch
 
-from kdcache.cache import store as stores
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import top_k
+from kdcache.cache.codecs import TopK
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.store import FolderStore, ObjectStore, open_store
-from kdcache.cli import app
+from kdcache.cli.app import app
 from kdcache.data.beton import Dataset
-from kdcache.errors import MissingDependency, StorageError, UsageError
+from kdcache.errors import MissingDependency, StorageConflict, StorageError, UsageError
+from kdcache.files import write_file
 from kdcache.views.spec import ViewSpec
 from tests import processes
 from tests.conftest import TEACHER
 from tests.processes import Job, contents
 
-SPEC = CacheSpec(2, 50, 30, 4, "float16", "data", "teacher", ViewSpec(8))
+SPEC = CacheSpec(2, 50, 30, TopK(4), "data", "teacher", ViewSpec(8))
 STUDENT = "python:tests.conftest:convolutional_student"
 CANNOT = 77  # exit code: this machine does not allow what the test needs
 
@@ -46,8 +46,8 @@ def whole(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Job
 def write_all(cache: LogitCache) -> None:
     torch.manual_seed(0)
     for view, shard in cache.shards():
-        logits = torch.randn(cache.num_rows(shard), SPEC.classes)
-        cache.write(view, shard, top_k.encode(logits, SPEC.top_k, SPEC.dtype))
+        logits = torch.randn(cache.num_rows(shard), SPEC.num_classes)
+        cache.write(view, shard, TopK(4).encode(logits))
 
 
 # --- durable ---------------------------------------------------------------------------------
@@ -239,9 +239,9 @@ def test_a_cache_in_the_working_folder_itself(
     monkeypatch.chdir(tmp_path)
     before = tmp_path.stat().st_ino
     cache = LogitCache.create(".", SPEC, {})
-    assert cache.claim(0, 0)
+    assert cache.lock_shard(0, 0)
     write_all(cache)
-    cache.store.forget_claims()
+    cache.store.release_locks()
     assert LogitCache.open(".").missing() == []
     assert tmp_path.stat().st_ino == before
     assert not list(tmp_path.glob(".c*"))
@@ -262,11 +262,19 @@ def test_an_object_store_keeps_the_same_bytes(tmp_path: Path, url: str) -> None:
 
 
 def test_a_killed_creation_in_an_object_store_is_done_again() -> None:
+    """An object is whole or not there, so what is left is what the rerun writes."""
+    whole = LogitCache.create("memory://bucket/not-killed", SPEC, {}).store.read("logits/zarr.json")
+    assert whole is not None
     store = open_store("memory://bucket/killed")
-    store.write("logits/zarr.json", b"{")
+    store.write("logits/zarr.json", whole)
     with pytest.raises(UsageError, match="exists and is not a cache"):
         LogitCache.open(store.url)
     assert LogitCache.create(store.url, SPEC, {}).spec == SPEC
+    store = open_store("memory://bucket/another")
+    store.write("logits/zarr.json", b"{")
+    with pytest.raises(StorageConflict, match="remove what is there, or choose another path"):
+        LogitCache.create(store.url, SPEC, {})
+    assert store.sizes() == {"logits/zarr.json": 1}
     open_store("memory://bucket/other").write("thesis.txt", b"two years of work")
     with pytest.raises(UsageError, match="exists and is not a cache"):
         LogitCache.create("memory://bucket/other", SPEC, {})
@@ -306,24 +314,24 @@ def test_a_file_that_cannot_be_read_is_an_error_and_not_a_missing_shard(tmp_path
         LogitCache.open(tmp_path / "t").read(0, 0, 1)
 
 
-# --- claims ----------------------------------------------------------------------------------
+# --- locks -----------------------------------------------------------------------------------
 
 
-def _claim(folder: Path) -> None:
+def _lock(folder: Path) -> None:
     store = FolderStore(folder)
-    sys.exit(sum(store.claim(n) << n for n in range(4)))
+    sys.exit(sum(store.lock_shard(n) << n for n in range(4)))
 
 
-def test_a_claim_holds_for_other_processes_until_it_is_given_back(tmp_path: Path) -> None:
+def test_a_lock_holds_for_other_processes_until_it_is_released(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
-    assert store.claim(1)
-    assert store.claim(3)
-    assert processes.run(_claim, tmp_path) == 0b0101
-    store.release(3)
-    assert processes.run(_claim, tmp_path) == 0b1101
-    store.forget_claims(whole=False)
-    assert processes.run(_claim, tmp_path) == 0b1111
-    store.forget_claims()
+    assert store.lock_shard(1)
+    assert store.lock_shard(3)
+    assert processes.run(_lock, tmp_path) == 0b0101
+    store.unlock_shard(3)
+    assert processes.run(_lock, tmp_path) == 0b1101
+    store.release_locks(whole=False)
+    assert processes.run(_lock, tmp_path) == 0b1111
+    store.release_locks()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -335,10 +343,10 @@ def test_where_there_are_no_locks_all_is_done(
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     cache = LogitCache.create(tmp_path / "t", SPEC, {})
-    assert cache.claim(0, 0)
+    assert cache.lock_shard(0, 0)
     write_all(cache)
-    cache.release(0, 0)
-    cache.store.forget_claims()
+    cache.unlock_shard(0, 0)
+    cache.store.release_locks()
     assert LogitCache.open(tmp_path / "t").missing() == []
 
 
@@ -351,16 +359,15 @@ def test_whoever_waited_for_a_creation_finds_it_done(
 ) -> None:
     """The first holds the lock while the other has opened it; both end, one has written."""
     waiting: list[Any] = []
-    write = stores._write_file
 
     def slowly(path: Path, data: bytes) -> None:
         if not waiting:
             waiting.append(processes.start(_create, tmp_path))
             waiting[0].join(0.3)
             assert waiting[0].exitcode is None
-        write(path, data)
+        write_file(path, data)
 
-    monkeypatch.setattr(stores, "_write_file", slowly)
+    monkeypatch.setattr("kdcache.files.write_file", slowly)
     _create(tmp_path)
     assert processes.ended(waiting[0]) == 0
     assert (tmp_path / "b").read_bytes() == str(os.getpid()).encode()
