@@ -242,8 +242,7 @@ class LogitCache:
         if self.num_stored_views >= self.spec.num_views:
             return
         self.require_complete()
-        if self._stored.version < self.manifest.version:  # its digests cover the number of views
-            self._replace_manifest(self._stored.grown(self.num_stored_views))
+        self._replace_manifest(self._stored.growing(self.manifest))
         for key, text in self.manifest.zarr_json.items():
             if key != GROUP:
                 self.store.write(key, text)
