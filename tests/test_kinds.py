@@ -89,12 +89,12 @@ def test_draws(digits_test: Dataset, teacher: Classifier, tmp_path: Path) -> Non
         digits_test, teacher, VIEW, num_views=2, dtype="uint8", num_draws=12, temperature=2.0
     )
     cache = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=50)
-    assert set(cache[0].arrays()) == {"classes", "counts"}
+    assert set(cache[0].columns) == {"classes", "counts"}
     with Loader(digits_test, VIEW, 50) as loader:
         logits = torch.cat([teacher(b.images_BCHW) for b in loader.batches(1)])
     again = sampled.encode(logits, 12, 2.0, seed=3, view=1, rows_B=np.arange(len(digits_test)))
     differ = [
-        (cache[1].arrays()[n] != again.arrays()[n]).any(1).sum() for n in ("classes", "counts")
+        (cache[1].columns[n] != again.columns[n]).any(1).sum() for n in ("classes", "counts")
     ]
     assert max(differ) <= 2  # a draw on the edge of two classes may fall either way
     target = cache.target(1, [5, 3])
@@ -163,7 +163,7 @@ def trained(kdcache: Run, dataset: Dataset, out: Path, *options: object) -> Resu
 @pytest.mark.parametrize(
     ("options", "training", "kind"),
     [
-        (["--average-views", 3], [], {"average": 3, "row_order": "dataset", "views": 1}),
+        (["--average-views", 3], [], {"num_averaged_views": 3, "row_order": "dataset", "views": 1}),
         (["--row-order", "dataset", "--views", 2], ["--crop", "center"], {"row_order": "dataset"}),
         (["--num-draws", 12, "--views", 2], [], {"draws": 12, "order": "position"}),
         (

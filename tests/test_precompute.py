@@ -230,7 +230,7 @@ def test_a_write_that_fails_stops_the_teacher_at_once_and_frees_the_shards(
 
 def _claim_all(path: Path) -> None:
     cache = LogitCache.open(path)
-    assert all(cache.claim(*place) for place in cache.shards())
+    assert all(cache.lock_shard(*place) for place in cache.shards())
 
 
 def test_info_says_how_the_cache_was_made(

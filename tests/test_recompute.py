@@ -41,7 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "float32, all": {"top_k": None, "dtype": "float32"},
     "unmixed": {"view": PLAIN, "top_k": 3},
     "sample order": {"view": PLAIN, "top_k": 3, "row_order": "dataset"},
-    "averaged": {"view": PLAIN, "top_k": 3, "row_order": "dataset", "average": 3, "views": 1},
+    "averaged": {"view": PLAIN, "top_k": 3, "row_order": "dataset", "num_averaged_views": 3, "views": 1},
     "draws": {"draws": 20, "dtype": "uint8"},
     "draws at T = 2": {"draws": 20, "dtype": "uint8", "temperature": 2.0},
 }
@@ -287,7 +287,7 @@ def test_a_wrong_tail_or_logit_fails(
     records = cache.read_shard(0, 0)
     assert records.logits is not None
     row = int(sample(cache.spec, 100)[0][9])
-    wrong = {name: array.copy() for name, array in records.arrays().items()}
+    wrong = {name: array.copy() for name, array in records.columns.items()}
     if top_k is None:
         wrong["logits"][row, records.logits[row].argmin()] -= 0.5
     else:

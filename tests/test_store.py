@@ -239,9 +239,9 @@ def test_a_cache_in_the_working_folder_itself(
     monkeypatch.chdir(tmp_path)
     before = tmp_path.stat().st_ino
     cache = LogitCache.create(".", SPEC, {})
-    assert cache.claim(0, 0)
+    assert cache.lock_shard(0, 0)
     write_all(cache)
-    cache.store.forget_claims()
+    cache.store.release_locks()
     assert LogitCache.open(".").missing() == []
     assert tmp_path.stat().st_ino == before
     assert not list(tmp_path.glob(".c*"))
@@ -311,19 +311,19 @@ def test_a_file_that_cannot_be_read_is_an_error_and_not_a_missing_shard(tmp_path
 
 def _claim(folder: Path) -> None:
     store = FolderStore(folder)
-    sys.exit(sum(store.claim(n) << n for n in range(4)))
+    sys.exit(sum(store.lock_shard(n) << n for n in range(4)))
 
 
 def test_a_claim_holds_for_other_processes_until_it_is_given_back(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
-    assert store.claim(1)
-    assert store.claim(3)
+    assert store.lock_shard(1)
+    assert store.lock_shard(3)
     assert processes.run(_claim, tmp_path) == 0b0101
     store.release(3)
     assert processes.run(_claim, tmp_path) == 0b1101
     store.forget_claims(whole=False)
     assert processes.run(_claim, tmp_path) == 0b1111
-    store.forget_claims()
+    store.release_locks()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -335,10 +335,10 @@ def test_where_there_are_no_locks_all_is_done(
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     cache = LogitCache.create(tmp_path / "t", SPEC, {})
-    assert cache.claim(0, 0)
+    assert cache.lock_shard(0, 0)
     write_all(cache)
-    cache.release(0, 0)
-    cache.store.forget_claims()
+    cache.unlock_shard(0, 0)
+    cache.store.release_locks()
     assert LogitCache.open(tmp_path / "t").missing() == []
 
 

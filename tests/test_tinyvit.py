@@ -366,7 +366,7 @@ def test_a_killed_import_is_finished_by_the_same_command(
     assert 30 < seen[0] < seen[-1] == 120
     for view in (0, 1):
         for name, array in whole[view].arrays().items():
-            assert np.array_equal(array, cache[view].arrays()[name])
+            assert np.array_equal(array, cache[view].columns[name])
 
 
 def test_other_files_are_another_teacher(tmp_path: Path) -> None:
