@@ -28,8 +28,8 @@ from torch.nn import functional as F
 
 from benchmarks import harness
 from benchmarks.loss_report import write
-from kdcache.batch import Target
-from kdcache.cache.codecs.top_k import decode, dense_target, encode
+from kdcache.batch import Target, dense_target
+from kdcache.cache.codecs import TopK
 from kdcache.kernels import reference
 from kdcache.losses.distillation import distillation_loss
 
@@ -55,7 +55,8 @@ class Case:
         teacher = torch.randn(B, C, generator=g) * 3
         z = (torch.randn(B, C, generator=g) * 2).to(dtype).to(device).requires_grad_()
         where = torch.device(device)
-        dense, sparse = dense_target(teacher), decode(encode(teacher, K, "float32"), C)
+        codec = TopK(K, "float32")
+        dense, sparse = dense_target(teacher), codec.decode(codec.encode(teacher), C)
         return Case(z, sparse.to(where), dense.to(where))
 
 
@@ -72,14 +73,14 @@ def eager_dense_log(z: torch.Tensor, t: Target) -> torch.Tensor:
 
 def eager_sparse(z: torch.Tensor, t: Target) -> torch.Tensor:
     x = z.float() / T
-    log_q = x.gather(1, t.classes_BK) - x.logsumexp(1, keepdim=True)
+    log_q = x.gather(1, t.class_ids_BK) - x.logsumexp(1, keepdim=True)
     log_p = F.log_softmax(t.logits_BK / T, 1)
     return (log_p.exp() * (log_p - log_q)).sum() * (T**2 / len(z))
 
 
 def densify(z: torch.Tensor, t: Target) -> torch.Tensor:
     p = torch.zeros(z.shape, device=z.device)
-    p.scatter_(1, t.classes_BK, F.softmax(t.logits_BK / T, 1))
+    p.scatter_(1, t.class_ids_BK, F.softmax(t.logits_BK / T, 1))
     return F.kl_div(F.log_softmax(z.float() / T, 1), p, reduction="batchmean") * T**2
 
 
@@ -149,7 +150,7 @@ def correct(case: Case, step: Step, kind: str) -> bool:
     z = case.z.detach().double().requires_grad_()
     t, tail = (case.dense, "none") if kind == "dense" else (case.sparse, kind)
     rows = reference.rows(
-        z, t.logits_BK.double(), t.classes_BK, None if t.tail_B3 is None else t.tail_B3.double(),
+        z, t.logits_BK.double(), t.class_ids_BK, None if t.tail_B3 is None else t.tail_B3.double(),
         None, None, T, 0.0, tail,
     )  # fmt: skip
     true = reference.reduce(rows, "mean")

@@ -19,7 +19,7 @@ import torch
 
 from kdcache.cache import store as stores
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import top_k
+from kdcache.cache.codecs import TopK
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.store import FolderStore, ObjectStore, open_store
 from kdcache.cli import app
@@ -30,7 +30,7 @@ from tests import processes
 from tests.conftest import TEACHER
 from tests.processes import Job, contents
 
-SPEC = CacheSpec(2, 50, 30, 4, "float16", "data", "teacher", ViewSpec(8))
+SPEC = CacheSpec(2, 50, 30, TopK(4), "data", "teacher", ViewSpec(8))
 STUDENT = "python:tests.conftest:convolutional_student"
 CANNOT = 77  # exit code: this machine does not allow what the test needs
 
@@ -46,8 +46,8 @@ def whole(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Job
 def write_all(cache: LogitCache) -> None:
     torch.manual_seed(0)
     for view, shard in cache.shards():
-        logits = torch.randn(cache.num_rows(shard), SPEC.classes)
-        cache.write(view, shard, top_k.encode(logits, SPEC.top_k, SPEC.dtype))
+        logits = torch.randn(cache.num_rows(shard), SPEC.num_classes)
+        cache.write(view, shard, TopK(4).encode(logits))
 
 
 # --- durable ---------------------------------------------------------------------------------
