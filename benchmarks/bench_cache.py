@@ -39,8 +39,7 @@ from benchmarks import harness
 from benchmarks.layouts import TinyViT
 from kdcache.batch import Batch, Target, TemperedTarget
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import top_k
-from kdcache.cache.codecs import ValueType
+from kdcache.cache.codecs import Rows, TopK, ValueType
 from kdcache.cache.records import Records
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
@@ -56,7 +55,7 @@ VIEW = ViewSpec(28, min_scale=0.3, mixup=1.0)
 DISTINCT = 65_536  # records are made once and written again and again
 TINYVIT_ROWS = 20_000
 STREAM_ROWS = 8192  # made targets at a time
-TAPE_BARS = {"stream": 3e6, "wait": 0.01, "write": 0.03}
+CACHE_BARS = {"stream": 3e6, "wait": 0.01, "write": 0.03}
 
 
 def logits(rows: int, num_classes: int) -> torch.Tensor:
@@ -67,9 +66,10 @@ def logits(rows: int, num_classes: int) -> torch.Tensor:
 
 
 def make_cache(path: Path, rows: int, dtype: ValueType) -> LogitCache:
-    spec = CacheSpec(1, rows, CLASSES, K, dtype, "0" * 16, "0" * 16, VIEW)
+    codec = TopK(K, dtype)
+    spec = CacheSpec(1, rows, CLASSES, codec, "0" * 16, "0" * 16, VIEW)
     cache = LogitCache.create(path, spec, {"teacher": "synthetic"})
-    some = top_k.encode(logits(DISTINCT, CLASSES), K, dtype)
+    some = codec.encode(logits(DISTINCT, CLASSES))
     for view, shard in cache.missing():
         count = cache.num_rows(shard)
         cache.write(view, shard, Records.concatenate([some] * (count // DISTINCT + 1))[:count])
@@ -150,7 +150,7 @@ def bench_stream(folder: Path, rounds: int) -> list[dict[str, Any]]:
                 "ratio": p50 / 1e6,
                 "unit": "million",
                 "bar": 3,
-                "met": bool(p50 >= TAPE_BARS["stream"]),
+                "met": bool(p50 >= CACHE_BARS["stream"]),
             }
         )
         lines.append(
@@ -235,9 +235,10 @@ def bench_wait(folder: Path, rounds: int) -> list[dict[str, Any]]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     samples = 30_000
     data = dataset_of(samples, CLASSES, folder)
-    spec = CacheSpec(2, samples, CLASSES, K, "uint8", data.content_hash, "0" * 16, VIEW)
+    codec = TopK(K, "uint8")
+    spec = CacheSpec(2, samples, CLASSES, codec, data.content_hash, "0" * 16, VIEW)
     cache = LogitCache.create(folder / "wait", spec, {"teacher": "synthetic"})
-    some = top_k.encode(logits(samples, CLASSES), K, "uint8")
+    some = codec.encode(logits(samples, CLASSES))
     for view, shard in cache.missing():
         cache.write(view, shard, some[slice(*cache.shard_range(shard))])
     shares = []
@@ -254,8 +255,8 @@ def bench_wait(folder: Path, rounds: int) -> list[dict[str, Any]]:
             "case": "share of training that waits for a shard",
             "ratio": float(wait),
             "unit": "of 1",
-            "bar": TAPE_BARS["wait"],
-            "met": bool(wait < TAPE_BARS["wait"]),
+            "bar": CACHE_BARS["wait"],
+            "met": bool(wait < CACHE_BARS["wait"]),
         },
         {
             "case": "share of training that targets take in all",
@@ -270,7 +271,7 @@ def bench_write(folder: Path, rounds: int) -> list[dict[str, Any]]:
     data = dataset_of(10_000, CLASSES, folder)
     teacher = load.load_model("kdcache:medium", "student", num_classes=CLASSES, size_px=28)
     teacher.eval().requires_grad_(False)
-    spec = precompute.make_cache_spec(data, teacher, VIEW, num_views=1, top_k=K, dtype="uint8")
+    spec = precompute.make_cache_spec(data, teacher, VIEW, TopK(K, "uint8"))
     numbers = itertools.count()
 
     def record() -> int:
@@ -287,13 +288,13 @@ def bench_write(folder: Path, rounds: int) -> list[dict[str, Any]]:
         def missing(cache: LogitCache) -> list[tuple[int, int]]:
             return [place for place in cache.shards() if place not in written]
 
-        def nothing(z: torch.Tensor, k: int, dtype: ValueType) -> Records:
-            return Records(logits=np.empty((len(z), 1)))
+        def nothing(codec: TopK, z: torch.Tensor, rows: Rows) -> Records:
+            return Records({"logits": np.empty((len(z), 1))})
 
-        encode = top_k.encode if encoded else nothing
+        encode = TopK.encode if encoded else nothing
         with (
             mock.patch.multiple(LogitCache, write=note, missing=missing),
-            mock.patch.object(top_k, "encode", encode),
+            mock.patch.object(TopK, "encode", encode),
         ):
             return record()
 
@@ -316,8 +317,8 @@ def bench_write(folder: Path, rounds: int) -> list[dict[str, Any]]:
             "case": "share of precompute's time that storing takes",
             "ratio": writing,
             "unit": "of 1",
-            "bar": TAPE_BARS["write"],
-            "met": bool(writing < TAPE_BARS["write"]),
+            "bar": CACHE_BARS["write"],
+            "met": bool(writing < CACHE_BARS["write"]),
         },
         {
             "case": "share of precompute's time that encoding takes",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,8 @@ from benchmarks import codec_report, harness
 from benchmarks.distortion import Curve, bytes_at, divergences, kl_at, least
 from benchmarks.layouts import LAYOUTS
 from kdcache.batch import Target
-from kdcache.cache.codecs import top_k
+from kdcache.cache.codecs import Column, Dense, RecordCodec, Rows, TopK, ValueType
 from kdcache.cache.compression import pipeline
-from kdcache.cache.codecs import ValueType
 from kdcache.cache.records import Records
 from kdcache.losses.distillation import log_probabilities
 
@@ -62,15 +61,23 @@ class Teacher:
         return Teacher(name, logits_BC, {T: torch.log_softmax(z / T, 1) for T in TEMPERATURES})
 
     @property
-    def classes(self) -> int:
+    def num_classes(self) -> int:
         return self.logits_BC.shape[1]
 
 
-def stored(name: str, array: NDArray[Any], num_classes: int, dense: bool, rows: int) -> MemoryStore:
+def codec_of(num_classes: int, k: int, dtype: ValueType) -> RecordCodec:
+    return Dense(dtype) if k == num_classes else TopK(k, dtype)
+
+
+def encode(codec: RecordCodec, batches: Sequence[torch.Tensor]) -> Records:
+    rows = Rows(0, 0, np.zeros(0, np.int64))  # these codecs draw nothing
+    return Records.concatenate([codec.encode(batch, rows) for batch in batches])
+
+
+def stored(name: str, array: NDArray[Any], column: Column, rows: int) -> MemoryStore:
     """The array in a Zarr store, in chunks of `rows` as a cache has them."""
     store = MemoryStore()
     width = array.shape[1]
-    how = pipeline(name, array.dtype, classes=num_classes, dense=dense, chunk_rows=rows)
     made = zarr.create_array(
         store,
         name=name,
@@ -78,38 +85,35 @@ def stored(name: str, array: NDArray[Any], num_classes: int, dense: bool, rows: 
         dtype=array.dtype,
         chunks=(1, rows, width),
         shards=(1, -(-len(array) // rows) * rows, width),
-        **how,
+        **pipeline(column, rows),
     )
     made[0] = array
     return store
 
 
-def write(records: Records, num_classes: int, dense: bool = False) -> dict[str, MemoryStore]:
-    arrays = records.arrays()
-    raw = sum(array[0].nbytes for array in arrays.values())
+def write(records: Records, columns: Mapping[str, Column]) -> dict[str, MemoryStore]:
+    raw = sum(column.record_bytes for column in columns.values())
     rows = 2
     while rows * raw < CHUNK_BYTES:
         rows *= 2
-    return {name: stored(name, array, num_classes, dense, rows) for name, array in arrays.items()}
+    return {name: stored(name, x, columns[name], rows) for name, x in records.columns.items()}
 
 
 def read(stores: dict[str, MemoryStore]) -> Records:
     opened = {name: zarr.open_array(store, path=name) for name, store in stores.items()}
-    return Records(**{name: np.asarray(array[0]) for name, array in opened.items()})
+    return Records({name: np.asarray(array[0]) for name, array in opened.items()})
 
 
-def record_bytes(records: Records, num_classes: int, dense: bool) -> float:
+def record_bytes(records: Records, columns: Mapping[str, Column]) -> float:
     """Bytes a record after compression."""
-    objects = [
-        o for store in write(records, num_classes, dense).values() for o in store._store_dict.items()
-    ]
+    objects = [o for store in write(records, columns).values() for o in store._store_dict.items()]
     return sum(len(data.to_bytes()) for key, data in objects if "/c/" in key) / len(records)
 
 
 def _line(teacher: Teacher, layout: str, k: int | str, size: float, zstd: float) -> Line:
     return {
         "set": teacher.name,
-        "classes": teacher.classes,
+        "classes": teacher.num_classes,
         "layout": layout,
         "k": k,
         "bytes": size,
@@ -118,13 +122,15 @@ def _line(teacher: Teacher, layout: str, k: int | str, size: float, zstd: float)
 
 
 def ours(teacher: Teacher, layout: str, k: int) -> Line:
-    dtype, dense = DTYPES[layout], k == teacher.classes
-    records = top_k.encode(teacher.logits_BC, k, dtype)
-    size = record_bytes(records, teacher.classes, dense)
-    line = _line(teacher, layout, "all" if dense else k, size, size)
-    found = top_k.decode(records[:KL_ROWS], teacher.classes)
+    C = teacher.num_classes
+    codec = codec_of(C, k, DTYPES[layout])
+    records = encode(codec, [teacher.logits_BC])
+    size = record_bytes(records, codec.columns(C))
+    line = _line(teacher, layout, "all" if k == C else k, size, size)
+    found = codec.decode(records[:KL_ROWS], C)
+    assert isinstance(found, Target)
     tail = None if found.tail_B3 is None else found.tail_B3.double()
-    target = Target(found.logits_BK.double(), found.class_ids_BK, tail, teacher.classes)
+    target = Target(found.logits_BK.double(), found.class_ids_BK, tail, teacher.num_classes)
     for T in TEMPERATURES:
         kl = divergences(teacher.log_p[T], target.class_ids_BK, *log_probabilities(target, T))
         line[f"full_{T:g}"], line[f"bucket_{T:g}"] = kl
@@ -135,7 +141,7 @@ def theirs(teacher: Teacher, layout: str, k: int) -> Line:
     rows = LAYOUTS[layout].pack(teacher.logits_BC, k)
     zstd = len(numcodecs.Zstd(level=9).encode(np.ascontiguousarray(rows))) / len(rows)
     line = _line(teacher, layout, k, float(rows.shape[1]), zstd)
-    named = LAYOUTS[layout].unpack(rows[:KL_ROWS], k, teacher.classes)
+    named = LAYOUTS[layout].unpack(rows[:KL_ROWS], k, teacher.num_classes)
     for T in TEMPERATURES:
         kl = divergences(teacher.log_p[T], named.class_ids_BK, *named.at(T))
         line[f"full_{T:g}"], line[f"bucket_{T:g}"] = kl
@@ -155,7 +161,8 @@ def projected(teacher: Teacher, rank: int) -> Line:
     step = float(weights_BR[KL_ROWS:].abs().max()) / 127
     codes_BR = (weights_BR / step).round().clamp(-128, 127)
     array = (codes_BR + 128).to(torch.uint8).numpy()
-    size = record_bytes(Records(tail=array), teacher.classes, False)
+    column = Column(rank, array.dtype, "entropy")
+    size = record_bytes(Records({"weights": array}), {"weights": column})
     line = _line(teacher, "projection", rank, size, size)
     z_BC = (mean_C + step * codes_BR[:KL_ROWS] @ basis_CR.T).double()
     for T in TEMPERATURES:
@@ -167,11 +174,11 @@ def projected(teacher: Teacher, rank: int) -> Line:
 def measure(teacher: Teacher) -> list[Line]:
     lines = []
     for layout in DTYPES:
-        few = [k for k in sorted((*K, *K_BETWEEN)) if k < teacher.classes]
-        lines += [ours(teacher, layout, k) for k in (*few, teacher.classes)]
+        few = [k for k in sorted((*K, *K_BETWEEN)) if k < teacher.num_classes]
+        lines += [ours(teacher, layout, k) for k in (*few, teacher.num_classes)]
     for layout in LAYOUTS:
-        lines += [theirs(teacher, layout, k) for k in K if k < teacher.classes]
-    return lines + [projected(teacher, r) for r in RANKS if r < teacher.classes]
+        lines += [theirs(teacher, layout, k) for k in K if k < teacher.num_classes]
+    return lines + [projected(teacher, r) for r in RANKS if r < teacher.num_classes]
 
 
 def curves(lines: list[Line], layouts: list[str], kind: str) -> list[Curve]:
@@ -213,7 +220,7 @@ def bars(lines: list[Line]) -> list[Line]:
 def speeds(teacher: Teacher, rounds: int, k: int = 10) -> list[Line]:
     """Records a second from logits to bytes and back, logits in batches, torch on one thread."""
     torch.set_num_threads(1)
-    z, classes = teacher.logits_BC, teacher.classes
+    z, num_classes = teacher.logits_BC, teacher.num_classes
     batches = torch.split(z, 256)
     contestants: dict[str, Callable[[], int]] = {}
 
@@ -224,15 +231,13 @@ def speeds(teacher: Teacher, rounds: int, k: int = 10) -> list[Line]:
 
         contestants[name] = run
 
-    def encode(dtype: ValueType) -> Records:
-        return Records.concatenate([top_k.encode(batch, k, dtype) for batch in batches])
-
     for layout, dtype in DTYPES.items():
-        records = encode(dtype)
-        add(f"{layout}: codec.encode", encode, dtype)
-        add(f"{layout}: write to Zarr", write, records, classes)
-        add(f"{layout}: read from Zarr", read, write(records, classes))
-        add(f"{layout}: codec.decode", top_k.decode, records, classes)
+        codec = TopK(k, dtype)
+        records, columns = encode(codec, batches), codec.columns(num_classes)
+        add(f"{layout}: codec.encode", encode, codec, batches)
+        add(f"{layout}: write to Zarr", write, records, columns)
+        add(f"{layout}: read from Zarr", read, write(records, columns))
+        add(f"{layout}: codec.decode", codec.decode, records, num_classes)
     found = harness.interleave(contestants, rounds)
     lines = []
     for name, samples in found.items():

@@ -32,6 +32,7 @@ from benchmarks import breakdown, harness, rivals
 from benchmarks.step_cases import Case, fashion, photos
 from kdcache.batch import TargetSource
 from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import Dense
 from kdcache.data.loader import Loader
 from kdcache.models.classifier import Classifier
 from kdcache.teacher import targets
@@ -83,7 +84,7 @@ def sources(case: Case, teacher: Classifier, cache: LogitCache) -> dict[Mode, Ta
 
 def record(case: Case, teacher: Classifier, path: Path) -> LogitCache:
     spec = make_cache_spec(
-        case.data, teacher, case.view, num_views=case.epochs, top_k=None, dtype="float16"
+        case.data, teacher, case.view, Dense(), num_views=case.epochs
     )
     return precompute(case.data, teacher, spec, path, batch_size=case.batch_size)
 

@@ -46,7 +46,8 @@ from kdcache.models import load
 from kdcache.models.classifier import Classifier
 from kdcache.teacher.precompute import teacher_logits
 from kdcache.teacher.targets import LabelTargets
-from kdcache.training.loop import Step, TrainSpec, train
+from kdcache.training.loop import Step, train
+from kdcache.training.spec import TrainSpec
 from kdcache.views.spec import ViewSpec
 
 FONTS = Path("/usr/share/fonts")

@@ -15,12 +15,12 @@ import pytest
 import torch
 import zarr
 
-from kdcache.cache import layout as shards
+from kdcache.cache import layout as layouts
 from kdcache.cache import store as stores
-from kdcache.cache.cache import NO_DIGEST, LogitCache
-from kdcache.cache.codecs import ValueType
-from kdcache.cache.codecs import top_k as codec
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import Dense, TopK, ValueType
 from kdcache.cache.layout import Layout
+from kdcache.cache.manifest import NO_DIGEST
 from kdcache.cache.records import Records
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import (
@@ -32,10 +32,10 @@ from kdcache.errors import (
     UsageError,
 )
 from kdcache.views.spec import ViewSpec
-from tests.conftest import synthetic_cache
+from tests.conftest import codec_for, synthetic_cache
 
 VIEWS, SAMPLES, CLASSES = 2, 150, 30
-SPEC = CacheSpec(VIEWS, SAMPLES, CLASSES, 4, "float16", "data", "teacher", ViewSpec(8))
+SPEC = CacheSpec(VIEWS, SAMPLES, CLASSES, TopK(4), "data", "teacher", ViewSpec(8))
 KINDS: list[tuple[int, ValueType]] = [
     (4, "float16"),
     (4, "float32"),
@@ -48,8 +48,8 @@ KINDS: list[tuple[int, ValueType]] = [
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks in a shard and several shards in a view, for caches of a few hundred rows."""
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 256)
-    monkeypatch.setattr(shards, "SHARD_BYTES", 1024)
+    monkeypatch.setattr(layouts, "CHUNK_BYTES", 256)
+    monkeypatch.setattr(layouts, "SHARD_BYTES", 1024)
 
 
 @pytest.fixture
@@ -58,8 +58,12 @@ def logits() -> torch.Tensor:
     return torch.randn(VIEWS, SAMPLES, CLASSES)
 
 
+def encode(logits_BC: torch.Tensor, top_k: int = 4, dtype: ValueType = "float16") -> Records:
+    return codec_for(logits_BC.shape[1], top_k, dtype).encode(logits_BC)
+
+
 def equal(a: Records, b: Records) -> bool:
-    x, y = a.arrays(), b.arrays()
+    x, y = a.columns, b.columns
     return x.keys() == y.keys() and all(
         x[n].dtype == y[n].dtype and x[n].tobytes() == y[n].tobytes() for n in x
     )
@@ -70,7 +74,7 @@ def read_all(path: Path) -> list[Records]:
     found = LogitCache.open(path)
     records = [found.read(v, 0, found.spec.num_samples) for v in range(found.spec.num_views)]
     for part in records:
-        codec.decode(part, found.spec.num_classes)
+        found.decode(part)
     return records
 
 
@@ -95,7 +99,7 @@ def test_what_is_written_comes_back(
     found = LogitCache.open(tmp_path / "t")
     rows = made.layout.shard_rows
     for view in range(VIEWS):
-        truth = codec.encode(logits[view], top_k, dtype)
+        truth = encode(logits[view], top_k, dtype)
         for start, stop in ((0, SAMPLES), (0, 1), (149, 150), (rows - 1, rows + 1), (3, 97)):
             assert equal(found.read(view, start, stop), truth[start:stop])
 
@@ -109,14 +113,13 @@ def test_plain_zarr_reads_the_arrays_as_documented(
     assert isinstance(group, zarr.Group)
     wanted: dict[str, tuple[tuple[int, ...], str]] = {"logits": ((VIEWS, SAMPLES, top_k), dtype)}
     if top_k < CLASSES:
-        tail = str(codec.tail_dtype(dtype))
         wanted |= {"classes": ((VIEWS, SAMPLES, top_k), "uint16")}
-        wanted |= {"tail": ((VIEWS, SAMPLES, 3), tail)}
+        wanted |= {"tail": ((VIEWS, SAMPLES, 3), dtype)}
     wanted["seals"] = (VIEWS, 1, len(wanted), 32), "uint8"
     found = {name: (array.shape, str(array.dtype)) for name, array in group.arrays()}
     assert found == wanted
-    truth = codec.encode(logits[1], top_k, dtype)
-    np.testing.assert_array_equal(group["logits"][1], truth.logits)
+    truth = encode(logits[1], top_k, dtype)
+    np.testing.assert_array_equal(group["logits"][1], truth.columns["logits"])
 
 
 def test_the_manifest_comes_first_and_says_what_the_cache_is(tmp_path: Path) -> None:
@@ -130,11 +133,12 @@ def test_the_manifest_comes_first_and_says_what_the_cache_is(tmp_path: Path) -> 
     layout = Layout.of(SPEC)
     digest = manifest.pop("digest")
     assert manifest == {
+        "identity": SPEC.identity,
         "spec": SPEC.to_json(),
         "layout": {"chunk_rows": layout.chunk_rows, "shard_rows": layout.shard_rows},
         "arrays": arrays,
-        "pixels": "0123",
-        "info": {"teacher": "somebody"},
+        "render_digest": "0123",
+        "metadata": {"teacher": "somebody"},
     }
     assert digest == hashlib.sha256(text.replace(digest, NO_DIGEST).encode()).hexdigest()
     assert shard_files(tmp_path / "t") == []
@@ -169,9 +173,9 @@ def test_missing_and_has_follow_the_shards(tmp_path: Path, logits: torch.Tensor)
     everything = [(v, s) for v in range(VIEWS) for s in range(made.shards_per_view)]
     assert made.missing() == everything
     start, stop = made.shard_range(1)
-    made.write(1, 1, codec.encode(logits[1, start:stop], 4, "float16"))
-    assert made.has(1, 1)
-    assert not made.has(0, 1)
+    made.write(1, 1, encode(logits[1, start:stop]))
+    assert made.has_shard(1, 1)
+    assert not made.has_shard(0, 1)
     assert made.missing() == [s for s in everything if s != (1, 1)]
     with pytest.raises(CacheIncomplete, match=r"lacks 9 of 10 shards, the first is view 0 shard 0"):
         made.require_complete()
@@ -179,7 +183,7 @@ def test_missing_and_has_follow_the_shards(tmp_path: Path, logits: torch.Tensor)
 
 def test_an_incomplete_cache_reads_what_it_has(tmp_path: Path, logits: torch.Tensor) -> None:
     made = LogitCache.create(tmp_path / "t", SPEC, {})
-    truth = codec.encode(logits[0], 4, "float16")
+    truth = encode(logits[0])
     made.write(0, 0, truth)
     assert equal(made.read(0, 10, 20), truth[10:20])
     with pytest.raises(CacheIncomplete, match="lacks view 1 shard 0"):
@@ -193,7 +197,7 @@ def test_a_deleted_object_is_a_missing_shard(
     tmp_path: Path, logits: torch.Tensor, name: str
 ) -> None:
     synthetic_cache(tmp_path / "t", logits, top_k=4, dtype="float16")
-    (tmp_path / "t" / shards.key(name, 1, 0)).unlink()
+    (tmp_path / "t" / layouts.key(name, 1, 0)).unlink()
     found = LogitCache.open(tmp_path / "t")
     assert found.missing() == [(1, 0)]
     with pytest.raises(CacheIncomplete, match=r"view 1 shard 0.*run the same `kdcache precompute`"):
@@ -213,7 +217,7 @@ def test_writing_again_gives_the_same_bytes(tmp_path: Path, logits: torch.Tensor
     for view in range(VIEWS):
         for shard in range(made.shards_per_view):
             rows = logits[view, slice(*made.shard_range(shard))]
-            made.write(view, shard, codec.encode(rows, 4, "float16"))
+            made.write(view, shard, encode(rows))
     assert [f.read_bytes() for f in files] == before
 
 
@@ -222,26 +226,26 @@ def test_writing_again_gives_the_same_bytes(tmp_path: Path, logits: torch.Tensor
 
 def test_opening_another_spec_names_every_difference(tmp_path: Path) -> None:
     LogitCache.create(tmp_path / "t", SPEC, {})
-    other = replace(SPEC, num_views=5, dtype="uint8", view_spec=replace(SPEC.view_spec, seed=3, mixup=0.5))
-    with pytest.raises(CacheMismatch) as caught:
+    view_spec = replace(ViewSpec(8), seed=3, mixup=0.5)
+    other = replace(SPEC, codec=TopK(4, "uint8"), view_spec=view_spec, teacher_hash="another")
+    before = contents(tmp_path / "t")
+    with pytest.raises(CacheMismatch, match="is a different cache") as caught:
         LogitCache.create(tmp_path / "t", other, {})
-    assert "views: 5 here, 2 there" in str(caught.value)
     assert "dtype: uint8 here, float16 there" in str(caught.value)
     assert "mixup: 0.5 here, 1 there" in str(caught.value)
     assert "seed: 3 here, 0 there" in str(caught.value)
-    assert str(caught.value).endswith(
-        "choose another path, or the same options; a cache cannot grow: another number of views "
-        "needs another path"
-    )
-    with pytest.raises(CacheMismatch, match=r"choose another path, or the same options$"):
-        LogitCache.create(tmp_path / "t", replace(SPEC, dtype="uint8"), {})
+    assert "teacher_hash: another here, teacher there" in str(caught.value)
+    assert "choose another path" in str(caught.value)
+    with pytest.raises(CacheMismatch, match="codec: .*Dense.* here, .*TopK.* there"):
+        LogitCache.create(tmp_path / "t", replace(SPEC, codec=Dense()), {})
+    assert contents(tmp_path / "t") == before
     assert LogitCache.open(tmp_path / "t").spec == SPEC
 
 
-def test_other_pixels_are_refused(tmp_path: Path) -> None:
+def test_views_that_were_rendered_otherwise_are_refused(tmp_path: Path) -> None:
     LogitCache.create(tmp_path / "t", SPEC, {}, "0123")
-    assert LogitCache.create(tmp_path / "t", SPEC, {}, "0123").pixels == "0123"
-    with pytest.raises(CacheMismatch, match=r"other pixels \(0123\) than .* here \(4567\)"):
+    assert LogitCache.create(tmp_path / "t", SPEC, {}, "0123").render_digest == "0123"
+    with pytest.raises(CacheMismatch, match=r"rendered differently \(0123\) than .* here .*\(4567\)"):
         LogitCache.create(tmp_path / "t", SPEC, {}, "4567")
 
 
@@ -364,11 +368,11 @@ def test_a_shard_of_another_place_is_refused(
     other = synthetic_cache(tmp_path / "o", same, top_k=top_k, dtype=dtype, teacher="another")
     for source, at in ((made, (0, 1)), (made, (1, 0)), (other, (1, 1))):
         for names in (made._names, (*made._names, "seals")):
-            whole = {n: made.store.read(shards.key(n, 1, 1)) for n in (*made._names, "seals")}
+            whole = {n: made.store.read(layouts.key(n, 1, 1)) for n in (*made._names, "seals")}
             for name in names:
-                data = source.store.read(shards.key(name, *at))
+                data = source.store.read(layouts.key(name, *at))
                 assert data is not None
-                made.store.write(shards.key(name, 1, 1), data)
+                made.store.write(layouts.key(name, 1, 1), data)
             # The records of view 0 shard 1 are equal: only their place is another.
             if names == made._names and (source, at) in ((made, (0, 1)), (other, (1, 1))):
                 assert equal(
@@ -379,7 +383,7 @@ def test_a_shard_of_another_place_is_refused(
                     made.read_shard(1, 1)
             for name, data in whole.items():
                 assert data is not None
-                made.store.write(shards.key(name, 1, 1), data)
+                made.store.write(layouts.key(name, 1, 1), data)
 
 
 @pytest.mark.parametrize(
@@ -392,9 +396,11 @@ def test_a_shard_of_another_place_is_refused(
         ("logits", '"separator": "/"', '"separator": "."'),
         ("tail", '"separator": "/"', '"separator": "."'),
         ("classes", '"fill_value": 65535', '"fill_value": 67535'),
-        (".", '"samples": 150', '"samples": 158'),
-        (".", '"seed": 0', '"seed": 1'),
+        (".", '"num_samples": 150', '"num_samples": 158'),
+        (".", '"size_px": 8', '"size_px": 9'),
         (".", '"version": 1', '"version": 2'),
+        (".", '"version": 2', '"version": 1'),
+        (".", '"num_views": 2', '"num_views": 3'),
     ],
 )
 def test_these_flips_of_metadata_are_noticed(
@@ -412,7 +418,7 @@ def test_these_flips_of_metadata_are_noticed(
 def test_a_missing_array_is_a_damaged_manifest(tmp_path: Path, logits: torch.Tensor) -> None:
     synthetic_cache(tmp_path / "t", logits, top_k=4, dtype="float16")
     shutil.rmtree(tmp_path / "t" / "tail")
-    with pytest.raises(CacheCorrupt, match=r"the manifest of .* is damaged .*make the cache anew"):
+    with pytest.raises(CacheCorrupt, match=r"the manifest of .* is damaged .*recreate the cache"):
         LogitCache.open(tmp_path / "t")
 
 
@@ -420,9 +426,9 @@ def test_a_cache_of_a_later_version_says_so(tmp_path: Path) -> None:
     LogitCache.create(tmp_path / "t", SPEC, {})
     file = tmp_path / "t" / "zarr.json"
     manifest = json.loads(file.read_text())
-    manifest["attributes"]["kdcache"]["spec"] |= {"version": 2, "a field of then": True}
+    manifest["attributes"]["kdcache"]["spec"] |= {"version": 3, "a field of then": True}
     file.write_text(json.dumps(manifest))
-    with pytest.raises(UsageError, match="reads caches of version 1, the cache has version 2"):
+    with pytest.raises(UsageError, match="reads caches of versions 1 to 2, found version 3"):
         LogitCache.open(tmp_path / "t")
 
 
@@ -437,10 +443,10 @@ def test_a_full_disk_leaves_no_part_of_a_shard(
             raise OSError(28, "No space left on device")
         whole(path, data)
 
-    records = codec.encode(logits[0], 4, "float16")
+    records = encode(logits[0])
     with monkeypatch.context() as patch:
         patch.setattr(stores, "_write_file", full)
-        with pytest.raises(StorageError, match=r"view 0 shard 0: .*No space left on device; mend"):
+        with pytest.raises(StorageError, match=r"view 0 shard 0: .*No space left on device; fix"):
             made.write(0, 0, records)
     assert shard_files(tmp_path / "t") == []
     made.write(0, 0, records)
@@ -449,7 +455,7 @@ def test_a_full_disk_leaves_no_part_of_a_shard(
 
 def test_a_discarded_shard_is_missing(tmp_path: Path, logits: torch.Tensor) -> None:
     made = synthetic_cache(tmp_path / "t", logits, top_k=4, dtype="float16")
-    made.discard(1, 0)
+    made.delete_shard(1, 0)
     assert made.missing() == [(1, 0)]
     assert not [f for f in shard_files(tmp_path / "t") if "/1/" in str(f.relative_to(tmp_path))]
 
@@ -459,15 +465,15 @@ def test_the_layout_of_a_cache_outlives_our_taste(
 ) -> None:
     """A cache begun with other shard sizes is read and finished with its own."""
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "CHUNK_BYTES", 256)
-        patch.setattr(shards, "SHARD_BYTES", 1024)
+        patch.setattr(layouts, "CHUNK_BYTES", 256)
+        patch.setattr(layouts, "SHARD_BYTES", 1024)
         made = synthetic_cache(tmp_path / "t", logits, top_k=4, dtype="float16")
         before = [f.read_bytes() for f in shard_files(tmp_path / "t")]
-    made.discard(1, 2)
+    made.delete_shard(1, 2)
     again = LogitCache.create(tmp_path / "t", made.spec, {})
     assert again.layout == made.layout != Layout.of(made.spec)
     rows = logits[1, slice(*again.shard_range(2))]
-    again.write(1, 2, codec.encode(rows, 4, "float16"))
+    again.write(1, 2, encode(rows))
     assert [f.read_bytes() for f in shard_files(tmp_path / "t")] == before
 
 
@@ -477,7 +483,7 @@ def test_the_layout_of_a_cache_outlives_our_taste(
 @pytest.mark.usefixtures("small_shards")
 def test_slices_and_iteration(tmp_path: Path, logits: torch.Tensor) -> None:
     made = synthetic_cache(tmp_path / "t", logits, top_k=4, dtype="float16")
-    truth = [codec.encode(logits[v], 4, "float16") for v in range(VIEWS)]
+    truth = [encode(logits[v]) for v in range(VIEWS)]
     assert equal(made[1], truth[1])
     assert equal(made[-1], truth[1])
     assert equal(made[0, 30:95], truth[0][30:95])
@@ -522,27 +528,27 @@ def test_targets_of_any_positions_at_any_temperature(
 # --- layout ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("samples", [1, 2, 3, 999, 1500, 60_000, 1_281_167])
-@pytest.mark.parametrize("classes", [10, 100, 1000, 21_841])
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 999, 1500, 60_000, 1_281_167])
+@pytest.mark.parametrize("num_classes", [10, 100, 1000, 21_841])
 @pytest.mark.parametrize("dense", [True, False])
 def test_layouts_are_whole_pairs_of_sane_size(num_samples: int, num_classes: int, dense: bool) -> None:
-    k = num_classes if dense else min(16, num_classes - 1)
-    spec = CacheSpec(3, num_samples, num_classes, k, "float16", "d", "t", ViewSpec(8))
+    codec = Dense() if dense else TopK(min(16, num_classes - 1))
+    spec = CacheSpec(3, num_samples, num_classes, codec, "d", "t", ViewSpec(8))
     layout = Layout.of(spec)
-    row = shards.record_bytes(spec)
+    row = spec.record_bytes
     assert layout.chunk_rows % 2 == 0
     assert layout.shard_rows % layout.chunk_rows == 0
     assert layout.chunk_rows == 2 or layout.chunk_rows < 2 * num_samples
-    assert layout.chunk_rows * row < 2 * shards.CHUNK_BYTES
-    assert layout.shard_rows * row <= shards.SHARD_BYTES
+    assert layout.chunk_rows * row < 2 * layouts.CHUNK_BYTES
+    assert layout.shard_rows * row <= layouts.SHARD_BYTES
     assert layout.shard_rows < num_samples + layout.chunk_rows
-    if num_samples * row > 2 * shards.SHARD_BYTES:
-        assert layout.shard_rows * row > shards.SHARD_BYTES // 2
+    if num_samples * row > 2 * layouts.SHARD_BYTES:
+        assert layout.shard_rows * row > layouts.SHARD_BYTES // 2
 
 
 def test_shards_cover_every_position_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 256)
-    monkeypatch.setattr(shards, "SHARD_BYTES", 1024)
+    monkeypatch.setattr(layouts, "CHUNK_BYTES", 256)
+    monkeypatch.setattr(layouts, "SHARD_BYTES", 1024)
     for samples in (1, 2, 31, 64, 65, 150):
         made = LogitCache.create(tmp_path / str(samples), replace(SPEC, num_samples=samples), {})
         ranges = [range(*made.shard_range(s)) for s in range(made.shards_per_view)]

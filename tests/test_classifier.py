@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache.cache.codecs.top_k import dense_target, encode
+from kdcache.batch import dense_target
+from kdcache.cache.codecs import Dense
 from kdcache.data.beton import Dataset
 from kdcache.data.loader import Loader
 from kdcache.errors import NonFinite, UsageError
@@ -92,7 +93,7 @@ def test_a_member_of_no_chance_leaves_the_logits_finite() -> None:
     logits = both(views())
     assert logits.isfinite().all()
     assert logits.min() == LEAST_LOG_P
-    encode(logits, 10, "float16")
+    Dense().encode(logits)
     loss = distillation_loss(torch.zeros(5, 10), dense_target(logits))
     assert torch.isfinite(loss)
 

@@ -15,15 +15,15 @@ from zarr.codecs import Crc32cCodec
 from zarr.core.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
-from kdcache.cache.codecs import ValueType
-from kdcache.cache.codecs import top_k as codec
+from kdcache.cache.codecs import Column, Sampled, ValueType
 from kdcache.cache.compression import pipeline
+from tests.conftest import codec_for
 
 ROWS, CHUNK_ROWS = 2600, 1024
 # The chunk codecs of the Zarr v3 specification.
 SPECIFIED = {"transpose", "bytes", "blosc", "zstd", "gzip", "crc32c"}
 
-Case = tuple[str, NDArray[np.generic], int, bool]
+Case = tuple[str, NDArray[np.generic], int, bool, Column]
 
 
 def cases() -> Iterator[Case]:
@@ -32,20 +32,22 @@ def cases() -> Iterator[Case]:
         # A low rank makes some classes likely together, as a network's head does.
         z = 0.5 * torch.randn(ROWS, 30) @ torch.randn(30, classes)
         for top_k in (10, classes):
-            records = codec.encode(z, top_k, dtype)
-            for name, array in records.arrays().items():
-                yield name, array, classes, top_k == classes
-    yield "counts", np.random.default_rng(0).poisson(1, (ROWS, 12)).astype(np.uint8), 1000, False
+            codec = codec_for(classes, top_k, dtype)
+            columns = codec.columns(classes)
+            for name, array in codec.encode(z).columns.items():
+                yield name, array, classes, top_k == classes, columns[name]
+    counts = np.random.default_rng(0).poisson(1, (ROWS, 12)).astype(np.uint8)
+    yield "counts", counts, 1000, False, Sampled(12).columns(1000)["counts"]
 
 
 CASES = list(cases())
-IDS = [f"{name}-{array.dtype}-{classes}{'-dense' * dense}" for name, array, classes, dense in CASES]
+IDS = [f"{name}-{array.dtype}-{classes}{'-dense' * dense}" for name, array, classes, dense, _ in CASES]
 
 
 def stored(case: Case, **other: object) -> tuple[MemoryStore, str]:
-    name, array, classes, dense = case
+    name, array, _, _, column = case
     store = MemoryStore()
-    ours = pipeline(name, array.dtype, classes=classes, dense=dense, chunk_rows=CHUNK_ROWS)
+    ours = pipeline(column, CHUNK_ROWS)
     made = zarr.create_array(
         store,
         name=name,

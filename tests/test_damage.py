@@ -7,15 +7,17 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kdcache.cache import layout, verify
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import top_k
+from kdcache.cache.codecs import TopK
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
 from kdcache.errors import CacheCorrupt, CacheIncomplete, KDCacheError, UsageError
@@ -25,7 +27,7 @@ from kdcache.views.spec import ViewSpec
 from tests.conftest import Result
 from tests.processes import Job, contents
 
-SPEC = CacheSpec(2, 100, 30, 4, "float16", "data", "teacher", ViewSpec(8))
+SPEC = CacheSpec(2, 100, 30, TopK(4), "data", "teacher", ViewSpec(8))
 STUDENT = "python:tests.conftest:convolutional_student"
 
 
@@ -48,8 +50,8 @@ def write_all(out: Path, spec: CacheSpec) -> LogitCache:
     torch.manual_seed(0)
     logits = torch.randn(made.layout.shard_rows, spec.num_classes)
     for view, shard in made.shards():
-        rows = logits[: made.rows(shard)]
-        made.write(view, shard, top_k.encode(rows, spec.top_k, spec.dtype))
+        rows = logits[: made.num_rows(shard)]
+        made.write(view, shard, spec.codec.encode(rows, spec.rows(view, np.arange(len(rows)))))
     return made
 
 
@@ -146,7 +148,7 @@ def test_every_missing_object_is_noticed(cache: Path) -> None:
 
 def test_every_two_swapped_shards_are_noticed(cache: Path) -> None:
     """With their seals. All views hold the same records, and yet the place is another."""
-    places = LogitCache.open(cache).places()
+    places = LogitCache.open(cache).shards()
     names = ["logits", "classes", "tail", "seals"]
 
     def swap(a: tuple[int, int], b: tuple[int, int]) -> None:
@@ -166,12 +168,17 @@ def test_every_two_swapped_shards_are_noticed(cache: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_shards")
-@pytest.mark.parametrize("field", ["dataset", "teacher", "seed"])
+@pytest.mark.parametrize("field", ["dataset_hash", "teacher_hash", "seed", "precision"])
 def test_every_shard_of_another_cache_is_noticed(cache: Path, tmp_path: Path, field: str) -> None:
     """Of the same records at the same place, with their seals."""
-    value = SPEC.to_json()
-    (value["view"] if field == "seed" else value)[field] = 1 if field == "seed" else "other"
-    other = write_all(tmp_path / "other", CacheSpec.from_json(value))
+    changes: dict[str, Any] = {
+        "dataset_hash": "other",
+        "teacher_hash": "other",
+        "seed": ViewSpec(8, seed=1),
+        "precision": "bfloat16",
+    }
+    name = "view_spec" if field == "seed" else field
+    other = write_all(tmp_path / "other", replace(SPEC, **{name: changes[field]}))
     for at in other.shards():
         kept = {}
         for name in ("logits", "classes", "tail", "seals"):

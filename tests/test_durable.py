@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import top_k
+from kdcache.cache.codecs import TopK
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
 from kdcache.errors import KDCacheError
@@ -27,7 +27,7 @@ from tests import processes
 from tests.conftest import TEACHER, linear_teacher
 from tests.processes import Job, contents
 
-SPEC = CacheSpec(1, 100, 30, 4, "float16", "data", "teacher", ViewSpec(8))
+SPEC = CacheSpec(1, 100, 30, TopK(4), "data", "teacher", ViewSpec(8))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def whole(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Job
     folder = tmp_path_factory.mktemp("whole")
     job = Job(digits_test.path, folder / "t", folder / "log")
     job.run()
-    assert job.computed() == LogitCache.open(job.out).places()
+    assert job.computed() == LogitCache.open(job.out).shards()
     return job
 
 
@@ -108,11 +108,11 @@ def _make(out: Path) -> None:
     os.fsync = lambda descriptor: None
     cache = LogitCache.create(out, SPEC, {})
     for view, shard in cache.missing():
-        assert cache.claim(view, shard)
+        assert cache.lock_shard(view, shard)
         rows = torch.arange(*cache.shard_range(shard))[:, None] * torch.arange(30)
-        cache.write(view, shard, top_k.encode(rows.float(), SPEC.top_k, SPEC.dtype))
-        cache.release(view, shard)
-    cache.store.forget_claims()
+        cache.write(view, shard, TopK(4).encode(rows.float()))
+        cache.unlock_shard(view, shard)
+    cache.store.release_locks()
 
 
 def _make_and_die(out: Path, moment: int) -> None:
@@ -197,20 +197,25 @@ def begun(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> lis
     folder = tmp_path_factory.mktemp("begun")
     line = _line(digits_test, folder / "t", "--views", 2, "--top-k", 2, "--dtype", "float32")
     assert processes.command(folder, *line)().code == 0
-    LogitCache.open(folder / "t").discard(1, 0)
+    LogitCache.open(folder / "t").delete_shard(1, 0)
     return line
 
 
 OTHERS: list[tuple[list[object], str]] = [
-    (["--teacher", "python:tests.test_durable:another_teacher"], r"teacher: \w{16} here, \w{16}"),
-    (["--data", "OTHER"], r"samples: 1500 here, 297 there; dataset: \w{16} here, \w{16} there"),
-    (["--views", 3], "views: 3 here, 2 there"),
-    (["--top-k", 3], "top_k: 3 here, 2 there"),
-    (["--top-k", "all"], "top_k: 10 here, 2 there"),
+    (["--teacher", "python:tests.test_durable:another_teacher"], r"teacher_hash: \w{16} here, \w{16}"),
+    (
+        ["--data", "OTHER"],
+        r"num_samples: 1500 here, 297 there; dataset_hash: \w{16} here, \w{16} there",
+    ),
+    (["--top-k", 3], "k: 3 here, 2 there"),
+    (["--top-k", "all"], "codec: .*Dense.* here, .*TopK.* there"),
     (["--dtype", "float16"], "dtype: float16 here, float32 there"),
     (["--dtype", "uint8"], "dtype: uint8 here, float32 there"),
-    (["--row-order", "dataset"], "mixup: 0 here, 1 there; order: sample here, position there"),
-    (["--average-views", 4, "--views", 1], "order: sample here, position there; average: 4 here, 0"),
+    (["--row-order", "dataset"], "mixup: 0 here, 1 there; row_order: dataset here, view there"),
+    (
+        ["--average-views", 4, "--views", 1],
+        "row_order: dataset here, view there; num_averaged_views: 4 here, 0 there",
+    ),
     (["--view-seed", 7], "seed: 7 here, 0 there"),
     (["--size", 9, "--teacher", "python:tests.test_durable:any_size"], "size_px: 9 here, 8 there"),
     (["--crop", "center"], "crop: center here, inception there"),
@@ -233,14 +238,16 @@ def test_a_cache_is_not_gone_on_with_by_another_command(
         line[at : at + 2] = []
     result = kdcache(*line, *(digits.path if x == "OTHER" else x for x in options))
     assert (result.code, len(result.err.splitlines())) == (2, 1), result.err
-    assert re.search(rf"holds another cache \(.*{words}", result.err), result.err
+    assert re.search(rf"is a different cache \(.*{words}", result.err), result.err
     assert contents(out) == before
 
 
 def test_nor_by_draws(begun: list[object], kdcache: Any) -> None:
     at = begun.index("--top-k")
     line = [*begun[:at], *begun[at + 2 :], "--num-draws", 4]
-    assert "draws: 4 here, 0 there" in kdcache(*line).err
+    result = kdcache(*line)
+    assert (result.code, len(result.err.splitlines())) == (2, 1), result.err
+    assert re.search("codec: .*Sampled.* here, .*TopK.* there", result.err), result.err
 
 
 def test_batch_size_and_workers_are_no_part_of_a_cache(begun: list[object], kdcache: Any) -> None:

@@ -30,12 +30,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "dense-uint8": {"top_k": CLASSES, "dtype": "uint8"},
     "dense-float16": {"top_k": CLASSES, "dtype": "float16"},
     "draws": {"top_k": 6, "dtype": "uint8", "draws": 6, "temperature": 2.0},
-    "average": {
+    "num_averaged_views": {
         "views": 1,
         "top_k": 4,
         "dtype": "float16",
         "row_order": "dataset",
-        "average": 3,
+        "num_averaged_views": 3,
         "view": ViewSpec(8, mixup=0),
     },
     "foreign": {"top_k": 4, "dtype": "float16", "row_order": "dataset", "view": None},
@@ -134,7 +134,7 @@ def test_records_are_written_as_they_were(path: Path, tmp_path: Path) -> None:
     ours, theirs = LogitCache.open(tmp_path / path.name), LogitCache.open(path)
     assert ours.spec.digest == theirs.spec.digest
     for view in range(theirs.spec.num_views):
-        a, b = ours[view].arrays(), theirs[view].arrays()
+        a, b = ours[view].columns, theirs[view].columns
         for name in b:
             np.testing.assert_allclose(a[name].astype(float), b[name].astype(float), rtol=1e-6)
 

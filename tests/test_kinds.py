@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.batch import Batch
+from kdcache.batch import Batch, dense_target
 from kdcache.cache import layout
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import sampled, top_k
+from kdcache.cache.codecs import Rows, Sampled
 from kdcache.data.beton import Dataset
 from kdcache.data.loader import Loader
 from kdcache.errors import UsageError
@@ -60,10 +60,10 @@ def test_sample_order(digits_test: Dataset, teacher: Classifier, tmp_path: Path)
     cache = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=50)
     assert cache.shards_per_view > 2
     for view in (0, 1):
-        found = top_k.decode(cache[view], 10).logits_BK
+        found = cache.decode(cache[view]).logits_BK
         torch.testing.assert_close(
             found,
-            top_k.dense_target(live(digits_test, teacher, view)).logits_BK,
+            dense_target(live(digits_test, teacher, view)).logits_BK,
             rtol=1e-5,
             atol=1e-4,
         )
@@ -89,12 +89,12 @@ def test_draws(digits_test: Dataset, teacher: Classifier, tmp_path: Path) -> Non
         digits_test, teacher, VIEW, num_views=2, dtype="uint8", num_draws=12, temperature=2.0
     )
     cache = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=50)
-    assert set(cache[0].arrays()) == {"classes", "counts"}
+    assert set(cache[0].columns) == {"classes", "counts"}
     with Loader(digits_test, VIEW, 50) as loader:
         logits = torch.cat([teacher(b.images_BCHW) for b in loader.batches(1)])
-    again = sampled.encode(logits, 12, 2.0, seed=3, view=1, rows_B=np.arange(len(digits_test)))
+    again = Sampled(12, 2.0).encode(logits, Rows(3, 1, np.arange(len(digits_test))))
     differ = [
-        (cache[1].arrays()[n] != again.arrays()[n]).any(1).sum() for n in ("classes", "counts")
+        (cache[1].columns[n] != again.columns[n]).any(1).sum() for n in ("classes", "counts")
     ]
     assert max(differ) <= 2  # a draw on the edge of two classes may fall either way
     target = cache.target(1, [5, 3])
@@ -112,7 +112,7 @@ def test_fixed_targets_follow_the_sample(
     other = ViewSpec(8, "center", 1.0, mixup=0, seed=99)
     targets = FixedTargets(cache, digits_test.content_hash, other)
     for view in (0, 1, 5):
-        answers = top_k.decode(cache[view % 2], 10).logits_BK
+        answers = cache.decode(cache[view % 2]).logits_BK
         for batch in batches(digits_test, other, view)[:3]:
             found = targets(batch)
             assert torch.equal(found.logits_BK, answers[torch.from_numpy(batch.sample_ids_B)])
@@ -163,13 +163,13 @@ def trained(kdcache: Run, dataset: Dataset, out: Path, *options: object) -> Resu
 @pytest.mark.parametrize(
     ("options", "training", "kind"),
     [
-        (["--average-views", 3], [], {"average": 3, "row_order": "dataset", "views": 1}),
+        (["--average-views", 3], [], {"num_averaged_views": 3, "row_order": "dataset", "num_views": 1}),
         (["--row-order", "dataset", "--views", 2], ["--crop", "center"], {"row_order": "dataset"}),
-        (["--num-draws", 12, "--views", 2], [], {"draws": 12, "order": "position"}),
+        (["--num-draws", 12, "--views", 2], [], {"codec": Sampled(12), "row_order": "view"}),
         (
             ["--num-draws", 9, "--temperature", 3, "--row-order", "dataset"],
             ["--temperature", 3],
-            {"draws": 9, "temperature": 3.0, "row_order": "dataset"},
+            {"codec": Sampled(9, 3.0), "row_order": "dataset"},
         ),
     ],
 )
@@ -182,11 +182,11 @@ def test_recorded_and_trained_from(
     kind: dict[str, object],
 ) -> None:
     cache = made(kdcache, digits_test, tmp_path / "t", *options)
-    assert kind.items() <= cache.spec.to_json().items()
+    assert kind.items() <= vars(cache.spec).items()
     assert kdcache("inspect", tmp_path / "t").code == 0
     result = trained(kdcache, digits_test, tmp_path / "r", "--cache", tmp_path / "t", *training)
     assert result.code == 0, result.err
-    assert json.loads((tmp_path / "r" / "run.json").read_text())["mode"] == "cached"
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["spec"]["mode"] == "cached"
 
 
 def test_refusals_are_one_line(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_refusals_are_one_line(kdcache: Run, digits_test: Dataset, tmp_path: Pat
         (train(*cache["average"], "--mixup", 1), "answers single images: train with --mixup 0"),
         (train(*cache["draws"]), "holds draws at T = 2: train with --temperature 2"),
         (kdcache("precompute", *line, "--average-views", 2, "--mixup", 1), "it needs --mixup 0"),
-        (kdcache("precompute", *line, "--average-views", 2, "--views", 2), "an averaged cache has one"),
+        (kdcache("precompute", *line, "--average-views", 2, "--views", 2), "averaged views has one view"),
         (kdcache("precompute", *line, "--num-draws", 5, "--top-k", 3), "goes without --top-k"),
         (kdcache("precompute", *line, "--num-draws", 256), "1 to 255 draws, not 256"),
         (kdcache("precompute", *line, "--temperature", 2), "only draws have a temperature"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kdcache.cache import layout
-from kdcache.cache.codecs import top_k
+from kdcache.cache.codecs import TopK
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
 from kdcache.models import load
@@ -90,10 +90,10 @@ def test_hours_are_those_of_every_pass_of_the_teacher(digits: Dataset, teacher: 
 
 
 def of(spec: CacheSpec, seconds: float, packed_s: float = 0.0) -> Recording:
-    return Recording(top_k.encode(torch.zeros(2, 100), 5, "float16"), seconds, packed_s, 30.0)
+    return Recording(TopK(5).encode(torch.zeros(2, 100)), seconds, packed_s, 30.0)
 
 
-SPEC = CacheSpec(36, 1000, 100, 5, "float16", "d", "t", ViewSpec(8))
+SPEC = CacheSpec(36, 1000, 100, TopK(5), "d", "t", ViewSpec(8))
 
 
 def test_the_formula() -> None:
@@ -148,10 +148,11 @@ def test_plan_in_json(kdcache: Command, digits: Dataset, tmp_path: Path) -> None
     )
     assert (result.code, result.err) == (0, "")
     found = json.loads(result.out)
-    assert (found["spec"]["views"], found["spec"]["top_k"], found["epochs"]) == (4, 2, 7)
+    assert (found["spec"]["num_views"], found["epochs"]) == (4, 7)
+    assert found["spec"]["codec"] == {"name": "top_k", "k": 2}
     assert [row["students"] for row in found["hours_of_students"]] == [1, 2, 5, 10, 50]
     assert all(row["cached"] > 0 and row["online"] > 0 for row in found["hours_of_students"])
-    assert found["bytes"] > 6000 * found["spec"]["top_k"]
+    assert found["bytes"] > 6000 * 2
     assert found["free_bytes"] > 0
     assert not (tmp_path / "t").exists()
 

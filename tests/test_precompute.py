@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from kdcache.batch import dense_target
 from kdcache.cache import layout
 from kdcache.cache import store as stores
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import top_k as codec
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
 from kdcache.data.loader import Loader
@@ -72,8 +72,8 @@ def test_the_cache_holds_the_teachers_answer_to_every_position(
     with Loader(digits_test, VIEW, 32) as loader:
         for batch in loader.batches(1):
             start, stop = int(batch.positions_B[0]), int(batch.positions_B[-1]) + 1
-            found = codec.decode(made.read(1, start, stop), 10).logits_BK
-            live = codec.dense_target(teacher(batch.images_BCHW)).logits_BK
+            found = made.decode(made.read(1, start, stop)).logits_BK
+            live = dense_target(teacher(batch.images_BCHW)).logits_BK
             torch.testing.assert_close(found, live, rtol=1e-5, atol=1e-4)
 
 
@@ -230,7 +230,7 @@ def test_a_write_that_fails_stops_the_teacher_at_once_and_frees_the_shards(
 
 def _claim_all(path: Path) -> None:
     cache = LogitCache.open(path)
-    assert all(cache.claim(*place) for place in cache.shards())
+    assert all(cache.lock_shard(*place) for place in cache.shards())
 
 
 def test_info_says_how_the_cache_was_made(

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import sampled
+from kdcache.cache.codecs import Rows, Sampled, TopK
+from kdcache.cache.records import Records
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.verify import read, sample
 from kdcache.data import render
@@ -41,9 +42,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "float32, all": {"top_k": None, "dtype": "float32"},
     "unmixed": {"view": PLAIN, "top_k": 3},
     "sample order": {"view": PLAIN, "top_k": 3, "row_order": "dataset"},
-    "averaged": {"view": PLAIN, "top_k": 3, "row_order": "dataset", "average": 3, "views": 1},
-    "draws": {"draws": 20, "dtype": "uint8"},
-    "draws at T = 2": {"draws": 20, "dtype": "uint8", "temperature": 2.0},
+    "averaged": {
+        "view": PLAIN,
+        "top_k": 3,
+        "row_order": "dataset",
+        "num_averaged_views": 3,
+        "num_views": 1,
+    },
+    "draws": {"num_draws": 20},
+    "draws at T = 2": {"num_draws": 20, "temperature": 2.0},
 }
 
 
@@ -68,7 +75,7 @@ def teacher() -> Classifier:
 def recorded(
     dataset: Dataset, teacher: Classifier, out: Path, *, view: ViewSpec = VIEW, **kind: Any
 ) -> LogitCache:
-    spec = cache_spec(dataset, teacher, view, **{"views": 2, "dtype": "float16", **kind})
+    spec = cache_spec(dataset, teacher, view, **{"num_views": 2, **kind})
     return precompute(dataset, teacher, spec, out)
 
 
@@ -260,7 +267,7 @@ def test_another_crop_range_fails(
     """All fingerprints agree: only the records can tell."""
     cache = caches(kind)
     assert cache.spec.view_spec is not None
-    stated = under(cache, tmp_path / "t", view=replace(cache.spec.view_spec, min_scale=0.5))
+    stated = under(cache, tmp_path / "t", view_spec=replace(cache.spec.view_spec, min_scale=0.5))
     found = judged(stated, digits_test, linear_of(7))
     assert failed(found) == set(found)
     assert all(measure.ok for measure in identify(stated, digits_test, linear_of(7)))
@@ -270,7 +277,7 @@ def test_one_wrong_view_fails_and_is_named(
     caches: Callable[[str], LogitCache], digits_test: Dataset, tmp_path: Path
 ) -> None:
     cache = caches("uint8, top 3")
-    other = under(cache, tmp_path / "t", num_views=2, teacher="0" * 16)
+    other = under(cache, tmp_path / "t", num_views=2, teacher_hash="0" * 16)
     other.write(1, 0, cache.read_shard(0, 0))
     found = judged(other, digits_test, linear_of(7))
     assert failed(found) == {"top1", "kl", "gap"}
@@ -285,14 +292,13 @@ def test_a_wrong_tail_or_logit_fails(
     here = linear_of(7)
     cache = recorded(digits_test, here, tmp_path / "t", top_k=top_k, dtype="float32", num_views=1)
     records = cache.read_shard(0, 0)
-    assert records.logits is not None
     row = int(sample(cache.spec, 100)[0][9])
-    wrong = {name: array.copy() for name, array in records.arrays().items()}
+    wrong = {name: array.copy() for name, array in records.columns.items()}
     if top_k is None:
-        wrong["logits"][row, records.logits[row].argmin()] -= 0.5
+        wrong["logits"][row, wrong["logits"][row].argmin()] -= 0.5
     else:
         wrong["tail"][row, 1] -= 0.5
-    cache.write(0, 0, type(records)(**wrong))
+    cache.write(0, 0, Records(wrong))
     found = judged(cache, digits_test, here)
     assert failed(found) == {"gap"}
     assert f"view 0 row {row}" in found["gap"].note
@@ -337,7 +343,7 @@ def test_other_data_is_not_compared_row_by_row(
 
 
 def test_an_imported_cache_cannot_be_recomputed(tmp_path: Path) -> None:
-    spec = CacheSpec(1, 20, 4, 2, "float16", "0" * 16, "0" * 16, None, row_order="dataset")
+    spec = CacheSpec(1, 20, 4, TopK(2), "0" * 16, "0" * 16, None, row_order="dataset")
     cache = LogitCache.create(tmp_path / "t", spec, {"teacher": "someone's"})
     with pytest.raises(UsageError, match="was imported, and its views are not of kdcache's making"):
         require_recomputable(cache)
@@ -347,17 +353,18 @@ def test_an_imported_cache_cannot_be_recomputed(tmp_path: Path) -> None:
 def test_a_draw_lies_on_its_class_or_as_far_from_it_as_the_logits_moved(temperature: float) -> None:
     random = torch.Generator().manual_seed(2)
     logits = 3 * torch.randn(50, 40, generator=random)
-    key: dict[str, Any] = {"seed": 4, "view": 1, "rows_B": np.arange(50) * 3}
-    records = sampled.encode(logits, 30, temperature, **key)
-    own = sampled.distances(records, logits, temperature, **key)
+    rows = Rows(seed=4, view=1, row_ids=np.arange(50) * 3)
+    codec = Sampled(30, temperature)
+    records = codec.encode(logits, rows)
+    own = codec.distances(records, logits, rows)
     assert own.shape == (50, 30)
     assert float(own.max()) < 1e-9
     for error in (1e-3, 1e-2, 1e-1):
         moved = logits + error * (2 * torch.rand(50, 40, generator=random) - 1)
-        found = sampled.distances(records, moved, temperature, **key)
+        found = codec.distances(records, moved, rows)
         assert float(found.max()) <= error / temperature / 2
     assert float(found.max()) > 0
-    other = sampled.distances(records, logits.flip(1), temperature, **key)
+    other = codec.distances(records, logits.flip(1), rows)
     assert float(other.mean()) > 0.1
 
 
@@ -455,7 +462,7 @@ def test_verify_with_other_data_exits_with_1(
 def test_verify_of_an_imported_cache_with_data_is_refused(
     kdcache: Run, digits_test: Dataset, tmp_path: Path
 ) -> None:
-    spec = CacheSpec(1, 297, 10, 2, "float16", "0" * 16, "0" * 16, None, row_order="dataset")
+    spec = CacheSpec(1, 297, 10, TopK(2), "0" * 16, "0" * 16, None, row_order="dataset")
     cache = LogitCache.create(tmp_path / "t", spec, {"teacher": "someone's"})
     result = verified(kdcache, cache, digits_test)
     assert (result.code, result.out) == (2, "")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.cache.codecs import sampled
+from kdcache.cache.codecs import Rows, Sampled
 from kdcache.cache.records import Records
 from kdcache.errors import CacheCorrupt
 from kdcache.kernels import reference
@@ -29,12 +29,12 @@ def draws_of(
     first: int = 0,
 ) -> Records:
     rows = np.arange(first, first + len(logits_BC))
-    return sampled.encode(logits_BC, draws, T, seed=seed, view=view, rows_B=rows)
+    return Sampled(draws, T).encode(logits_BC, Rows(seed, view, rows))
 
 
 def dense(records: Records, draws: int, num_classes: int, T: float = 1.0) -> torch.Tensor:
     """The estimate as probabilities [B, C]."""
-    target = sampled.decode(records, draws, T, num_classes)
+    target = Sampled(draws, T).decode(records, num_classes)
     out = torch.zeros(len(records), num_classes)
     return out.scatter_add(1, target.class_ids_BK, target.log_p_BK.exp())
 
@@ -58,7 +58,7 @@ def test_the_top_k_would_be_biased_and_the_gradient_is_not() -> None:
     exact = torch.softmax(z, 0) - torch.softmax(teacher, 0)
     count, n = 40_000, 5
     student = rows_of(z, count).clone().requires_grad_()
-    target = sampled.decode(draws_of(rows_of(teacher, count), n), n, 1.0, CLASSES)
+    target = Sampled(n).decode(draws_of(rows_of(teacher, count), n), CLASSES)
     distillation_loss(student, target, tail="none", reduction="sum").backward()
     assert student.grad is not None
     found = student.grad.mean(0)
@@ -74,16 +74,16 @@ def test_draws_are_a_function_of_seed_view_and_row() -> None:
     logits = torch.randn(100, CLASSES)
     whole = draws_of(logits, 8)
     again = Records.concatenate([draws_of(logits[:33], 8), draws_of(logits[33:], 8, first=33)])
-    for name, array in whole.arrays().items():
-        np.testing.assert_array_equal(array, again.arrays()[name])
+    for name, array in whole.columns.items():
+        np.testing.assert_array_equal(array, again.columns[name])
     for other in (draws_of(logits, 8, seed=1), draws_of(logits, 8, view=1)):
-        assert (other.arrays()["counts"] != whole.arrays()["counts"]).any()
+        assert (other.columns["counts"] != whole.columns["counts"]).any()
 
 
 def test_draws_of_version_1_are_pinned() -> None:
-    """They may change only together with TAPE_VERSION: a cache that is resumed would be of two."""
+    """They may change only together with a new name of the codec: a cache that is resumed would be of two."""
     logits = torch.arange(6.0).expand(3, 6) / 2
-    found = draws_of(logits, 6, seed=5, view=3, first=1000).arrays()
+    found = draws_of(logits, 6, seed=5, view=3, first=1000).columns
     assert found["classes"].tolist() == PINNED["classes"]
     assert found["counts"].tolist() == PINNED["counts"]
 
@@ -96,7 +96,7 @@ PINNED = {
 
 def test_records_are_rising_classes_and_counts_that_sum_to_n() -> None:
     torch.manual_seed(3)
-    records = draws_of(torch.randn(500, 300) * 3, 20).arrays()
+    records = draws_of(torch.randn(500, 300) * 3, 20).columns
     counts, classes = records["counts"].astype(int), records["classes"].astype(int)
     assert records["classes"].dtype == np.uint16
     assert (counts.sum(1) == 20).all()
@@ -108,7 +108,7 @@ def test_records_are_rising_classes_and_counts_that_sum_to_n() -> None:
 
 def test_more_draws_than_classes() -> None:
     records = draws_of(torch.zeros(50, 3), 200)
-    assert records.arrays()["classes"].shape == (50, 3)
+    assert records.columns["classes"].shape == (50, 3)
     assert dense(records, 200, 3).sum(1).allclose(torch.ones(50))
 
 
@@ -121,9 +121,9 @@ def test_a_sure_teacher_is_one_class() -> None:
 def test_what_no_draws_can_have_given_is_corrupt() -> None:
     records = draws_of(torch.zeros(2, 3), 4)
     with pytest.raises(CacheCorrupt, match="a record does not hold 5 draws"):
-        sampled.decode(records, 5, 1.0, 3)
+        Sampled(5).decode(records, 3)
     with pytest.raises(CacheCorrupt, match="a record names class 2 of 2"):
-        sampled.decode(records[:1], 4, 1.0, 2)
+        Sampled(4).decode(records[:1], 2)
 
 
 @pytest.mark.parametrize("tail", ["none", "bucket"])
@@ -131,6 +131,6 @@ def test_the_loss_takes_it_whatever_the_tail(tail: reference.Tail) -> None:
     """Draws leave no tail, so all tails are one loss but the renormalised, which is it too."""
     torch.manual_seed(4)
     z, teacher = torch.randn(20, CLASSES), torch.randn(20, CLASSES)
-    target = sampled.decode(draws_of(teacher, 6, 2.0), 6, 2.0, CLASSES)
+    target = Sampled(6, 2.0).decode(draws_of(teacher, 6, 2.0), CLASSES)
     losses = [distillation_loss(z, target, temperature=2.0, tail=t) for t in (tail, "renormalise")]
     torch.testing.assert_close(losses[0], losses[1])

@@ -1,7 +1,7 @@
 """The settings of the paper: which pixels the teacher and the student get, online and from a cache.
 
-Expected pixels come from `views.py` and OpenCV (`test_pixels.by_the_definition`) and from the table
-of definitions here, not from `settings.py`.
+Expected pixels come from `views/` and OpenCV (`test_render.by_the_definition`) and from the table
+of definitions here, not from `views/settings.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import nn
 
 from kdcache.batch import Batch, Target, TargetSource
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.setting import cache_setting_name, cached_view_spec
+from kdcache.cache.codecs import Dense
+from kdcache.cache.setting import cache_setting_name, cached_view_spec, require_setting
 from kdcache.cache.spec import CacheSpec
 from kdcache.cli import plots
 from kdcache.data.beton import Dataset
@@ -149,7 +150,7 @@ def played(
         return [batch for epoch in range(EPOCHS) for batch in loader.batches(epoch)]
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=lambda s: s.name)
 def test_online_both_sides_see_what_the_paper_says(
     photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], setting: Setting
 ) -> None:
@@ -171,7 +172,7 @@ def test_online_both_sides_see_what_the_paper_says(
             assert (pixels == expected).all()
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=lambda s: s.name)
 def test_a_cache_is_of_what_the_paper_says(
     photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], setting: Setting, tmp_path: Path
 ) -> None:
@@ -189,7 +190,7 @@ def test_a_cache_is_of_what_the_paper_says(
     assert (seen == np.concatenate(expected)).all()
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=lambda s: s.name)
 def test_cached_equals_online_to_the_bit(photos: Dataset, setting: Setting, tmp_path: Path) -> None:
     teacher, _ = spy_teacher()
     cache = recorded(setting, teacher, photos, tmp_path / "t")
@@ -216,7 +217,7 @@ def test_cached_equals_online_to_the_bit(photos: Dataset, setting: Setting, tmp_
     assert bool(moved.any()) == (not setting.fixed)
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=lambda s: s.name)
 def test_a_bigger_teacher_sees_the_same_boxes(
     photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], setting: Setting, tmp_path: Path
 ) -> None:
@@ -241,8 +242,8 @@ def test_a_bigger_teacher_sees_the_same_boxes(
     name, seen_by_student = cached_view_spec(None, cache.spec, cache.url, {"size_px": SIZE}, 999)
     assert (name, seen_by_student) == (setting.name, student)
     with pytest.raises(CacheMismatch, match="size_px: 16 here, 24 there"):
-        setting.require_cache(cache.spec, cache.url, student)
-    setting.require_cache(cache.spec, cache.url, student, resized=True)
+        require_setting(setting, cache.spec, cache.url, student)
+    require_setting(setting, cache.spec, cache.url, student, resized=True)
     if cache.spec.row_order == "view":
         with pytest.raises(CacheMismatch, match="size_px: 16 here, 24 there"):
             CachedTargets(cache, photos.content_hash, student)
@@ -256,9 +257,9 @@ def test_a_bigger_teacher_sees_the_same_boxes(
 
 
 def test_names_and_papers_names() -> None:
-    assert {s.name: s.paper for s in SETTINGS} == {n: d.paper for n, d in DEFINITIONS.items()}
+    assert {s.name: s.paper for s in SETTINGS.values()} == {n: d.paper for n, d in DEFINITIONS.items()}
     assert settings.DEFAULT_SETTING.name == "function-matching"
-    for setting in SETTINGS:
+    for setting in SETTINGS.values():
         assert get_setting(setting.name) is get_setting(setting.paper) is setting
         assert "\n" not in setting.sees
         view = setting.student_view_spec(GIVEN, 999)
@@ -269,7 +270,7 @@ def test_names_and_papers_names() -> None:
     with pytest.raises(UsageError, match=words):
         get_setting("")
     with pytest.raises(UsageError, match=r", function-matching; did you mean consistent-random\?$"):
-        get_setting("consistant-mild")
+        get_setting("consistant-random")
     assert setting_name(replace(MILD, mixup=1.0)) == setting_name(CENTER) == "custom"
     assert setting_name(MILD, replace(CENTER, min_scale=0.5)) == "custom"
 
@@ -297,7 +298,7 @@ def test_the_teachers_seed_is_a_bijection() -> None:
         ("fixed-center", {"crop": "center"}, "has the random crop: leave --crop center out, or"),
         ("independent-random", {"mixup": 1.0}, "does not mix: leave --mixup 1 out, or --setting"),
         ("fixed-whole", {"flip": True}, "shows one picture of each image: leave --flip out"),
-        ("fixed-whole", {"min_scale": 0.5}, "min-area must be 1 for all of the image, not 0.5"),
+        ("fixed-whole", {"min_scale": 0.5}, "min-scale must be 1 for all of the image, not 0.5"),
     ],
 )
 def test_options_that_make_another_setup_are_refused(
@@ -319,10 +320,10 @@ def test_options_that_leave_the_setup_as_it_is_are_taken() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("fixed-center", {"views": 2}, "has one answer for each sample: --views 1, not 2"),
-        ("fixed-center", {"average": 5}, "one view at a time: --average-views goes with --setting fixed-a"),
-        ("consistent-random", {"row_order": "dataset"}, "needs a cache in position order: leave --row-order"),
-        ("independent-random", {"order": "position"}, "needs a cache in sample order: leave --row-order"),
+        ("fixed-center", {"num_views": 2}, "has one answer for each sample: --views 1, not 2"),
+        ("fixed-center", {"num_averaged_views": 5}, "one view at a time: --average-views goes with --setting fixed-a"),
+        ("consistent-random", {"row_order": "dataset"}, "needs a cache in view order: leave --row-order"),
+        ("independent-random", {"row_order": "view"}, "needs a cache in dataset order: leave --row-order"),
     ],
 )
 def test_caches_that_a_setup_does_not_need_are_refused(
@@ -336,13 +337,14 @@ def cache_of(name: str, num_views: int = 1, **given: Any) -> CacheSpec:
     view, row_order, average = get_setting(name).cache_fields(
         {**GIVEN, **given}, SIZE, num_views=num_views
     )
-    return CacheSpec(num_views, 41, 5, 5, "float32", "0" * 16, "1" * 16, view, order, average)
+    codec = Dense("float32")
+    return CacheSpec(num_views, 41, 5, codec, "0" * 16, "1" * 16, view, row_order, average)
 
 
 def test_a_cache_serves_its_own_setup_only() -> None:
-    for setting in SETTINGS:
+    for setting in SETTINGS.values():
         spec = cache_of(setting.name)
-        for other in SETTINGS:
+        for other in SETTINGS.values():
             if other is setting:
                 assert cached_view_spec(other, spec, "t", {}, 999)[0] == setting.name
                 continue
@@ -372,8 +374,8 @@ def test_a_cache_of_other_views_is_refused() -> None:
 
 
 def test_caches_of_no_setup() -> None:
-    custom = replace(cache_of("fixed-center"), view=replace(CENTER, flip=True))
-    imported = replace(custom, view=None)
+    custom = replace(cache_of("fixed-center"), view_spec=replace(CENTER, flip=True))
+    imported = replace(custom, view_spec=None)
     for spec, words in (
         (custom, "t was made for no setting of kdcache, not for fixed-center: leave --setting out"),
         (imported, "t was imported, and its views are not of kdcache's making: leave --setting out"),
@@ -452,8 +454,8 @@ def test_several_teachers(kdcache: Run, digits_test: Dataset, tmp_path: Path) ->
         "--dtype",
         "float32",
     )
-    assert both.info["teacher"] == f"{TEACHER} + {other}"
-    assert both.spec.teacher != alone.spec.teacher
+    assert both.metadata["teacher"] == f"{TEACHER} + {other}"
+    assert both.spec.teacher_hash != alone.spec.teacher_hash
     rows = np.arange(len(digits_test))
     p_1 = alone.target(0, rows).log_p_BK.exp()
     cache = kdcache(
@@ -493,7 +495,7 @@ def test_another_domain(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> N
     ) in result.err
     assert kdcache(*line, "--unlabeled", "--top-k", "all").code == 0
     cache = LogitCache.open(tmp_path / "t")
-    assert (cache.spec.num_classes, cache.spec.top_k) == (7, 7)
+    assert (cache.spec.num_classes, cache.spec.codec) == (7, Dense())
     assert (cache.metadata["class_names"], cache.metadata["unlabeled"]) == ([], True)
     # Labels of other classes tell nothing of such a cache.
     shown = kdcache("inspect", tmp_path / "t", "--data", digits_test.path)
@@ -557,7 +559,7 @@ def test_a_run_from_a_cache_is_the_run_with_a_live_teacher(
         )
         assert result.code == 0, result.err
         record = json.loads((out / "run.json").read_text())
-        assert record["setting"] == name
+        assert record["spec"]["setting"] == name
         weights.append(record["weights"])
     assert len(set(weights)) == 1
     with pytest.raises(CacheMismatch, match=f"was made for {name}, not for fixed-center"):
@@ -593,7 +595,7 @@ def test_refusals_are_one_line(kdcache: Run, digits_test: Dataset, tmp_path: Pat
     for options, words in (
         (["--setting", "same/ic"], "was made for independent-inception, not for consistent-incep"),
         (["--setting", "ind/ic", "--view-seed", HIGH], "has the student's own seed"),
-        (["--setting", "ind/ic", "--crop", "random"], "with --crop random it would be independent-m"),
+        (["--setting", "ind/ic", "--crop", "random"], "with --crop random it would be independent-r"),
     ):
         result = kdcache(*line, *options)
         assert result.code == 2
@@ -620,7 +622,7 @@ def seven_classes(num_classes: int | None) -> nn.Module:
 def test_the_picture_shows_what_either_side_sees(
     photos: Dataset, cv2: ModuleType, stored: list[np.ndarray], tmp_path: Path
 ) -> None:
-    for setting in SETTINGS:
+    for setting in SETTINGS.values():
         wanted = DEFINITIONS[setting.name]
         shown = plots._seen(setting, photos, 7, SIZE, SEED)
         assert len(shown) == 3

@@ -13,8 +13,7 @@ import torch
 
 from kdcache.cache import layout, summary
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import sampled
-from kdcache.cache.codecs import top_k as codec
+from kdcache.cache.codecs import Dense, Sampled
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.summary import (
     Accuracy,
@@ -197,9 +196,10 @@ def test_accuracy_of_mixed_views_tells_own_class_from_the_partners(tmp_path: Pat
 
 def test_accuracy_in_sample_order(tmp_path: Path) -> None:
     logits = 5.0 * torch.eye(4)[None]
-    spec = CacheSpec(1, 4, 4, 4, "float32", "0" * 16, "0" * 16, None, row_order="dataset")
+    codec = Dense("float32")
+    spec = CacheSpec(1, 4, 4, codec, "0" * 16, "0" * 16, None, row_order="dataset")
     cache = LogitCache.create(tmp_path / "t", spec, {"teacher": "someone's"})
-    cache.write(0, 0, codec.encode(logits[0], 4, "float32"))
+    cache.write(0, 0, codec.encode(logits[0]))
     assert summarise(cache, np.array([0, 1, 2, 0])).accuracy == Accuracy(0.75, None)
 
 
@@ -213,7 +213,7 @@ def test_a_record_as_classes_with_names(tmp_path: Path) -> None:
     place = int(view_positions(view, 1, 21)[7])
     found = entry(cache, 7, 1, ["a", "b", "c", "d", "e"])
     assert (found.view, found.position, found.sample) == (1, place, 7)
-    assert (found.class_names, found.names) == ([1, 3], ["b", "d"])
+    assert (found.classes, found.names) == ([1, 3], ["b", "d"])
     assert found.probabilities == pytest.approx([0.4, 0.3], rel=1e-4)
     assert found.tail == pytest.approx(0.3, rel=1e-4)
     assert found.temperature == 1
@@ -231,11 +231,10 @@ def test_the_last_of_an_odd_count_has_no_partner(tmp_path: Path) -> None:
 
 
 def test_a_record_of_draws_names_what_was_drawn(tmp_path: Path) -> None:
-    spec = CacheSpec(1, 4, 6, 5, "uint8", "0" * 16, "0" * 16, ViewSpec(8), num_draws=5, temperature=2.0)
+    spec = CacheSpec(1, 4, 6, Sampled(5, 2.0), "0" * 16, "0" * 16, ViewSpec(8))
     cache = LogitCache.create(tmp_path / "t", spec, {"teacher": "t", "class_names": list("abcdef")})
     p = torch.tensor([0.0, 0.7, 0.0, 0.0, 0.3, 0.0]).log().clamp(min=-900).expand(4, 6)
-    rows = np.arange(4)
-    cache.write(0, 0, sampled.encode(p, 5, 2.0, seed=0, view=0, rows_B=rows))
+    cache.write(0, 0, spec.codec.encode(p, spec.rows(0, np.arange(4))))
     found = entry(cache, 2, 0)
     assert set(found.names) <= {"b", "e"}
     assert sum(found.probabilities) == pytest.approx(1)

@@ -9,11 +9,10 @@ import pytest
 import torch
 from numpy.typing import ArrayLike
 
-from kdcache.batch import Batch, Target
+from kdcache.batch import Batch, Target, dense_target
 from kdcache.cache import layout
 from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import ValueType
-from kdcache.cache.codecs import top_k as codec
 from kdcache.data.beton import Dataset
 from kdcache.data.loader import Loader
 from kdcache.errors import CacheCorrupt, CacheIncomplete, NonFinite
@@ -61,7 +60,7 @@ def recording(
 
 def rows_of(recording: LogitCache, view: int, positions: ArrayLike) -> Target:
     records = recording.read(view, 0, SAMPLES)[np.asarray(positions, np.int64)]
-    return codec.decode(records, CLASSES)
+    return recording.decode(records)
 
 
 PAIRS = np.arange(SAMPLES).reshape(-1, 2)
@@ -82,7 +81,7 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 def test_cached_targets_are_the_caches_rows_in_any_order(recording: LogitCache, order: str) -> None:
     assert recording.layout.chunk_rows < 40
-    targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view_spec)
+    targets = CachedTargets(recording, recording.spec.dataset_hash, recording.spec.view_spec)
     for view in (0, 2, 1):
         found = targets(batch_of(view, ORDERS[order]))
         assert found.num_classes == CLASSES
@@ -92,17 +91,17 @@ def test_cached_targets_are_the_caches_rows_in_any_order(recording: LogitCache, 
 @pytest.mark.parametrize("batch_size", [7, 64])
 def test_cached_targets_follow_a_training_run(recording: LogitCache, batch_size: int) -> None:
     """Views front to back, around the end to view 0 again."""
-    targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view_spec)
+    targets = CachedTargets(recording, recording.spec.dataset_hash, recording.spec.view_spec)
     truth = [recording.read(view, 0, SAMPLES) for view in range(VIEWS)]
     for view in (0, 1, 2, 0):
         for start in range(0, SAMPLES, batch_size):
             stop = min(start + batch_size, SAMPLES)
             found = targets(batch_of(view, np.arange(start, stop)))
-            assert same(found, codec.decode(truth[view][start:stop], CLASSES))
+            assert same(found, recording.decode(truth[view][start:stop]))
 
 
 def test_reading_ahead_holds_a_bounded_number_of_shards(recording: LogitCache) -> None:
-    targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view_spec)
+    targets = CachedTargets(recording, recording.spec.dataset_hash, recording.spec.view_spec)
     for start in range(0, SAMPLES, 10):
         targets(batch_of(1, np.arange(start, start + 10)))
         assert len(targets._shards) <= 10 // recording.layout.shard_rows + 3
@@ -111,13 +110,13 @@ def test_reading_ahead_holds_a_bounded_number_of_shards(recording: LogitCache) -
 def test_an_incomplete_cache_is_refused_at_once(recording: LogitCache) -> None:
     recording.store.delete(layout.key("logits", 1, 0))
     with pytest.raises(CacheIncomplete, match="the first is view 1 shard 0"):
-        CachedTargets(recording, recording.spec.dataset, recording.spec.view_spec)
+        CachedTargets(recording, recording.spec.dataset_hash, recording.spec.view_spec)
 
 
 def test_a_damaged_shard_is_an_error_where_it_is_needed(recording: LogitCache) -> None:
     key = layout.key("logits", 2, 0)
     recording.store.write(key, (recording.store.read(key) or b"")[:-1] + b"?")
-    targets = CachedTargets(recording, recording.spec.dataset, recording.spec.view_spec)
+    targets = CachedTargets(recording, recording.spec.dataset_hash, recording.spec.view_spec)
     targets(batch_of(0, np.arange(10)))
     with pytest.raises(CacheCorrupt, match=r"view 2 shard 0 \(positions 0 to \d+\) is damaged"):
         targets(batch_of(2, np.arange(10)))

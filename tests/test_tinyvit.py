@@ -14,7 +14,7 @@ import torch
 
 from kdcache.cache import layout
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import ValueType
+from kdcache.cache.codecs import Dense, TopK, ValueType
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
 from kdcache.data.convert import convert
@@ -22,10 +22,10 @@ from kdcache.data.sources import Source, open_source
 from kdcache.errors import CacheIncomplete, CacheMismatch, UsageError
 from kdcache.interop import tinyvit, tinyvit_reader
 from kdcache.models import load
-from kdcache.teacher.precompute import make_cache_spec, precompute
+from kdcache.teacher.precompute import precompute
 from kdcache.views.order import view_order
 from kdcache.views.spec import ViewSpec
-from tests.conftest import TEACHER, Result, synthetic_cache
+from tests.conftest import TEACHER, Result, cache_spec, codec_for, synthetic_cache
 
 STUDENT = "python:tests.conftest:convolutional_student"
 PLAIN = ViewSpec(8, mixup=0)
@@ -154,7 +154,7 @@ def test_seeds_are_31_bits_and_differ_by_view_and_sample(tmp_path: Path) -> None
 
 def test_a_cache_in_sample_order_is_exported_by_sample(digits_test: Dataset, tmp_path: Path) -> None:
     teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
-    spec = make_cache_spec(digits_test, teacher, PLAIN, num_views=2, top_k=2, row_order="dataset")
+    spec = cache_spec(digits_test, teacher, PLAIN, num_views=2, top_k=2, row_order="dataset")
     cache = precompute(digits_test, teacher, spec, tmp_path / "t")
     tinyvit.export(cache, tmp_path / "out", 2)
     for i in (0, 100, 296):
@@ -165,19 +165,21 @@ def test_a_cache_in_sample_order_is_exported_by_sample(digits_test: Dataset, tmp
 @pytest.mark.parametrize(
     ("changes", "top_k", "words"),
     [
-        ({"view": ViewSpec(8, mixup=0.4)}, None, "answers mixed pairs (mixup 0.4)"),
-        ({"draws": 5, "dtype": "uint8", "top_k": 5}, None, "no place for random draws"),
-        ({"classes": 32_769}, None, "at most 32768 classes, the cache has 32769"),
+        ({"view_spec": ViewSpec(8, mixup=0.4)}, None, "answers mixed pairs (mixup 0.4)"),
+        ({"num_draws": 5}, None, "no place for random draws"),
+        ({"num_classes": 32_769}, None, "at most 32768 classes, the cache has 32769"),
         ({}, 6, "top-k must be 1 to 5 for this cache, not 6"),
         ({}, 0, "top-k must be 1 to 5 for this cache, not 0"),
-        ({"classes": 5}, 5, "top-k must be 1 to 4 for this cache, not 5"),
+        ({"num_classes": 5}, 5, "top-k must be 1 to 4 for this cache, not 5"),
     ],
 )
 def test_what_the_layout_cannot_hold_is_refused(
     changes: dict[str, Any], top_k: int | None, words: str
 ) -> None:
-    options = {"classes": 100, "top_k": 5, "dtype": "float16", "view": PLAIN} | changes
-    spec = CacheSpec(num_views=1, num_samples=9, dataset="d", teacher="t", **options)
+    options = {"num_classes": 100, "num_draws": 0, "view_spec": PLAIN} | changes
+    num_classes, num_draws = options["num_classes"], options["num_draws"]
+    codec = codec_for(num_classes, 5, num_draws=num_draws)
+    spec = CacheSpec(1, 9, num_classes, codec, "d", "t", options["view_spec"])
     with pytest.raises(UsageError) as caught:
         tinyvit.exported_top_k(spec, top_k)
     assert words in str(caught.value)
@@ -185,7 +187,7 @@ def test_what_the_layout_cannot_hold_is_refused(
 
 def test_the_k_that_is_exported() -> None:
     def k(num_classes: int, top_k: int) -> int:
-        spec = CacheSpec(1, 9, num_classes, top_k, "float16", "d", "t", PLAIN)
+        spec = CacheSpec(1, 9, num_classes, codec_for(num_classes, top_k), "d", "t", PLAIN)
         return tinyvit.exported_top_k(spec, None)
 
     assert k(1000, 16) == 16
@@ -220,8 +222,9 @@ def test_an_imported_cache_says_what_tinyvit_trains_on(
     folders = [save(tmp_path / "in", logits_of(e), 2, epoch=e, ranks=ranks) for e in (4, 5)]
     cache = imported(tmp_path / "in", data, tmp_path / "t", dtype=dtype)
     spec = cache.spec
-    assert (spec.num_views, spec.num_samples, spec.num_classes, spec.top_k) == (2, 60, 10, 2)
-    assert (spec.order, spec.view_spec, spec.num_averaged_views) == ("sample", None, 0)
+    assert (spec.num_views, spec.num_samples, spec.num_classes) == (2, 60, 10)
+    assert spec.codec == TopK(2, dtype)
+    assert (spec.row_order, spec.view_spec, spec.num_averaged_views) == ("dataset", None, 0)
     assert cache.metadata["epochs"] == [4, 5]
     assert cache.metadata["imported_from"] == str((tmp_path / "in").resolve())
     bound = {"float32": 1e-6, "float16": 2e-3, "uint8": 6e-2}[dtype]
@@ -256,7 +259,7 @@ def test_where_most_classes_are_named_the_cache_is_dense(tmp_path: Path, top_k: 
     data = first_digits(60, tmp_path / "s.beton")
     folder = save(tmp_path / "in", logits_of(0), top_k)
     cache = imported(tmp_path / "in", data, tmp_path / "t", dtype="float32")
-    assert cache.spec.dense
+    assert isinstance(cache.spec.codec, Dense)
     wanted = as_tinyvit_trains(folder, top_k, 60, 10)
     assert (dense_p(cache, 0) - wanted).abs().max() < 1e-3
 
@@ -284,7 +287,7 @@ def test_records_of_a_sure_teacher_are_finite(tmp_path: Path, dtype: ValueType, 
 def test_the_mean_of_all_epochs(tmp_path: Path) -> None:
     data = first_digits(60, tmp_path / "s.beton")
     folders = [save(tmp_path / "in", logits_of(e, scale=1), 4, epoch=e, ranks=2) for e in range(3)]
-    cache = imported(tmp_path / "in", data, tmp_path / "t", dtype="float32", num_averaged_views=True)
+    cache = imported(tmp_path / "in", data, tmp_path / "t", dtype="float32", average=True)
     assert (cache.spec.num_views, cache.spec.num_averaged_views) == (1, 3)
     # The rest is at most what the last named class has, six times.
     each = []
@@ -325,8 +328,8 @@ def test_names_stand_for_samples(tmp_path: Path) -> None:
     by_name = tinyvit.import_cache(
         saved, data, tinyvit.make_cache_spec(saved, data), tmp_path / "u"
     )
-    for name, array in by_index[0].arrays().items():
-        assert np.array_equal(array, by_name[0].arrays()[name])
+    for name, array in by_index[0].columns.items():
+        assert np.array_equal(array, by_name[0].columns[name])
     with pytest.raises(UsageError, match=r"line 1: 'n\d_0\d\d' names no sample of .*: expected an"):
         tinyvit_reader.open_saved(tmp_path / "b", data)
     with pytest.raises(UsageError, match="has 20 samples, and 19 names were given"):
@@ -365,8 +368,8 @@ def test_a_killed_import_is_finished_by_the_same_command(
     cache = tinyvit.import_cache(saved, data, spec, tmp_path / "t", seen.append)
     assert 30 < seen[0] < seen[-1] == 120
     for view in (0, 1):
-        for name, array in whole[view].arrays().items():
-            assert np.array_equal(array, cache[view].arrays()[name])
+        for name, array in whole[view].columns.items():
+            assert np.array_equal(array, cache[view].columns[name])
 
 
 def test_other_files_are_another_teacher(tmp_path: Path) -> None:
@@ -374,7 +377,7 @@ def test_other_files_are_another_teacher(tmp_path: Path) -> None:
     save(tmp_path / "a", logits_of(0, 20), 2)
     save(tmp_path / "b", logits_of(1, 20), 2)
     imported(tmp_path / "a", data, tmp_path / "t")
-    with pytest.raises(CacheMismatch, match=r"teacher: [0-9a-f]{16} here, [0-9a-f]{16} there"):
+    with pytest.raises(CacheMismatch, match=r"teacher_hash: [0-9a-f]{16} here, [0-9a-f]{16} there"):
         imported(tmp_path / "b", data, tmp_path / "t")
 
 
@@ -386,7 +389,7 @@ def test_hundreds_of_files_are_not_open_at_once(tmp_path: Path) -> None:
     saved = tinyvit_reader.open_saved(tmp_path / "in", data)
     assert len(os.listdir("/proc/self/fd")) <= before + 2
     tinyvit.import_cache(
-        saved, data, tinyvit.make_cache_spec(saved, data, num_averaged_views=True), tmp_path / "t"
+        saved, data, tinyvit.make_cache_spec(saved, data, average=True), tmp_path / "t"
     )
     assert len(os.listdir("/proc/self/fd")) <= before + 2
 
@@ -532,10 +535,11 @@ def test_the_commands_from_cache_to_student(
     found = done("export", t, out)
     assert (found["epochs"], found["samples"], found["top_k"]) == (2, 297, 2)
     found = done("import", out, u, *data)
-    assert (found["views"], found["samples"], found["top_k"]) == (2, 297, 2)
+    assert (found["views"], found["samples"]) == (2, 297)
+    assert found["record"] == "top 2 of 10 classes and the tail, float16"
     assert 0 <= found["accuracy"] <= 1
     assert done("import", out, u, *data)["bytes"] == found["bytes"]
-    done("import", out, tmp_path / "mean.zarr", *data, "--average-views", "--dtype", "uint8")
+    done("import", out, tmp_path / "mean.zarr", *data, "--average-epochs", "--dtype", "uint8")
     for cache in (u, tmp_path / "mean.zarr"):
         run = done(
             "train",
@@ -595,9 +599,9 @@ def test_names_come_from_a_file(kdcache: Command, digits_test: Dataset, tmp_path
     save(tmp_path / "in", logits, 2, keys=names)
     (tmp_path / "names").write_text("\n".join(names))
     line = ("import", tmp_path / "in", tmp_path / "t", "--data", digits_test.path)
-    result = kdcache(*line, "--keys-file", tmp_path / "names", "--json")
+    result = kdcache(*line, "--names", tmp_path / "names", "--json")
     assert json.loads(result.out)["accuracy"] == 1
     assert result.err == ""
-    missing = kdcache(*line, "--keys-file", tmp_path / "none")
+    missing = kdcache(*line, "--names", tmp_path / "none")
     assert (missing.code, len(missing.err.splitlines())) == (2, 1)
     assert "cannot read" in missing.err

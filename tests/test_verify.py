@@ -13,7 +13,7 @@ import torch
 
 from kdcache.cache import layout
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import top_k
+from kdcache.cache.codecs import TopK
 from kdcache.cache.records import Records
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.store import FolderStore
@@ -24,7 +24,8 @@ from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER, Result, synthetic_cache
 
 Run = Callable[..., Result]
-SPEC = CacheSpec(3, 41, 6, 2, "float32", "0123456789abcdef", "fedcba9876543210", ViewSpec(8))
+CODEC = TopK(2, "float32")
+SPEC = CacheSpec(3, 41, 6, CODEC, "0123456789abcdef", "fedcba9876543210", ViewSpec(8))
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_samples_are_those_of_the_cache() -> None:
     assert {view: rows.tolist() for view, rows in first.items()} == {
         view: rows.tolist() for view, rows in again.items()
     }
-    other = sample(replace(SPEC, teacher="0" * 16), 20)
+    other = sample(replace(SPEC, teacher_hash="0" * 16), 20)
     assert any(first[view].tolist() != other[view].tolist() for view in first)
 
 
@@ -95,8 +96,8 @@ def test_a_whole_cache_has_no_fault_and_gives_the_records_asked_for(cache: Logit
     for some in picked:
         assert some.rows_B.tolist() == wanted[some.view].tolist()
         for i, row in enumerate(some.rows_B):
-            one = cache[some.view, int(row)].arrays()
-            for name, array in some.records.arrays().items():
+            one = cache[some.view, int(row)].columns
+            for name, array in some.records.columns.items():
                 np.testing.assert_array_equal(array[i], one[name][0])
 
 
@@ -120,8 +121,8 @@ def test_every_fault_is_found_and_the_rest_is_read(cache: LogitCache) -> None:
 def test_a_record_that_no_teacher_gave_is_damage(cache: LogitCache) -> None:
     """Its seal is right: what was written was wrong."""
     records = cache.read_shard(1, 2)
-    assert records.logits is not None
-    cache.write(1, 2, replace(records, logits=records.logits - 1))
+    wrong = {**records.columns, "logits": records.columns["logits"] - 1}
+    cache.write(1, 2, Records(wrong))
     faults, _ = read(cache, {})
     assert kinds(faults) == [(1, 2, "damaged")]
     assert "no largest logit" in faults[0].reason
@@ -296,7 +297,7 @@ def test_an_imported_cache(kdcache: Run, tmp_path: Path) -> None:
     result = kdcache("verify", made.url)
     assert result.code == 1
     assert "run the same `kdcache import` again" in result.out
-    made.write(0, 0, top_k.encode(torch.randn(41, 6), 2, "float32"))
+    made.write(0, 0, CODEC.encode(torch.randn(41, 6)))
     assert kdcache("verify", made.url).code == 0
     assert "not of kdcache's making" in kdcache("inspect", made.url).out
     found = json.loads(kdcache("inspect", made.url, "--sample", 9, "--json").out)

@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike
 from kdcache.batch import Target, TemperedTarget
 from kdcache.cache import layout as layouts
 from kdcache.cache.layout import GROUP, SEALS
-from kdcache.cache.manifest import KEY, Manifest, array_names, num_views_of, read_manifest
+from kdcache.cache.manifest import KEY, Manifest, array_names, read_manifest
 from kdcache.cache.records import Records
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.store import Store, open_store, write_once
@@ -244,19 +244,22 @@ class LogitCache:
         """Make views that were being added part of the cache: `num_stored_views` is then all.
 
         Until this returns, every reader sees the cache as it was. Raises CacheIncomplete where one
-        of the views lacks a shard, StorageError.
+        of the views lacks a shard, StorageConflict where another process adds other views,
+        StorageError.
         """
         if self.num_stored_views >= self.spec.num_views:
             return
         self.require_complete()
-        if self._stored.version < self.manifest.version:  # its digests cover the number of views
-            self._replace_manifest(self._stored.grown(self.num_stored_views))
-        # First the arrays, which a reader of Zarr may find larger than the manifest says.
-        for key in self.manifest.zarr_json.keys() - {GROUP}:
-            held, grown = self.store.read(key), self.manifest.zarr_json[key]
-            if held is not None and num_views_of(held) < self.spec.num_views:
-                self.store.replace(key, held, grown)
-        self._replace_manifest(self.manifest)
+        try:
+            self._replace_manifest(self._stored.growing(self.manifest))
+            for key in self.manifest.zarr_json.keys() - {GROUP}:
+                self.store.replace(key, self._stored.zarr_json[key], self.manifest.zarr_json[key])
+            self._replace_manifest(self.manifest)
+        except StorageConflict:
+            # Of several processes that finish the same views, one may be a step ahead.
+            self._stored = _open(self.store, ANOTHER_PATH).manifest
+            if self.num_stored_views < self.spec.num_views:
+                raise
 
     def _replace_manifest(self, manifest: Manifest) -> None:
         """Raises StorageConflict where another process has changed the manifest meanwhile."""
@@ -399,6 +402,8 @@ def _open(store: Store, remedy: str) -> LogitCache:
     except UsageError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
+        if store.read(GROUP) != text:  # views were added between reading it and the arrays
+            return _open(store, remedy)
         if KEY.encode() not in text:
             raise UsageError(foreign) from None
         line = f"the manifest of {store.url} is damaged ({error}): recreate the cache"

@@ -56,6 +56,13 @@ def key(name: str, view: int, shard: int) -> str:
     return f"{name}/c/{view}/{shard}/0" + ("/0" if name == SEALS else "")
 
 
+def group_json(attributes: dict[str, Any]) -> bytes:
+    """The zarr.json of the group."""
+    store = MemoryStore()
+    zarr.create_group(store, attributes=attributes)
+    return _bytes_of(store)[GROUP]
+
+
 def metadata(spec: CacheSpec, layout: Layout, attributes: dict[str, Any]) -> dict[str, bytes]:
     """The zarr.json of the group, under GROUP, and of each array."""
     store = MemoryStore()
@@ -79,6 +86,14 @@ def metadata(spec: CacheSpec, layout: Layout, attributes: dict[str, Any]) -> dic
         dtype=np.uint8,
         compressors=None,
     )
+    return _bytes_of(store)
+
+
+def resize(zarr_json: dict[str, bytes], num_views: int) -> dict[str, bytes]:
+    """Every zarr.json, of the arrays for so many views; all else that they say stays."""
+    store = _store(zarr_json)
+    for _, array in zarr.open_group(store, mode="r+").arrays():
+        array.resize((num_views, *array.shape[1:]))
     return _bytes_of(store)
 
 

@@ -20,7 +20,7 @@ from kdcache.cache import layout as layouts
 from kdcache.cache.layout import GROUP, Layout
 from kdcache.cache.records import Records
 from kdcache.cache.spec import CACHE_VERSION, CacheSpec
-from kdcache.spec import canonical_json, digest, require_version
+from kdcache.spec import digest, require_version
 
 KEY = "kdcache"
 NO_DIGEST = "0" * 64
@@ -49,14 +49,17 @@ class Manifest:
     def of(spec: CacheSpec, metadata: dict[str, Any], render_digest: str | None) -> Manifest:
         """Of a new cache."""
         layout = Layout.of(spec)
-        return _written(
-            Manifest(CACHE_VERSION, spec.identity, spec, layout, metadata, render_digest, {})
-        )
+        found = Manifest(CACHE_VERSION, spec.identity, spec, layout, metadata, render_digest, {})
+        return _written(found, layouts.metadata(spec, layout, {}))
 
     def grown(self, num_views: int) -> Manifest:
         """The same cache with so many views, as the current version writes it."""
         spec = replace(self.spec, num_views=num_views)
-        return _written(replace(self, version=CACHE_VERSION, spec=spec))
+        return _written(replace(self, spec=spec), layouts.resize(self.zarr_json, num_views))
+
+    def growing(self, grown: Manifest) -> Manifest:
+        """This one while its arrays are being replaced by those of `grown`, one after another."""
+        return _written(self, self.zarr_json, grown.zarr_json)
 
     def encode(self, view: int, start: int, records: Records) -> dict[str, bytes]:
         """The object of each column, for the shard whose first row is `start`."""
@@ -82,10 +85,10 @@ def read_manifest(text: bytes, arrays: Mapping[str, bytes | None]) -> Manifest:
     if hashlib.sha256(text.replace(own, NO_DIGEST.encode())).hexdigest().encode() != own:
         raise ValueError("its digest is not that of its contents")
     zarr_json = {GROUP: text}
-    array_digest = _array_digest if version > 1 else lambda data: hashlib.sha256(data).hexdigest()
     for name, expected in found["arrays"].items():
         key, data = f"{name}/{GROUP}", arrays[name]
-        if data is None or array_digest(data) != expected:
+        known = (expected, found.get("grown_arrays", {}).get(name))
+        if data is None or hashlib.sha256(data).hexdigest() not in known:
             raise ValueError(f"{key} is {'missing' if data is None else 'not what was written'}")
         zarr_json[key] = data
     metadata = found["metadata" if version > 1 else "info"]
@@ -105,36 +108,32 @@ def array_names(text: bytes) -> list[str]:
     return list(json.loads(text)["attributes"][KEY]["arrays"])
 
 
-def num_views_of(text: bytes) -> int:
-    """The number of views in an array's zarr.json."""
-    return int(json.loads(text)["shape"][0])
+def _written(
+    manifest: Manifest, zarr_json: dict[str, bytes], grown: dict[str, bytes] | None = None
+) -> Manifest:
+    """With the group's zarr.json, which holds digests of the arrays', and its own.
 
-
-def _written(manifest: Manifest) -> Manifest:
-    """With every zarr.json. The group's holds digests of the arrays', and its own."""
-    spec, layout = manifest.spec, manifest.layout
-    arrays = layouts.metadata(spec, layout, {})
+    zarr_json   of each array, by its key
+    grown       what will replace these; until it has, either is right
+    """
     attributes = {
         "digest": NO_DIGEST,
         "identity": manifest.identity,
-        "spec": spec.to_json(),
-        "layout": asdict(layout),
-        "arrays": {
-            name.partition("/")[0]: _array_digest(text)
-            for name, text in arrays.items()
-            if name != GROUP
-        },
+        "spec": manifest.spec.to_json(),
+        "layout": asdict(manifest.layout),
+        "arrays": _digests(zarr_json),
         "render_digest": manifest.render_digest,
         "metadata": manifest.metadata,
     }
-    text = layouts.metadata(spec, layout, {KEY: attributes})[GROUP]
+    if grown is not None:
+        attributes["grown_arrays"] = _digests(grown)
+    text = layouts.group_json({KEY: attributes})
     own = hashlib.sha256(text).hexdigest()
     text = text.replace(NO_DIGEST.encode(), own.encode())
-    return replace(manifest, zarr_json={**arrays, GROUP: text})
+    return replace(manifest, version=CACHE_VERSION, zarr_json={**zarr_json, GROUP: text})
 
 
-def _array_digest(text: bytes) -> str:
-    """Of an array's zarr.json, whatever its number of views: growing writes these files first."""
-    found = json.loads(text)
-    found["shape"][0] = 0
-    return hashlib.sha256(canonical_json(found).encode()).hexdigest()
+def _digests(zarr_json: dict[str, bytes]) -> dict[str, str]:
+    """SHA-256 of each array's zarr.json, by the array's name."""
+    arrays = {key.partition("/")[0]: text for key, text in zarr_json.items() if key != GROUP}
+    return {name: hashlib.sha256(text).hexdigest() for name, text in arrays.items()}

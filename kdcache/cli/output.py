@@ -241,6 +241,8 @@ def teacher_and_spec(
         )
     if sampled and (top_k is not None or num_averaged_views):
         raise UsageError("--num-draws goes without --top-k and --average")
+    if temperature != 1 and not sampled:
+        raise UsageError("only draws have a temperature: give --num-draws, or no --temperature")
     model = load_teacher(teachers, dataset, view.size_px, device, precision, unlabeled=unlabeled)
     codec: RecordCodec
     if sampled:
