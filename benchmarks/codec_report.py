@@ -1,4 +1,4 @@
-"""The tables and the pictures of docs/cache-codec.md, made of the result lines of bench_codec."""
+"""The tables and the pictures of docs/record-codecs.md, made of the result lines of bench_codec."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.harness import RESULTS, cell
 
-PAGE = Path(__file__).parent.parent / "docs" / "cache-codec.md"
+PAGE = Path(__file__).parent.parent / "docs" / "record-codecs.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 STYLES = {
     "kdcache, 8 bit": ("C0", "o-"),
@@ -38,7 +38,9 @@ def tables(lines: list[Line]) -> str:
     points = [x for x in lines if "layout" in x]
     parts = [_passport(lines)]
     parts += ["### Bars", _bars([x for x in lines if "tinyvit_bytes" in x], points)]
-    parts += [f"### {title}\n\n![{title}](cache_codec_{kind}.svg)" for kind, title in KINDS.items()]
+    parts += [
+        f"### {title}\n\n![{title}](record_codecs_{kind}.svg)" for kind, title in KINDS.items()
+    ]
     parts += ["### Speed", _speeds([x for x in lines if "p50" in x])]
     parts.append("### Every point")
     for name in dict.fromkeys(x["set"] for x in points):
@@ -124,7 +126,7 @@ def write() -> None:
     PAGE.write_text(page(PAGE.read_text()))
     points = [x for x in saved() if "layout" in x]
     for kind, title in KINDS.items():
-        plot(points, kind, title, PAGE.with_name(f"cache_codec_{kind}.svg"))
+        plot(points, kind, title, PAGE.with_name(f"record_codecs_{kind}.svg"))
 
 
 def plot(points: list[Line], kind: str, title: str, path: Path) -> None:
