@@ -302,13 +302,13 @@ def bench_write(folder: Path, rounds: int) -> list[dict[str, Any]]:
         {
             "precompute: stored": record,
             "precompute: encoded, not stored": lambda: discard(True),
-            "precompute: asked alone": lambda: discard(False),
+            "precompute: teacher only": lambda: discard(False),
         },
         rounds,
     )
     writing = 1 - harness.ratio(samples, "precompute: stored", "precompute: encoded, not stored")
     encoding = 1 - harness.ratio(
-        samples, "precompute: encoded, not stored", "precompute: asked alone"
+        samples, "precompute: encoded, not stored", "precompute: teacher only"
     )
     lines: list[dict[str, Any]] = [{"case": n, **s.quantiles()} for n, s in samples.items()]
     return [

@@ -38,7 +38,9 @@ def tables(lines: list[Line]) -> str:
     points = [x for x in lines if "layout" in x]
     parts = [_passport(lines)]
     parts += ["### Bars", _bars([x for x in lines if "tinyvit_bytes" in x], points)]
-    parts += [f"### {title}\n\n![{title}](record_codecs_{kind}.svg)" for kind, title in KINDS.items()]
+    parts += [
+        f"### {title}\n\n![{title}](record_codecs_{kind}.svg)" for kind, title in KINDS.items()
+    ]
     parts += ["### Speed", _speeds([x for x in lines if "p50" in x])]
     parts.append("### Every point")
     for name in dict.fromkeys(x["set"] for x in points):

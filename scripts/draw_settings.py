@@ -1,4 +1,4 @@
-"""docs/setups.png: python scripts/draw_setups.py
+"""docs/settings.png: python scripts/draw_settings.py
 
 What teacher and student see of one of scikit-learn's photos in each setting.
 """
@@ -15,7 +15,7 @@ from kdcache.cli.plots import draw_setups
 from kdcache.data.convert import convert
 from kdcache.data.sources import Source
 
-OUT = Path(__file__).parents[1] / "docs" / "setups.png"
+OUT = Path(__file__).parents[1] / "docs" / "settings.png"
 SEED = 24  # whose three mixtures all show both photos
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ import PIL.Image
 import pytest
 import torchvision.datasets as tvd
 
-from kdcache.data.sources import fashion_mnist
-from kdcache.data.sources import open_source
+from kdcache.data.sources import fashion_mnist, open_source
 from kdcache.data.sources.fashion_mnist import DEBIAN_FASHION_MNIST, FASHION_CLASSES
 from kdcache.errors import StorageError, UsageError
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import ArrayLike
 
-from kdcache.batch import Batch, Target, dense_target
+from kdcache.batch import Batch, Target
 from kdcache.cache import layout
 from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import ValueType
