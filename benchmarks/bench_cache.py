@@ -47,7 +47,9 @@ from kdcache.data.convert import convert
 from kdcache.data.sources import Source, open_source
 from kdcache.models import load
 from kdcache.teacher import precompute, targets
-from kdcache.training.loop import TrainSpec, train
+from kdcache.training.loop import train
+from kdcache.training.run import TrainingRun
+from kdcache.training.spec import TrainSpec
 from kdcache.views.spec import ViewSpec
 
 CLASSES, K, BATCH = 1000, 10, 256
@@ -246,7 +248,8 @@ def bench_wait(folder: Path, rounds: int) -> list[dict[str, Any]]:
         student = load.load_model("kdcache:small", "student", num_classes=CLASSES, size_px=28)
         clocked = Clocked(targets.CachedTargets(cache, data.content_hash, VIEW))
         start = time.perf_counter()
-        train(TrainSpec("cached", VIEW, 2, BATCH, num_views=2), data, student, clocked)
+        spec = TrainSpec("cached", VIEW, 2, BATCH, num_views=2)
+        train(TrainingRun(spec, data, student, clocked))
         seconds = time.perf_counter() - start
         shares.append((clocked.inner.waited_s / seconds, clocked.seconds / seconds))
     wait, whole = np.median(np.array(shares), 0)

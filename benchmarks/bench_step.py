@@ -38,6 +38,7 @@ from kdcache.models.classifier import Classifier
 from kdcache.teacher import targets
 from kdcache.teacher.precompute import make_cache_spec, precompute
 from kdcache.training.loop import train
+from kdcache.training.run import TrainingRun
 from kdcache.training.spec import Mode, TrainSpec
 
 WAIT_BAR = 3.0  # % of the step, on a GPU
@@ -68,7 +69,7 @@ def training(case: Case, mode: Mode, source: TargetSource) -> Callable[[], int]:
     )
 
     def run() -> int:
-        train(spec, case.data, case.student(), source)
+        train(TrainingRun(spec, case.data, case.student(), source))
         return case.images
 
     return run

@@ -46,7 +46,8 @@ from kdcache.models import load
 from kdcache.models.classifier import Classifier
 from kdcache.teacher.precompute import teacher_logits
 from kdcache.teacher.targets import LabelTargets
-from kdcache.training.loop import Step, train
+from kdcache.training.loop import Progress, train
+from kdcache.training.run import RunOptions, TrainingRun
 from kdcache.training.spec import TrainSpec
 from kdcache.views.spec import ViewSpec
 
@@ -135,11 +136,12 @@ def teach(glyphs: GlyphSet, data: datasets.Dataset) -> Classifier:
         "kdcache:medium", "student", num_classes=classes, size_px=SIZE_PX, device="cpu"
     )
 
-    def show(step: Step) -> None:
-        if step.step % 500 == 0 or step.step == step.steps:
-            print(f"  step {step.step} of {step.steps}: loss {step.loss:.3f}", flush=True)
+    def show(progress: Progress) -> None:
+        if metrics := progress.metrics:
+            print(f"  step {metrics.step} of {metrics.steps}: loss {metrics.loss:.3f}", flush=True)
 
-    train(spec, data, teacher, LabelTargets(classes), workers=1, on_step=show)
+    run = TrainingRun(spec, data, teacher, LabelTargets(classes))
+    train(run, options=RunOptions(log_every=500, workers=1), report=show)
     return teacher.eval().requires_grad_(False)
 
 

@@ -7,6 +7,7 @@
     ├── TapeIncomplete                    run `kdcache precompute` again
     ├── TapeCorrupt                       delete the named part and precompute it again
     ├── CheckpointCorrupt                 remove the named file, and resume from the one before
+    ├── Stopped                           resume the run
     ├── NonFinite                         mend the model or the learning rate
     ├── ProcessLost                       see what another process of the run says
     ├── StorageError (OSError)            free space, or gain the right to write
@@ -46,6 +47,15 @@ class CacheCorrupt(KDCacheError):
 
 class CheckpointCorrupt(KDCacheError):
     """A checkpoint of a run is truncated, damaged or foreign."""
+
+
+class Stopped(KDCacheError):
+    """A signal ended a run before its last step; its checkpoint is saved."""
+
+    def __init__(self, signal: int, step: int) -> None:
+        super().__init__(f"stopped by signal {signal} after step {step:,}; checkpoint saved")
+        self.signal = signal
+        self.step = step
 
 
 class NonFinite(KDCacheError):

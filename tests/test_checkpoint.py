@@ -156,7 +156,7 @@ def test_a_changed_byte_is_found(tmp_path: Path) -> None:
         bytes_ = bytearray(whole)
         bytes_[at] ^= 1 << dice.randrange(8)
         path.write_bytes(bytes_)
-        with pytest.raises(CheckpointCorrupt, match=r"c(:| ).*remove it, and --resume goes on"):
+        with pytest.raises(CheckpointCorrupt, match=r"c(:| ).*remove it; --resume then resumes"):
             checkpoint.load(path)
 
 
@@ -176,7 +176,7 @@ def test_every_truncation_is_found(tmp_path: Path) -> None:
 def test_what_is_no_checkpoint_says_so(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     safetensors.torch.save_file({"x": torch.zeros(2)}, foreign)
-    with pytest.raises(CheckpointCorrupt, match="foreign is no checkpoint of version 1: remove it"):
+    with pytest.raises(CheckpointCorrupt, match="foreign is not a checkpoint of version 1: remove it"):
         checkpoint.load(foreign)
     with pytest.raises(CheckpointCorrupt, match=r"cannot read .*none: .*remove it"):
         checkpoint.load(tmp_path / "none")
@@ -206,7 +206,7 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(
 
 def _with_files_limited(path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
-    words = re.escape(f"cannot write the checkpoint {path}: ") + ".*; earlier ones are still there$"
+    words = re.escape(f"cannot write the checkpoint {path}: ") + ".*; earlier ones are unchanged$"
     with pytest.raises(StorageError, match=words):
         checkpoint.save(path, {"step": 2, "x": torch.zeros(10_000)})
 

@@ -21,8 +21,7 @@ from kdcache.cache.codecs import TopK
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
 from kdcache.errors import CacheCorrupt, CacheIncomplete, KDCacheError, UsageError
-from kdcache.losses import distillation
-from kdcache.training import loop
+from kdcache.losses import loss as losses
 from kdcache.views.spec import ViewSpec
 from tests.conftest import Result
 from tests.processes import Job, contents
@@ -204,13 +203,13 @@ def test_training_stops_before_a_wrong_target_reaches_the_loss(
     job = Job(digits_test.path, tmp_path / "t", tmp_path / "log")
     job.run()
     seen: list[torch.Tensor] = []
-    real = distillation.distillation_loss
+    real = losses.distillation_loss
 
     def watched(logits: torch.Tensor, target: Any, **options: Any) -> torch.Tensor:
         seen.append(target.logits_BK.clone())
         return real(logits, target, **options)
 
-    monkeypatch.setattr(loop, "distillation_loss", watched)
+    monkeypatch.setattr(losses, "distillation_loss", watched)
     line = ["train", "--mode", "cached", "--data", digits_test.path, "--cache", tmp_path / "t"]
     line += ["--student", STUDENT, "--batch-size", 32, "--epochs", 3, "--workers", 1]
     assert kdcache(*line, "--out", tmp_path / "right").code == 0

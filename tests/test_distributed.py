@@ -27,7 +27,7 @@ from kdcache.errors import KDCacheError, PeerFailed, UsageError
 from kdcache.evaluation.evaluate import evaluate
 from kdcache.models import load
 from kdcache.training import checkpoint, distributed, run_folder
-from kdcache.training.distributed import SINGLE_PROCESS, World, is_peer_failure
+from kdcache.training.distributed import SINGLE_PROCESS, ProcessGroup, is_peer_failure
 from kdcache.training.spec import TrainSpec
 from kdcache.views.order import view_order
 from kdcache.views.spec import ViewSpec
@@ -92,8 +92,8 @@ def test_shares_of_a_step_are_its_batch(
     count: int, pairs: int, first: int, batches: int, mixup: bool
 ) -> None:
     size = count * pairs * (2 if mixup else 1)
-    worlds = [World(rank, count) for rank in range(count)]
-    shares = [w.share(range(first, first + batches), size) for w in worlds]
+    groups = [ProcessGroup(rank, count) for rank in range(count)]
+    shares = [g.shard(range(first, first + batches), size) for g in groups]
     for number in range(batches):
         own = size // count
         step = [share[number * own : (number + 1) * own].tolist() for share in shares]
@@ -121,8 +121,8 @@ def test_shares_of_a_step_are_its_batch(
             4,
             34,
             1.0,
-            r"4 processes do not divide a batch of 34 \(17 pairs of images\): a process "
-            "takes an equal share; change --batch-size or their number",
+            r"4 processes do not divide a batch of 34 \(17 pairs of images\): each process "
+            "takes an equal shard; change --batch-size or the number of processes",
         ),
         (
             3,
@@ -137,7 +137,7 @@ def test_shares_of_a_step_are_its_batch(
 def test_shares_that_cannot_be(count: int, batch: int, mixup: float, line: str) -> None:
     spec = TrainSpec("labels", ViewSpec(8, mixup=mixup), batch_size=batch)
     with pytest.raises(UsageError, match=line):
-        World(0, count).require_shares(spec)
+        ProcessGroup(0, count).require_equal_shards(spec)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_shares_that_cannot_be(count: int, batch: int, mixup: float, line: str) 
 )
 def test_shares_that_can_be(count: int, batch: int, mixup: float) -> None:
     spec = TrainSpec("labels", ViewSpec(8, mixup=mixup), batch_size=batch)
-    World(0, count).require_shares(spec)
+    ProcessGroup(0, count).require_equal_shards(spec)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def measure(data: Path, out: Path, rank: int, count: int) -> None:
     judge = load.load_model(
         "python:tests.test_distributed:other_teacher", "teacher", num_classes=10, size_px=8
     )
-    with World(rank, count) as world:
+    with ProcessGroup(rank, count) as group:
         found = evaluate(
             network,
             dataset,
@@ -233,7 +233,7 @@ def measure(data: Path, out: Path, rank: int, count: int) -> None:
             teacher=judge,
             workers=1,
             part=(rank, count),
-            reduce=world.totals,
+            reduce=group.all_reduce_sums,
         )
     (out / f"{count}.{rank}").write_text(json.dumps(asdict(found)))
 
@@ -260,12 +260,14 @@ def test_an_evaluation_is_of_every_sample_once(digits_test: Dataset, tmp_path: P
 
 
 def agree(out: Path, rank: int, count: int) -> None:
-    with World(rank, count) as world:
-        answers = [world.largest_soon(value) for value in ((0, 0, 15, 0, 0), (0, 1, 0, 0, 2))[rank]]
-        told, total = world.told(7 + rank), world.total(torch.tensor([1.0, rank]))
-        least = world.least(torch.tensor([float(rank), 5.0 - rank]))
-        totals = world.totals({"b": torch.ones(2), "a": torch.tensor(float(rank))})
-        world.wait()
+    with ProcessGroup(rank, count) as group:
+        answers = [
+            group.all_reduce_max_async(value) for value in ((0, 0, 15, 0, 0), (0, 1, 0, 0, 2))[rank]
+        ]
+        told, total = group.broadcast(7 + rank), group.all_reduce_sum(torch.tensor([1.0, rank]))
+        least = group.all_reduce_min(torch.tensor([float(rank), 5.0 - rank]))
+        totals = group.all_reduce_sums({"b": torch.ones(2), "a": torch.tensor(float(rank))})
+        group.barrier()
     found = [answers, told, total.tolist(), least.tolist(), totals["a"].item(), list(totals)]
     (out / str(rank)).write_text(json.dumps(found))
 
@@ -277,17 +279,17 @@ def test_what_processes_agree_on(tmp_path: Path) -> None:
 
 
 def test_one_process_asks_nobody() -> None:
-    with World() as world:
-        assert world.largest_soon(15) == 15
-        assert world.told(3) == 3
+    with ProcessGroup() as group:
+        assert group.all_reduce_max_async(15) == 15
+        assert group.broadcast(3) == 3
         one = torch.ones(2)
-        assert world.total(one) is one
-        assert world.least(one) is one
-        world.wait()
+        assert group.all_reduce_sum(one) is one
+        assert group.all_reduce_min(one) is one
+        group.barrier()
         network = nn.Linear(2, 2)
-        assert world.parallel(network) is network
+        assert group.data_parallel(network) is network
     assert not torch_distributed.is_initialized()
-    assert SINGLE_PROCESS.first
+    assert SINGLE_PROCESS.is_main
 
 
 # --- ends ------------------------------------------------------------------------------------
@@ -330,11 +332,11 @@ def test_a_sigterm_to_one_stops_all_at_one_step_and_others_go_on(
     [kept] = run_folder.checkpoints(out)
     step = checkpoint.load(kept)["step"]
     assert 5 <= step < STEPS
-    said = f"kdcache: stopped after step {step}, which is kept; the same command with --resume"
+    said = f"kdcache: stopped after step {step}; checkpoint saved; the same command with --resume"
     assert [text[: len(said)] for text in lines_of(found)] == [said]
     again = ranks.command(then, tmp_path / "io2", *line, "--resume")()
     assert [r.code for r in again] == [0] * then, again[0].err
-    assert lines_of(again) == [f"kdcache: goes on after step {step} of {STEPS}"]
+    assert lines_of(again) == [f"kdcache: resumes after step {step} of {STEPS}"]
     assert_same(out, undisturbed, STEPS)
 
 
@@ -450,7 +452,7 @@ def test_a_folder_that_one_machine_does_not_see(digits_test: Dataset, tmp_path: 
     assert [r.code for r in commands()] == [143, 143]
     found = ranks.Commands(ranks.start(2, elsewhere, tmp_path, words), tmp_path)()
     assert found[1].code == 2, found
-    [said] = [text for text in lines_of(found) if "goes on after" not in text]
+    [said] = [text for text in lines_of(found) if "resumes after" not in text]
     assert "process 1 does not see run/checkpoints/" in said
     assert said.endswith("--out must be on a file system that all machines share")
 
@@ -467,18 +469,18 @@ def test_weights_that_no_step_uses(digits_test: Dataset, tmp_path: Path) -> None
     found = ranks.command(2, tmp_path / "io", *line)()
     assert found[0].code == 2, found
     [said] = set(lines_of(found))  # on a slow machine both say it
-    assert said.startswith("kdcache: the student has weights that a step does not use")
+    assert said.startswith("kdcache: the student has parameters that a step does not use")
 
 
 # --- how processes meet ----------------------------------------------------------------------
 
 
-def test_a_world_that_torchrun_did_not_make(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_group_that_torchrun_did_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     line = "WORLD_SIZE is 2, but torchrun has not started this process .*MASTER_ADDR"
-    with pytest.raises(UsageError, match=line), World(1, 2):
+    with pytest.raises(UsageError, match=line), ProcessGroup(1, 2):
         pass
 
 
@@ -489,7 +491,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         (0, "2 processes on this machine are more than its 0 GPU"),
     ):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
-        with pytest.raises(UsageError, match=line), World(0, 2, "cuda:0"):
+        with pytest.raises(UsageError, match=line), ProcessGroup(0, 2, "cuda:0"):
             pass
 
 
@@ -501,8 +503,11 @@ def test_nobody_to_meet(monkeypatch: pytest.MonkeyPatch, error: type[RuntimeErro
     monkeypatch.setattr(distributed.distributed, "init_process_group", unmet)
     monkeypatch.setenv("MASTER_ADDR", "node0")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    line = "process 1 of 2 has not met the others at node0:29500: the client socket has timed out$"
-    with pytest.raises(KDCacheError, match=line), World(1, 2):
+    line = (
+        "process 1 of 2 could not connect to the other processes at node0:29500: the client "
+        "socket has timed out$"
+    )
+    with pytest.raises(KDCacheError, match=line), ProcessGroup(1, 2):
         pass
 
 
@@ -523,8 +528,8 @@ def test_what_a_process_meets_when_another_has_ended(error: Any, lost: bool) -> 
 def test_a_lost_process_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("init_process_group", "destroy_process_group"):
         monkeypatch.setattr(distributed.distributed, name, lambda *_: None)
-    line = "process 0 of 2 ended because another one did; that one's own message says why"
-    with pytest.raises(PeerFailed, match=line), World(0, 2):
+    line = "process 0 of 2 ended because another process failed; see the message of that process"
+    with pytest.raises(PeerFailed, match=line), ProcessGroup(0, 2):
         raise RuntimeError("gloo: Connection closed by peer")
 
 
@@ -603,7 +608,7 @@ def test_torchrun_hands_a_sigterm_on(digits_test: Dataset, tmp_path: Path) -> No
     _, err = agent.communicate(timeout=60)
     assert agent.returncode == 1  # its own, whatever the processes give
     [kept] = run_folder.checkpoints(out)
-    said = f"kdcache: stopped after step {checkpoint.load(kept)['step']}, which is kept"
+    said = f"kdcache: stopped after step {checkpoint.load(kept)['step']}; checkpoint saved"
     assert [text[: len(said)] for text in err.splitlines() if "kdcache:" in text] == [said]
 
 

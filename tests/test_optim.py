@@ -15,9 +15,9 @@ from torch import nn
 from kdcache.errors import MissingDependency, UsageError
 from kdcache.models.classifier import Classifier
 from kdcache.training import checkpoint
-from kdcache.training.loop import State
 from kdcache.training.optim import learning_rate, make_optimizer, warmup_steps
 from kdcache.training.spec import TrainSpec
+from kdcache.training.state import State
 from kdcache.views.spec import ViewSpec
 
 SPEC = TrainSpec("labels", ViewSpec(8), epochs=1, batch_size=8, lr=0.02, weight_decay=0.1)

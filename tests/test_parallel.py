@@ -237,5 +237,5 @@ def test_ranks_that_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "first")
     assert output.rank() == (0, 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="RANK and WORLD_SIZE must be numbers"):
+    with pytest.raises(UsageError, match="must be a number, not"):
         output.rank()

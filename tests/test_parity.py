@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
-from kdcache.batch import TargetSource
+from kdcache.batch import Batch, Target, TargetSource, TemperedTarget
 from kdcache.data.beton import Dataset
 from kdcache.errors import CacheMismatch
 from kdcache.kernels import ops
-from kdcache.losses.distillation import distillation_loss
+from kdcache.losses.loss import Distillation, Loss
 from kdcache.models import load
 from kdcache.teacher import targets
 from kdcache.teacher.precompute import precompute
 from kdcache.training import checkpoint
-from kdcache.training.loop import State, set_determinism, train
-from kdcache.training.spec import TrainSpec
+from kdcache.training.loop import Progress, iter_batches, open_loader, set_determinism, train
+from kdcache.training.optim import learning_rate
+from kdcache.training.run import RunOptions, TrainingRun
+from kdcache.training.spec import Mode, TrainSpec
+from kdcache.training.state import State
+from kdcache.training.step import train_step
 from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER, cache_spec
 
@@ -28,11 +32,16 @@ VIEWS = 2
 
 
 def weights_after(
-    dataset: Dataset, source: TargetSource, mode: str, temperature: float, losses: list[float]
+    dataset: Dataset,
+    source: TargetSource,
+    mode: Mode,
+    temperature: float,
+    losses: list[float],
+    loss: Loss | None = None,
 ) -> dict[str, torch.Tensor]:
     spec = TrainSpec(
         mode=mode,
-        view=VIEW,
+        view_spec=VIEW,
         epochs=3,
         batch_size=128,
         temperature=temperature,
@@ -44,7 +53,12 @@ def weights_after(
     student = load.load_model(
         "python:tests.conftest:convolutional_student", "student", num_classes=10, size_px=8
     )
-    train(spec, dataset, student, source, workers=1, on_step=lambda s: losses.append(s.loss))
+
+    def report(progress: Progress) -> None:
+        losses.extend([progress.metrics.loss] if progress.metrics else [])
+
+    run = TrainingRun(spec, dataset, student, source, loss)
+    train(run, options=RunOptions(workers=1), report=report)
     return dict(student.network.state_dict())
 
 
@@ -111,22 +125,16 @@ def test_one_may_go_on_with_what_the_other_began(
         name = "python:tests.conftest:convolutional_student"
         return State(spec, load.load_model(name, "student", num_classes=10, size_px=8))
 
-    def play(state: State, source: str, last: int = 99) -> State:
-        def after(state: State) -> None:
-            if state.step == last:
-                raise KeyboardInterrupt
-
-        with contextlib.suppress(KeyboardInterrupt):
-            train(
-                spec,
-                digits,
-                state.student,
-                sources[source],
-                state=state,
-                workers=1,
-                labels=targets.LabelTargets(10),
-                after_step=after,
-            )
+    def play(state: State, source: str, last: int = 22) -> State:
+        run = TrainingRun(spec, digits, state.student, sources[source])
+        loss = run.make_loss()
+        state.student.train()
+        with open_loader(run, workers=1) as loader:
+            for batch in iter_batches(loader, spec, state.step):
+                lr = learning_rate(spec, state.step, 22)
+                train_step(state, state.student, batch, run.targets, loss, lr)
+                if state.step == last:
+                    break
         return state
 
     whole = play(fresh(), "online")
@@ -138,7 +146,7 @@ def test_one_may_go_on_with_what_the_other_began(
     play(state, {"online": "cached", "cached": "online"}[first])
     assert state.step == whole.step == 22
     assert state.student.content_hash() == whole.student.content_hash()
-    averages = [s.average.state_dict()["weights"] for s in (state, whole)]
+    averages = [s.ema.state_dict()["weights"] for s in (state, whole)]
     assert all(map(torch.equal, *averages))
 
 
@@ -154,6 +162,21 @@ def test_the_parity_test_can_fail(digits: Dataset, tmp_path: Path) -> None:
     assert not all(torch.equal(online[name], cached[name]) for name in online)
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """Distillation that notes every loss."""
+
+    losses: list[float]
+    name: ClassVar[str] = "recorded"
+
+    def __call__(
+        self, logits_BC: torch.Tensor, target: Target | TemperedTarget, batch: Batch
+    ) -> torch.Tensor:
+        loss = Distillation(2.0)(logits_BC, target, batch)
+        self.losses.append(loss.item())
+        return loss
+
+
 def test_training_with_the_fused_loss_has_the_curve_of_the_reference(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,15 +186,9 @@ def test_training_with_the_fused_loss_has_the_curve_of_the_reference(
     replay = targets.CachedTargets(cache, digits.content_hash, VIEW)
     curves: dict[bool, list[float]] = {True: [], False: []}
 
-    def recorded(*arguments: object, **options: object) -> torch.Tensor:
-        loss = distillation_loss(*arguments, **options)
-        curves[ops.HAS_NUMBA].append(loss.item())
-        return loss
-
-    monkeypatch.setattr("kdcache.training.loop.distillation_loss", recorded)
     for fused in (True, False):
         monkeypatch.setattr(ops, "HAS_NUMBA", fused)
-        weights_after(digits, replay, "cached", 2.0, [])
+        weights_after(digits, replay, "cached", 2.0, [], Recorded(curves[fused]))
     assert len(curves[True]) == 3 * (len(digits) // 128)
     assert curves[True] == pytest.approx(curves[False], rel=1e-4)
     assert curves[True] != curves[False]

@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 import typer
 
-from kdcache.cache.codecs import top_k
-from kdcache.cache.spec import CacheSpec
+from kdcache.cache.codecs import choose_codec, record_bytes
 from kdcache.cli import app
 from kdcache.cli.output import given_view, top_k_of
 from kdcache.cli.recipes import command_of, duration, table
@@ -27,7 +26,7 @@ from kdcache.data.beton import Dataset
 from kdcache.errors import UsageError
 from kdcache.models.resnet import SIZES
 from kdcache.training import recipes
-from kdcache.training.loop import num_steps
+from kdcache.training.loop import count_steps
 from kdcache.training.optim import learning_rate, warmup_steps
 from kdcache.training.recipes import NAMES, Recipe, cost_of, get_recipe, to_pytorch_weight_decay
 from kdcache.training.spec import TrainSpec
@@ -168,10 +167,8 @@ def test_costs_follow_from_data_and_codec() -> None:
 
 def test_costs_have_the_defaults_of_precompute() -> None:
     assert top_k_of(None, 1000) == recipes.TOP_K
-    assert top_k.effective_top_k(1000, recipes.TOP_K, recipes.DTYPE) == recipes.TOP_K
-    spec = CacheSpec(1, 1, 1000, recipes.TOP_K, recipes.DTYPE, "data", "teacher", ViewSpec(8))
-    layout = pytest.importorskip("kdcache.cache.layout")
-    assert layout.record_bytes(spec) == cost_of(get_recipe("imagenet-r50-fast")).record_bytes
+    codec = choose_codec(1000, recipes.TOP_K, recipes.DTYPE)
+    assert record_bytes(codec, 1000) == cost_of(get_recipe("imagenet-r50-fast")).record_bytes
 
 
 def test_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +263,7 @@ def test_costs_on_other_data(digits: Dataset, kdcache: Run) -> None:
     options = ("--data", digits.path, "--no-measure", "--json")
     found = json.loads(kdcache("recipes", "pet-fast", *options).out)
     assert (found["samples"], found["classes"], found["steps"]) == (1500, 10, 2 * 1000)
-    assert found["steps"] == num_steps(get_recipe("pet-fast").spec, digits)[1]
+    assert found["steps"] == count_steps(get_recipe("pet-fast").spec, len(digits))[1]
 
 
 def test_a_batch_above_the_images_makes_no_steps(

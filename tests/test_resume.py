@@ -1,4 +1,4 @@
-"""Killed at any moment and gone on with, a run ends as one that nothing disturbed, to the bit."""
+"""Killed at any moment and resumed, a run ends exactly as an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ import torch
 from kdcache.cache.cache import LogitCache
 from kdcache.cli import app
 from kdcache.data.beton import Dataset, open_dataset
+from kdcache.errors import Stopped
 from kdcache.models import load as models
 from kdcache.teacher import targets
 from kdcache.teacher.precompute import precompute
-from kdcache.training import checkpoint, run_folder, session
-from kdcache.training.keeper import Schedule, Stopped
-from kdcache.training.loop import State, set_determinism, train
-from kdcache.training.session import TrainingRun
+from kdcache.training import checkpoint, loop, run_folder
+from kdcache.training.distributed import SINGLE_PROCESS
+from kdcache.training.loop import Progress, iter_batches, open_loader, set_determinism, train
+from kdcache.training.run import RunOptions, TrainingRun
 from kdcache.training.spec import TrainSpec
+from kdcache.training.state import State
+from kdcache.training.step import train_step
 from kdcache.views.spec import ViewSpec
 from tests import processes
 from tests.conftest import TEACHER, Result, cache_spec
@@ -41,12 +44,12 @@ STUDENT = "python:tests.conftest:convolutional_student"  # with batch norm and d
 VIEW = ViewSpec(8, min_scale=0.4, seed=5)
 SPEC = TrainSpec("cached", VIEW, epochs=3, batch_size=64, num_views=2, deterministic=True, seed=3)
 STEPS = 12
-SCHEDULE = Schedule(checkpoint_every=3, eval_every=5)
+OPTIONS = RunOptions(resume=True, checkpoint_every=3, eval_every=5, log_every=2, workers=1)
 VARIANTS: dict[str, dict[str, Any]] = {
-    "adamw cached": {"ema": 0.9},
+    "adamw cached": {"ema_decay": 0.9},
     "adamw online": {"mode": "online", "label_weight": 0.3},
     "sgd online float16": {"mode": "online", "optimizer": "sgd", "precision": "float16"},
-    "soap labels": {"mode": "labels", "optimizer": "soap", "ema": 0.99, "views": None},
+    "soap labels": {"mode": "labels", "optimizer": "soap", "ema_decay": 0.99, "num_views": None},
     "adamw bfloat16": {"precision": "bfloat16", "temperature": 2.0},
 }
 
@@ -64,18 +67,17 @@ def cache(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
-def job(dataset: Dataset, cache: Path, spec: TrainSpec, val: bool = True) -> TrainingRun:
+def make_run(dataset: Dataset, cache: Path, spec: TrainSpec, val: bool = True) -> TrainingRun:
     set_determinism(spec)
     student = models.load_model(STUDENT, "student", num_classes=10, size_px=8)
     teacher = models.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
-    labels = targets.LabelTargets(10)
-    source: Any = labels
+    source: Any = targets.LabelTargets(10)
     if spec.mode == "online":
         source = targets.OnlineTargets(teacher)
     if spec.mode == "cached":
         source = targets.CachedTargets(LogitCache.open(cache), dataset.content_hash, spec.view_spec)
     return TrainingRun(
-        spec, dataset, student, source, labels=labels, val=dataset if val else None, judge=teacher
+        spec, dataset, student, source, val=dataset if val else None, reference_teacher=teacher
     )
 
 
@@ -86,15 +88,27 @@ Go = Callable[..., dict[str, Any]]
 def go(digits_test: Dataset, cache: Path) -> Go:
     """Run a spec in a folder, from its last checkpoint if there is one."""
 
-    def run(out: Path, spec: TrainSpec = SPEC, **options: Any) -> dict[str, Any]:
-        options = {"schedule": SCHEDULE, "log_every": 2, "resume": True, "workers": 1, **options}
-        return session.run(job(digits_test, cache, spec), out, **options)
+    def run(
+        out: Path,
+        spec: TrainSpec = SPEC,
+        *,
+        stop: Callable[[], int] = lambda: 0,
+        report: Callable[[Progress], None] = lambda progress: None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        return train(
+            make_run(digits_test, cache, spec),
+            out,
+            options=replace(OPTIONS, **options),
+            stop=stop,
+            report=report,
+        )
 
     return run
 
 
 def dies(after: int) -> Callable[[], int]:
-    """For `signal`, which is asked once after each step, before anything is saved."""
+    """For `stop`, which is called once after each step, before anything is saved."""
     asked = iter(range(1, 10_000))
 
     def ask() -> int:
@@ -128,8 +142,8 @@ def test_a_run_that_dies_again_and_again_ends_the_same(go: Go, tmp_path: Path, n
     go(tmp_path / "whole", spec)
     for _ in range(2):
         with pytest.raises(Killed):
-            go(tmp_path / "cut", spec, signal=dies(4))
-    assert go(tmp_path / "cut", spec)["evaluation"]["samples"] == 297
+            go(tmp_path / "cut", spec, stop=dies(4))
+    assert go(tmp_path / "cut", spec)["evaluation"]["num_samples"] == 297
     whole = outcome(tmp_path / "whole")
     assert outcome(tmp_path / "cut") == whole
     assert set(whole) == {
@@ -146,13 +160,7 @@ def test_a_run_that_dies_again_and_again_ends_the_same(go: Go, tmp_path: Path, n
 def whole(digits_test: Dataset, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What a run that nothing disturbed leaves."""
     out = tmp_path_factory.mktemp("whole") / "r"
-    session.run(
-        job(digits_test, cache, replace(SPEC, ema_decay=0.9)),
-        out,
-        schedule=SCHEDULE,
-        log_every=2,
-        workers=1,
-    )
+    train(make_run(digits_test, cache, replace(SPEC, ema_decay=0.9)), out, options=OPTIONS)
     return outcome(out)
 
 
@@ -162,11 +170,11 @@ def test_a_run_that_dies_after_any_step_ends_the_same(
 ) -> None:
     spec = replace(SPEC, ema_decay=0.9)
     with pytest.raises(Killed):
-        go(tmp_path / "r", spec, signal=dies(step))
-    started: list[tuple[int, int]] = []
-    go(tmp_path / "r", spec, on_start=lambda *args: started.append(args))
-    kept = max(s for s in (0, 3, 5, 6, 9, 10) if s < step)
-    assert started == [(kept, STEPS)]
+        go(tmp_path / "r", spec, stop=dies(step))
+    reports: list[Progress] = []
+    go(tmp_path / "r", spec, report=reports.append)
+    saved = max(s for s in (0, 3, 5, 6, 9, 10) if s < step)
+    assert reports[0] == Progress(saved, STEPS)
     assert outcome(tmp_path / "r") == whole
 
 
@@ -177,27 +185,18 @@ def test_a_state_comes_back_whole(
     """What no later step may show is there too: the loss scale, sums for the log."""
     spec = replace(SPEC, **VARIANTS[name])
 
-    def after(state: State) -> None:
-        if state.step == 7:
-            raise Killed
-
-    this = job(digits_test, cache, spec)
-    state = State(spec, this.student)
-    with pytest.raises(Killed):
-        train(
-            spec,
-            digits_test,
-            this.student,
-            this.targets,
-            labels=this.labels,
-            state=state,
-            after_step=after,
-            log_every=5,
-        )
+    this = make_run(digits_test, cache, spec)
+    state, loss = State(spec, this.student), this.make_loss()
+    with open_loader(this, workers=1) as loader:
+        batches = iter_batches(loader, spec)
+        for step in range(1, 8):
+            train_step(state, this.student, next(batches), this.targets, loss, spec.lr)
+            if step == 5:
+                state.meter.pop_means(SINGLE_PROCESS)
     if spec.precision == "float16":
         state.scaler.update(123.0)
     checkpoint.save(tmp_path / "c", state.state_dict())
-    again = State(spec, job(digits_test, cache, spec).student)
+    again = State(spec, make_run(digits_test, cache, spec).student)
     assert not same(again.state_dict(), checkpoint.load(tmp_path / "c"))
     again.load_state_dict(checkpoint.load(tmp_path / "c"))
     checkpoint.save(tmp_path / "d", again.state_dict())
@@ -230,8 +229,16 @@ def test_how_often_to_log_and_to_keep_is_no_part_of_a_run(
 ) -> None:
     spec = replace(SPEC, ema_decay=0.9)
     with pytest.raises(Killed):
-        go(tmp_path / "r", spec, signal=dies(8), log_every=5, keep=1, schedule=Schedule(7))
-    go(tmp_path / "r", spec, log_every=1, schedule=Schedule(), workers=2)
+        go(
+            tmp_path / "r",
+            spec,
+            stop=dies(8),
+            log_every=5,
+            max_checkpoints=1,
+            checkpoint_every=7,
+            eval_every=None,
+        )
+    go(tmp_path / "r", spec, log_every=1, checkpoint_every=None, eval_every=None, workers=2)
     assert outcome(tmp_path / "r")["student.safetensors"] == whole["student.safetensors"]
 
 
@@ -248,7 +255,7 @@ def test_this_comparison_can_fail(
 
     spec = replace(SPEC, ema_decay=0.9)
     with pytest.raises(Killed):
-        go(tmp_path / "r", spec, signal=dies(8))
+        go(tmp_path / "r", spec, stop=dies(8))
     monkeypatch.setattr(checkpoint, "load", lossy)
     go(tmp_path / "r", spec)
     assert outcome(tmp_path / "r")["student.safetensors"] != whole["student.safetensors"]
@@ -264,11 +271,11 @@ def test_a_run_that_dies_after_its_last_step_ends_the_same(
     spec = replace(SPEC, ema_decay=0.9)
     with monkeypatch.context() as patch:
         if time == "before the evaluation":
-            patch.setattr(session, "_evaluated", die)
-            schedule = replace(SCHEDULE, eval_every=None)
+            patch.setattr(loop, "_evaluate", die)
+            options = {"eval_every": None}
         else:
-            schedule = SCHEDULE
-            write = run_folder._write
+            options = {}
+            write = run_folder._write_json
 
             def write_or_die(path: Path, record: dict[str, Any]) -> None:
                 if path == tmp_path / "r" / "run.json":
@@ -278,9 +285,9 @@ def test_a_run_that_dies_after_its_last_step_ends_the_same(
             if time == "before weights":
                 patch.setattr(run_folder.RunFolder, "finish", die)
             else:
-                patch.setattr(run_folder, "_write", write_or_die)
+                patch.setattr(run_folder, "_write_json", write_or_die)
         with pytest.raises(Killed):
-            go(tmp_path / "r", spec, schedule=schedule)
+            go(tmp_path / "r", spec, **options)
     go(tmp_path / "r", spec)
     found = outcome(tmp_path / "r")
     assert {key: found[key] for key in ("student.safetensors", "run.json")} == {
@@ -296,9 +303,9 @@ def test_a_run_that_dies_while_it_evaluates_ends_the_same(
 ) -> None:
     calls = iter(range(1, 100))
     module, name = {
-        "model": (session, "_evaluated"),
-        "weights": (models, "save_weights"),
-        "run.json": (run_folder, "_write"),
+        "model": (loop, "_evaluate"),
+        "weights": (run_folder, "save_weights"),
+        "run.json": (run_folder, "_write_json"),
     }[place]
     real = getattr(module, name)
 
@@ -321,7 +328,7 @@ def test_a_signal_keeps_the_step_before_its_evaluation(go: Go, whole: Any, tmp_p
     for step in (5, 7):
         asked = iter([0] * (step - (5 if step > 5 else 0) - 1) + [signal.SIGTERM])
         with pytest.raises(Stopped, match=f"stopped by signal 15 after step {step}"):
-            go(tmp_path / "r", spec, signal=lambda asked=asked: next(asked))
+            go(tmp_path / "r", spec, stop=lambda asked=asked: next(asked))
         assert max(int(p.stem) for p in run_folder.checkpoints(tmp_path / "r")) == step
     go(tmp_path / "r", spec)
     assert outcome(tmp_path / "r") == whole
@@ -329,14 +336,14 @@ def test_a_signal_keeps_the_step_before_its_evaluation(go: Go, whole: Any, tmp_p
 
 def test_a_signal_at_the_last_step_lets_the_run_end(go: Go, whole: Any, tmp_path: Path) -> None:
     asked = iter([0] * (STEPS - 1) + [signal.SIGTERM])
-    go(tmp_path / "r", replace(SPEC, ema_decay=0.9), signal=lambda: next(asked))
+    go(tmp_path / "r", replace(SPEC, ema_decay=0.9), stop=lambda: next(asked))
     assert outcome(tmp_path / "r") == whole
 
 
 def test_a_finished_run_is_read_and_not_touched(go: Go, tmp_path: Path) -> None:
     record = go(tmp_path / "r")
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "r").rglob("*")}
-    assert go(tmp_path / "r", signal=dies(1)) == json.loads(json.dumps(record))
+    assert go(tmp_path / "r", stop=dies(1)) == json.loads(json.dumps(record))
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "r").rglob("*")} == before
 
 
@@ -345,10 +352,10 @@ def test_a_finished_run_is_read_and_not_touched(go: Go, tmp_path: Path) -> None:
 
 def _life(out: Path, data: Path, cache: Path, prepare: Callable[..., None], *args: Any) -> None:
     """A life of a run, in a process that may be killed."""
-    this = job(open_dataset(data), cache, replace(SPEC, ema_decay=0.9))
+    this = make_run(open_dataset(data), cache, replace(SPEC, ema_decay=0.9))
     os.fsync = lambda descriptor: None  # type: ignore[assignment]
     prepare(out, *args)
-    session.run(this, out, schedule=SCHEDULE, log_every=2, resume=True, workers=1)
+    train(this, out, options=OPTIONS)
 
 
 def _undisturbed(out: Path) -> None:
@@ -520,19 +527,19 @@ def test_a_signal_keeps_the_step_and_exits_as_schedulers_expect(
         os.kill(wait.process.pid, number)
         result: Result = wait()
     step = max(int(p.stem) for p in run_folder.checkpoints(tmp_path / "r"))
-    said = f"kdcache: stopped after step {step}, which is kept; the same command with --resume"
+    said = f"kdcache: stopped after step {step}; checkpoint saved; the same command with --resume"
     assert (result.code, result.out) == (code, "")
-    assert without_wrap(result.err) == f"{said} goes on from there\n"
+    assert without_wrap(result.err) == f"{said} resumes from there\n"
     again = processes.command(tmp_path, *words)()
     assert again.code == 2
-    assert "give --resume to go on with the run in it" in again.err
+    assert "give --resume to resume the run in it" in again.err
     last = processes.command(tmp_path, *words, "--resume")()
     assert last.code == 0
-    assert without_wrap(last.err) == f"kdcache: goes on after step {step} of 96\n"
+    assert without_wrap(last.err) == f"kdcache: resumes after step {step} of 96\n"
     assert outcome(tmp_path / "r") == commanded("cached")
     more = processes.command(tmp_path, *words, "--resume")()
     assert (more.code, more.out) == (0, last.out)
-    said = f"kdcache: {tmp_path / 'r'} was finished: there was nothing to go on with\n"
+    said = f"kdcache: {tmp_path / 'r'} is a finished run: nothing to resume\n"
     assert without_wrap(more.err) == said
 
 
@@ -578,7 +585,7 @@ def test_a_real_command_in_a_shell(digits_test: Dataset, cache: Path, tmp_path: 
             assert "Traceback" not in said
             codes.append(run.returncode)
     assert codes == [143, -9, 0]
-    assert models.read_run_json(tmp_path / "r")["epochs"] == 100
+    assert models.read_run_json(tmp_path / "r")["spec"]["epochs"] == 100
 
 
 def slow_teacher(num_classes: int) -> torch.nn.Module:
@@ -625,7 +632,7 @@ def _read_only(folder: Path, words: list[object]) -> None:
     for name, wanted in (
         ("begun", (2, rf"cannot write {folder}/begun")),
         ("new", (2, rf"cannot write {folder}/new")),
-        ("finished", (0, "finished was finished: there was nothing to go on with")),
+        ("finished", (0, "finished is a finished run: nothing to resume")),
     ):
         code, said = _main(*words, "--out", folder / name)
         assert code == wanted[0], said
@@ -672,7 +679,7 @@ def _on_a_full_disk(disk: Path, words: list[object], kib: int) -> None:
     processes.mount("-o", "remount,size=4m", disk)
     code, said = _main(*words, "--out", disk / "r")
     assert code == 0, said
-    assert ("goes on after" in said) == bool(kept), said
+    assert ("resumes after" in said) == bool(kept), said
     shutil.copytree(disk / "r", disk.parent / "copy")
 
 

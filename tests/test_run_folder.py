@@ -20,15 +20,17 @@ from kdcache.errors import CheckpointCorrupt, MissingDependency, StorageError, U
 from kdcache.evaluation.evaluate import evaluate
 from kdcache.models import load
 from kdcache.models.classifier import Classifier
+from kdcache.spec import differences
 from kdcache.training import checkpoint, run_folder
+from kdcache.training.identity import RunIdentity
 from kdcache.training.loop import set_determinism
-from kdcache.training.run_folder import RunFolder, identity, make_run_json
+from kdcache.training.run_folder import RunFolder, make_run_json
 from kdcache.training.spec import TrainSpec
 from kdcache.views.spec import ViewSpec
 
 STUDENT = "python:tests.conftest:convolutional_student"
 SPEC = TrainSpec("labels", ViewSpec(8), epochs=1, batch_size=8)
-IDENTITY = {"lr": 0.1, "view": {"seed": 0, "size_px": 8}, "student": "s", "cache": None}
+IDENTITY = RunIdentity(SPEC, "s", "w" * 16, "d" * 16)
 
 
 def student() -> Classifier:
@@ -51,7 +53,7 @@ def names(folder: Path) -> set[str]:
 def finished(digits_test: Dataset, tmp_path: Path) -> tuple[Classifier, Path]:
     made, out = student(), tmp_path / "runs" / "a"
     result = evaluate(made, digits_test, size_px=8)
-    with RunFolder(out, identity(SPEC, digits_test, made)) as run:
+    with RunFolder(out, RunIdentity.of(SPEC, digits_test, made)) as run:
         run.log({"step": 1})
         run.save(state(1))
         record = make_run_json(SPEC, digits_test, made, result, teacher="someone", seconds=1.5)
@@ -64,15 +66,15 @@ def test_a_run_says_how_it_was_made(
 ) -> None:
     made, folder = finished
     record = json.loads((folder / "run.json").read_text())
-    assert {key: record[key] for key in SPEC.to_json()} == SPEC.to_json()
+    assert record["spec"] == SPEC.to_json()
     assert record["student"] == STUDENT
-    assert record["classes"] == 10
+    assert record["num_classes"] == 10
     assert record["class_names"] == list(digits_test.class_names)
-    assert (record["data"], record["samples"]) == (digits_test.content_hash, 297)
+    assert (record["data"], record["num_samples"]) == (digits_test.content_hash, 297)
     assert record["weights"] == made.content_hash()
     assert (record["teacher"], record["seconds"]) == ("someone", 1.5)
     assert (record["kdcache"], record["torch"]) == (kdcache.__version__, torch.__version__)
-    assert record["evaluation"]["samples"] == 297
+    assert record["evaluation"]["num_samples"] == 297
     assert (folder / "log.jsonl").read_text() == '{"step": 1}\n'
     assert names(folder) == {"run.json", "log.jsonl", "spec.json", "student.safetensors"}
     assert not (folder / "checkpoints").exists()
@@ -80,18 +82,19 @@ def test_a_run_says_how_it_was_made(
 
 def test_a_spec_says_all_that_decides_a_run(digits_test: Dataset, tmp_path: Path) -> None:
     made = student()
-    this = identity(SPEC, digits_test, made, cache="t" * 16, teacher="u" * 16)
+    this = RunIdentity.of(SPEC, digits_test, made, cache="t" * 16, teacher="u" * 16)
     with RunFolder(tmp_path / "r", this) as run:
         run.log({"step": 1})
     said = json.loads((tmp_path / "r" / "spec.json").read_text())
-    assert said == this
+    assert RunIdentity.from_json(said) == this
     assert said == {
-        **SPEC.to_json(),
+        "spec": SPEC.to_json(),
         "student": STUDENT,
-        "first_weights": made.content_hash(),
+        "initial_weights": made.content_hash(),
         "data": digits_test.content_hash,
         "cache": "t" * 16,
         "teacher": "u" * 16,
+        "loss": None,
     }
 
 
@@ -127,7 +130,7 @@ def test_the_best_weights_are_a_run_of_their_own(digits_test: Dataset, tmp_path:
     with RunFolder(tmp_path / "r", IDENTITY) as run:
         run.log({"step": 1})
         for _ in range(2):
-            run.keep_best(make_run_json(SPEC, digits_test, made, None), made)
+            run.save_best(make_run_json(SPEC, digits_test, made, None), made)
     best = load.load_model(str(tmp_path / "r" / "best"), "teacher", num_classes=10, size_px=8)
     assert best.content_hash() == made.content_hash()
     assert names(tmp_path / "r" / "best") == {"run.json", "student.safetensors"}
@@ -163,21 +166,16 @@ def test_tensorboard_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # --- checkpoints -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("keep", "kept"), [(1, [40]), (2, [30, 40]), (9, [9, 10, 30, 40])])
-def test_the_last_checkpoints_are_kept(tmp_path: Path, keep: int, kept: list[int]) -> None:
-    with RunFolder(tmp_path / "r", IDENTITY, keep=keep) as run:
+@pytest.mark.parametrize(("count", "saved"), [(1, [40]), (2, [30, 40]), (9, [9, 10, 30, 40])])
+def test_the_last_checkpoints_are_kept(tmp_path: Path, count: int, saved: list[int]) -> None:
+    with RunFolder(tmp_path / "r", IDENTITY, max_checkpoints=count) as run:
         for step in (9, 10, 30, 40):
             run.save(state(step))
-    assert [int(p.stem) for p in run_folder.checkpoints(tmp_path / "r")] == kept
+    assert [int(p.stem) for p in run_folder.checkpoints(tmp_path / "r")] == saved
     with RunFolder(tmp_path / "r", IDENTITY, resume=True) as run:
         assert run.resumed is not None
         assert run.resumed["step"] == 40
         assert run.resumed["x"].tolist() == [40] * 3
-
-
-def test_none_is_too_few(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="keep must be at least 1 checkpoint, not 0"):
-        RunFolder(tmp_path / "r", IDENTITY, keep=0)
 
 
 def test_the_log_is_cut_to_what_came_before_the_checkpoint(tmp_path: Path) -> None:
@@ -206,7 +204,7 @@ def test_what_a_kill_left_is_swept_away(digits_test: Dataset, tmp_path: Path) ->
     made = student()
     with RunFolder(tmp_path / "r", IDENTITY) as run:
         run.save(state(1))
-        run.keep_best(make_run_json(SPEC, digits_test, made, None), made)
+        run.save_best(make_run_json(SPEC, digits_test, made, None), made)
     before = names(tmp_path / "r")
     for name in (
         "checkpoints/0000000002.safetensors.partial",
@@ -227,7 +225,7 @@ def test_checkpoints_that_outlived_their_run_are_removed(
     made, folder = finished
     before = names(folder)
     checkpoint.save(run_folder.checkpoint_path(folder, 1), state(1))
-    with RunFolder(folder, identity(SPEC, digits_test, made), resume=True) as run:
+    with RunFolder(folder, RunIdentity.of(SPEC, digits_test, made), resume=True) as run:
         assert run.finished
     assert names(folder) == before
 
@@ -245,7 +243,7 @@ def test_a_run_refuses_a_path_that_exists(tmp_path: Path, make: Any) -> None:
 def test_a_run_that_was_begun_is_gone_on_with_only_if_asked_to(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "r", IDENTITY) as run:
         run.log({"step": 1})
-    words = r"r exists; .*, or remove it, or give --resume to go on with the run in it$"
+    words = r"r exists; .*, or remove it, or give --resume to resume the run in it$"
     with pytest.raises(UsageError, match=words):
         RunFolder(tmp_path / "r", IDENTITY)
 
@@ -263,7 +261,7 @@ def test_resume_begins_where_nothing_was_begun(tmp_path: Path, left: str | None)
 
 def test_resume_does_not_touch_what_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "thesis").write_text("mine")
-    with pytest.raises(UsageError, match=r"holds no run to go on with \(no spec.json\)"):
+    with pytest.raises(UsageError, match=r"holds no run to resume \(no spec.json\)"):
         RunFolder(tmp_path, IDENTITY, resume=True)
     with pytest.raises(UsageError, match="thesis exists; choose another --out, or remove it"):
         RunFolder(tmp_path / "thesis", IDENTITY, resume=True)
@@ -271,22 +269,25 @@ def test_resume_does_not_touch_what_is_no_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("spec", "change", "words"),
     [
-        ({"lr": 0.2}, r"another run \(lr: 0.2 here, 0.1 there\): give the options that it was"),
-        ({"lr": 0.1000000001}, r"another run \(lr: 0.1000000001 here, 0.1 there\)"),
-        ({"cache": "abc"}, r"\(cache: abc here, None there\)"),
-        ({"view": {"seed": 1, "size_px": 8}}, r"\(view.seed: 1 here, 0 there\)"),
-        ({"view": None}, r"\(view: None here, \{'seed': 0, 'size_px': 8\} there\)"),
-        ({"lr": 1.0, "student": "t"}, r"\(lr: 1 here, 0.1 there; student: t here, s there\)"),
-        ({"new": 3}, r"\(new: 3 here, None there\)"),
+        (
+            {"lr": 0.2},
+            {},
+            r"different run \(lr: 0.2 here, 0.1 there\): give the options that it was",
+        ),
+        ({"lr": 0.1000000001}, {}, r"different run \(lr: 0.1000000001 here, 0.1 there\)"),
+        ({}, {"cache": "abc"}, r"\(cache: abc here, None there\)"),
+        ({"view_spec": ViewSpec(8, seed=1)}, {}, r"\(seed: 1 here, 0 there\)"),
+        ({"lr": 1.0}, {"student": "t"}, r"\(lr: 1 here, 0.1 there; student: t here, s there\)"),
     ],
 )
 def test_another_run_is_refused_by_its_differences(
-    tmp_path: Path, change: dict[str, Any], words: str
+    tmp_path: Path, spec: dict[str, Any], change: dict[str, Any], words: str
 ) -> None:
-    other = {**IDENTITY, **change}
-    with RunFolder(tmp_path / "r", IDENTITY) as run:
+    this = replace(IDENTITY, spec=replace(SPEC, lr=0.1))
+    other = replace(this, spec=replace(this.spec, **spec), **change)
+    with RunFolder(tmp_path / "r", this) as run:
         run.save(state(3))
     with pytest.raises(UsageError, match=words):
         RunFolder(tmp_path / "r", other, resume=True)
@@ -295,25 +296,27 @@ def test_another_run_is_refused_by_its_differences(
         run.log({"step": 1})
     os.renames(tmp_path / "r" / "checkpoints", tmp_path / "s" / "checkpoints")
     at = words[words.index("(") - 1 : words.index(")") + 1]
-    with pytest.raises(UsageError, match=rf"0000000003.* is a checkpoint of another run {at}: rem"):
+    with pytest.raises(
+        UsageError, match=rf"0000000003.* is a checkpoint of a different run {at}: rem"
+    ):
         RunFolder(tmp_path / "s", other, resume=True)
 
 
 def test_each_thing_that_decides_a_run_is_part_of_it(digits_test: Dataset, digits: Dataset) -> None:
     made = student()
-    this = identity(SPEC, digits_test, made, cache="t", teacher="u")
+    this = RunIdentity.of(SPEC, digits_test, made, cache="t", teacher="u")
     other = student()
     with torch.no_grad():
         next(other.parameters())[0] += 1
     for changed in (
-        identity(replace(SPEC, seed=1), digits_test, made, cache="t", teacher="u"),
-        identity(SPEC, digits, made, cache="t", teacher="u"),
-        identity(SPEC, digits_test, other, cache="t", teacher="u"),
-        identity(SPEC, digits_test, made, cache="v", teacher="u"),
-        identity(SPEC, digits_test, made, cache="t", teacher="v"),
+        RunIdentity.of(replace(SPEC, seed=1), digits_test, made, cache="t", teacher="u"),
+        RunIdentity.of(SPEC, digits, made, cache="t", teacher="u"),
+        RunIdentity.of(SPEC, digits_test, other, cache="t", teacher="u"),
+        RunIdentity.of(SPEC, digits_test, made, cache="v", teacher="u"),
+        RunIdentity.of(SPEC, digits_test, made, cache="t", teacher="v"),
     ):
-        assert sum(this[key] != changed[key] for key in this) == 1
-    assert identity(SPEC, digits_test, student(), cache="t", teacher="u") == this
+        assert len(differences(this, changed)) == 1
+    assert RunIdentity.of(SPEC, digits_test, student(), cache="t", teacher="u") == this
 
 
 @pytest.mark.parametrize("text", ["", "{", "\x00", "[]", "null"])
@@ -357,7 +360,7 @@ def test_a_checkpoint_that_is_not_what_was_written(
         run.save(state(6))
     newest = run_folder.checkpoints(tmp_path / "r")[-1]
     damage(newest)
-    words = "0000000006.safetensors.* remove it, and --resume goes on from the checkpoint before"
+    words = "0000000006.safetensors.* remove it; --resume then resumes from the checkpoint before"
     with pytest.raises(CheckpointCorrupt, match=words):
         RunFolder(tmp_path / "r", IDENTITY, resume=True)
     newest.rmdir() if newest.is_dir() else newest.unlink()

@@ -11,7 +11,7 @@ from torch import nn
 
 from kdcache.errors import UsageError
 from kdcache.training import sync_batchnorm
-from kdcache.training.distributed import World
+from kdcache.training.distributed import ProcessGroup
 from kdcache.training.sync_batchnorm import SyncedBatchNorm, synchronize
 from tests import ranks
 
@@ -83,7 +83,7 @@ def steps(case: str, rank: int = 0, count: int = 1) -> dict[str, torch.Tensor]:
 
 
 def share(folder: Path, rank: int, count: int) -> None:
-    with World(rank, count):
+    with ProcessGroup(rank, count):
         torch.save({case: steps(case, rank, count) for case in CASES}, folder / str(rank))
 
 

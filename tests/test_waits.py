@@ -17,13 +17,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from kdcache.batch import Batch, Target, TargetSource, TemperedTarget
+from kdcache.cache.codecs import Dense
 from kdcache.data.beton import Dataset
 from kdcache.kernels import ops
 from kdcache.models import load
 from kdcache.models.classifier import Classifier
 from kdcache.teacher.precompute import precompute
 from kdcache.teacher.targets import CachedTargets, LabelTargets, OnlineTargets
-from kdcache.training.loop import train
+from kdcache.training.loop import Progress, train
+from kdcache.training.run import RunOptions, TrainingRun
 from kdcache.training.spec import TrainSpec
 from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER, cache_spec
@@ -90,10 +92,10 @@ def source(request: pytest.FixtureRequest, digits_test: Dataset, tmp_path: Path)
     kept = {
         "dense": {"top_k": None, "dtype": "float32"},
         "top 1": {"top_k": 1, "dtype": "float16"},
-        "draws": {"top_k": 1, "dtype": "float16", "draws": 5},
+        "draws": {"num_draws": 5},
     }[request.param]
     spec = cache_spec(digits_test, teacher, VIEW, num_views=2, **kept)
-    assert spec.dense == (request.param == "dense")
+    assert isinstance(spec.codec, Dense) == (request.param == "dense")
     cache = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=64)
     return OnTheHost(CachedTargets(cache, digits_test.content_hash, VIEW))
 
@@ -107,20 +109,13 @@ def waits(
     learner = student()
     with Waits() as all_waits:
 
-        def after(state: object) -> None:
-            found.append(all_waits.found)
+        def report(progress: Progress) -> None:
+            if progress.step:
+                found.append(all_waits.found)
             all_waits.found = []
 
-        train(
-            spec,
-            dataset,
-            learner,
-            source,
-            labels=LabelTargets(10),
-            workers=1,
-            log_every=log_every,
-            after_step=after,
-        )
+        run = TrainingRun(spec, dataset, learner, source)
+        train(run, options=RunOptions(log_every=log_every, workers=1), report=report)
     assert len(found) == STEPS
     return found
 
@@ -133,7 +128,12 @@ def _plain_losses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"label_weight": 0.3, "ema": 0.9}, {"precision": "bfloat16"}, {"precision": "float16"}],
+    [
+        {},
+        {"label_weight": 0.3, "ema_decay": 0.9},
+        {"precision": "bfloat16"},
+        {"precision": "float16"},
+    ],
     ids=["plain", "labels and average", "bfloat16", "float16"],
 )
 def test_a_step_waits_for_nothing_between_log_lines(

@@ -6,7 +6,6 @@ Heavy modules are imported in the functions that use them, as in the commands.
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from kdcache import torchrun
 from kdcache.cache.codecs import RecordCodec, Sampled, ValueType, choose_codec
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import KDCacheError, UsageError
@@ -272,13 +272,8 @@ def class_names_of(teachers: list[str]) -> tuple[str, ...]:
 
 def rank() -> tuple[int, int]:
     """The number of this process, and of how many, where torchrun started it; else (0, 1)."""
-    found = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    if None in found:
-        return 0, 1
-    try:
-        return int(str(found[0])), int(str(found[1]))
-    except ValueError:
-        raise UsageError(f"RANK and WORLD_SIZE must be numbers, not {found}") from None
+    process = torchrun.current_process()
+    return process.rank, process.world_size
 
 
 def device_of(name: str | None) -> str:
@@ -288,7 +283,7 @@ def device_of(name: str | None) -> str:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and torch.cuda.is_available() and rank() != (0, 1):
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        return f"cuda:{torchrun.current_process().local_rank % torch.cuda.device_count()}"
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError) as error:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kdcache import torchrun
 from kdcache.cli.output import (
     AreaOption,
     BatchOption,
@@ -41,13 +42,13 @@ from kdcache.cli.output import (
     require_classes,
     show,
 )
-from kdcache.errors import NonFinite, UsageError
+from kdcache.errors import NonFinite, Stopped, UsageError
 from kdcache.spec import Precision
 from kdcache.training.spec import Mode, OptimizerName
 from kdcache.views.spec import evaluation_view_spec
 
 if TYPE_CHECKING:
-    from kdcache.training.loop import Step
+    from kdcache.training.loop import Progress
 
 BAR_S = 0.2  # from one look of the bar to the next
 LINE_S = 60.0  # from one line of a log to the next, where there is no terminal for a bar
@@ -168,8 +169,9 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a student on labels, on a live teacher, or on a cache."""
-    from kdcache.training import distributed, keeper, run_folder, session
+    from kdcache.training import distributed, loop, run_folder
     from kdcache.training.options import TrainOptions, make_training_run
+    from kdcache.training.run import RunOptions
 
     if eval_every and val is None:
         raise UsageError("--eval-every needs --val DATA.beton")
@@ -208,41 +210,44 @@ def train(
         given_view(view_seed, size, crop, min_scale, flip, mixup),
         _threads(workers),
     )
-    schedule = keeper.Schedule(checkpoint_every, checkpoint_minutes, eval_every)
-    with distributed.World(*rank(), asked.device) as world, _stop_signal() as stop:
-        job = make_training_run(asked)
-        with _Report(f"train {mode}", job.spec.batch_size, job.notes) as report:
+    run_options = RunOptions(
+        resume,
+        checkpoint_every,
+        checkpoint_minutes,
+        keep,
+        eval_every,
+        log_every,
+        tensorboard,
+        asked.workers,
+    )
+    process_group = distributed.ProcessGroup(*rank(), asked.device)
+    with process_group, _stop_signal() as stop:
+        run = make_training_run(asked)
+        with _Report(f"train {mode}", run.spec.batch_size, run.warnings) as report:
             finished = run_folder.is_finished(out)
             try:
-                record = session.run(
-                    job,
+                record = loop.train(
+                    run,
                     out,
-                    world=world,
-                    schedule=schedule,
-                    resume=resume,
-                    keep=keep,
-                    tensorboard=tensorboard,
-                    workers=asked.workers,
-                    log_every=log_every,
-                    on_start=report.start,
-                    on_step=report,
-                    on_tick=report.tick,
-                    signal=stop,
+                    process_group=process_group,
+                    options=run_options,
+                    stop=stop,
+                    report=report,
                 )
-            except keeper.Stopped as end:
+            except Stopped as end:
                 notice(
-                    f"stopped after step {end.step:,}, which is kept; the same command with "
-                    "--resume goes on from there"
+                    f"stopped after step {end.step:,}; checkpoint saved; the same command with "
+                    "--resume resumes from there"
                 )
                 raise typer.Exit(128 + end.signal) from None
             except NonFinite as error:
-                kept = [int(path.stem) for path in run_folder.checkpoints(out)]
-                if not kept:
+                saved = [int(path.stem) for path in run_folder.checkpoints(out)]
+                if not saved:
                     raise
-                raise NonFinite(f"{error}; the checkpoint of step {kept[-1]} is kept") from error
+                raise NonFinite(f"{error}; the checkpoint of step {saved[-1]} is saved") from error
     if finished:
-        notice(f"{out} was finished: there was nothing to go on with")
-    if world.first:
+        notice(f"{out} is a finished run: nothing to resume")
+    if process_group.is_main:
         _show(record, out, as_json)
 
 
@@ -272,20 +277,21 @@ def _stop_signal() -> Iterator[Callable[[], int]]:
 
 
 def _threads(workers: int | None) -> int | None:
-    """The loader's: a machine's processes share its cores out, where nothing was asked."""
-    distributed = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if workers is not None or distributed == 1:
+    """Threads of the loader: by default the processes of a machine share its cores."""
+    processes = torchrun.current_process().local_world_size
+    if workers is not None or processes == 1:
         return workers
-    return max(1, len(os.sched_getaffinity(0)) // distributed)
+    return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 class _Report:
     """How training goes: a bar on a terminal, elsewhere a line now and then. Use it with `with`."""
 
-    def __init__(self, name: str, batch_size: int, notes: tuple[str, ...]) -> None:
-        self.name, self.batch_size, self.notes = name, batch_size, notes
+    def __init__(self, name: str, batch_size: int, warnings: tuple[str, ...]) -> None:
+        self.name, self.batch_size, self.warnings = name, batch_size, warnings
         self._exit = ExitStack()
-        self._known = ""
+        self._update: Callable[..., None] | None = None
+        self._metrics = ""
 
     def __enter__(self) -> _Report:
         return self
@@ -293,33 +299,39 @@ class _Report:
     def __exit__(self, *_: object) -> None:
         self._exit.close()
 
-    def start(self, step: int, steps: int) -> None:
-        for line in self.notes:
+    def __call__(self, progress: Progress) -> None:
+        """Before the first step, and after every step; most calls only read the clock."""
+        if self._update is None:
+            self._start(progress.step, progress.num_steps)
+            return
+        if progress.metrics:
+            loss, agreement = progress.metrics.loss, progress.metrics.agreement
+            self._metrics = f"loss {loss:.4g}, agreement {agreement:.1%}"
+        self._show(progress.step, self._update)
+
+    def _start(self, step: int, num_steps: int) -> None:
+        for line in self.warnings:
             notice(line)
         if step:
-            notice(f"goes on after step {step:,} of {steps:,}")
-        self._first, self._steps = step, steps
+            notice(f"resumes after step {step:,} of {num_steps:,}")
+        self._first, self._num_steps = step, num_steps
         self._begun = self._shown_at = self._told_at = time.monotonic()
         images = step * self.batch_size
-        bar = progress_bar(self.name, steps * self.batch_size, "images", images)
+        bar = progress_bar(self.name, num_steps * self.batch_size, "images", images)
         self._update = self._exit.enter_context(bar)
 
-    def __call__(self, step: Step) -> None:
-        self._known = f"loss {step.loss:.4g}, agreement {step.agreement:.1%}"
-
-    def tick(self, step: int) -> None:
-        """After every step; most do no more than look at the clock."""
+    def _show(self, step: int, update: Callable[..., None]) -> None:
         now = time.monotonic()
         if now - self._shown_at >= BAR_S:
             self._shown_at = now
-            self._update(step * self.batch_size, self._known)
+            update(step * self.batch_size, self._metrics)
         if not err_console.is_terminal and now - self._told_at >= LINE_S:
             self._told_at = now
             step_s = (now - self._begun) / (step - self._first)
-            left = timedelta(seconds=round((self._steps - step) * step_s))
-            known = f"{self._known}, " if self._known else ""
-            rate = self.batch_size / step_s
-            notice(f"step {step:,} of {self._steps:,}: {known}{rate:,.0f} images/s, {left} left")
+            left = timedelta(seconds=round((self._num_steps - step) * step_s))
+            metrics = f"{self._metrics}, " if self._metrics else ""
+            rate = f"{self.batch_size / step_s:,.0f} images/s"
+            notice(f"step {step:,} of {self._num_steps:,}: {metrics}{rate}, {left} left")
 
 
 def _show(record: dict[str, Any], out: Path, as_json: bool) -> None:

@@ -11,7 +11,6 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
-import torch
 
 from kdcache.batch import Batch, Target, TemperedTarget, dense_target
 from kdcache.cache.cache import LogitCache
@@ -19,9 +18,9 @@ from kdcache.cache.records import Records
 from kdcache.data.beton import Dataset
 from kdcache.data.loader import Loader
 from kdcache.errors import CacheCorrupt, UsageError
+from kdcache.losses.labels import label_target
 from kdcache.models.classifier import Teacher
 from kdcache.teacher.precompute import mean_teacher_log_probabilities, teacher_logits
-from kdcache.views.mixing import MIX_UNIT
 from kdcache.views.spec import ViewSpec
 
 
@@ -160,10 +159,4 @@ class LabelTargets:
         self.num_classes = num_classes
 
     def __call__(self, batch: Batch) -> Target:
-        partner = batch.mix_weights_B.float() / MIX_UNIT
-        # A pair of one class keeps one entry with all of the mass.
-        partner = partner.masked_fill(batch.labels_B == batch.partner_labels_B, 0)
-        mass_B2 = torch.stack([1 - partner, partner], 1)
-        class_ids_B2 = torch.stack([batch.labels_B, batch.partner_labels_B], 1)
-        logits_B2 = mass_B2.log() - mass_B2.amax(1, keepdim=True).log()
-        return Target(logits_B2, class_ids_B2, None, self.num_classes)
+        return label_target(batch, self.num_classes)

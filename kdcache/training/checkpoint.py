@@ -1,10 +1,10 @@
-"""Checkpoints: nested Python values with tensors, each in one safetensors file.
+"""Checkpoint format: nested Python values with tensors, in one safetensors file.
 
-In: dicts, lists and tuples of tensors, numbers, strings and None, as optimizers keep them. Out: a
-file, and from it the same values. What stays true: a checkpoint is there whole or not at all, also
-after a power cut; a changed byte is an error; nothing is unpickled.
+In: dicts, lists and tuples of tensors, numbers, strings and None, as in an optimizer's state. Out:
+a file, and from it the same values. What stays true: a checkpoint is complete or absent, also after
+a power cut; a changed byte is an error; nothing is unpickled.
 
-Tensors lie in the file under numbers; what they belong to is JSON in its header:
+Tensors are in the file under numbers; the values that hold them are JSON in its header:
 
     {"t": 3}            tensor number 3            {"d": [[key, value], ...]}   a dict
     {"l": [...]}        a list                     {"u": [...]}                 a tuple
@@ -13,74 +13,52 @@ Tensors lie in the file under numbers; what they belong to is JSON in its header
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
 from kdcache.errors import CheckpointCorrupt, StorageError
-from kdcache.files import commit_file
+from kdcache.files import replace_file, save_tensors
 
 VERSION = "1"
 SUFFIX = ".safetensors"
-PARTIAL = ".partial"
-LEFT = ("*" + PARTIAL, ".tmp*")  # what a kill may leave; safetensors writes the latter
-REMEDY = "remove it, and --resume goes on from the checkpoint before, or from the start"
+REMEDY = "remove it; --resume then resumes from the checkpoint before, or from the start"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path`. Raises StorageError; what was at `path` before is then still there.
+    """Write `state` to `path`. Raises StorageError; an earlier file at `path` is then unchanged.
 
-    Tensors of any device are kept as the CPU's, in contiguous memory.
+    Tensors of any device are saved as contiguous tensors of the CPU.
     """
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(_packed(state, tensors))
-    about = {"kdcache": VERSION, "state": text, "sha256": _digest(text, tensors)}
-    partial = path.with_name(path.name + PARTIAL)
+    metadata = {"kdcache": VERSION, "state": text, "sha256": _digest(text, tensors)}
     try:
-        path.parent.mkdir(exist_ok=True)
-        save_tensors(partial, tensors, about)
-        commit_file(partial, path)
+        with replace_file(path) as partial:
+            save_tensors(partial, tensors, metadata)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise StorageError(
             f"cannot write the checkpoint {path}: {error.strerror or error}; earlier ones are "
-            "still there"
+            "unchanged"
         ) from error
-
-
-def save_tensors(
-    path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str] | None = None
-) -> None:
-    """A safetensors file with the rights of any new file: the library's own is its owner's alone.
-    Raises OSError."""
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        safetensors.torch.save_file(tensors, path, about)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    path.chmod(mode)
 
 
 def load(path: Path) -> dict[str, Any]:
     """The values that were saved, on the CPU. Raises CheckpointCorrupt, naming the file."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            about = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-        if about.get("kdcache") != VERSION:
-            raise CheckpointCorrupt(f"{path} is no checkpoint of version {VERSION}: {REMEDY}")
-        if _digest(about["state"], tensors) != about["sha256"]:
-            raise CheckpointCorrupt(f"{path} is damaged: its digest is another; {REMEDY}")
-        state: dict[str, Any] = _unpacked(json.loads(about["state"]), tensors)
+        if metadata.get("kdcache") != VERSION:
+            raise CheckpointCorrupt(f"{path} is not a checkpoint of version {VERSION}: {REMEDY}")
+        if _digest(metadata["state"], tensors) != metadata["sha256"]:
+            raise CheckpointCorrupt(f"{path} is damaged: its digest differs; {REMEDY}")
+        state: dict[str, Any] = _unpacked(json.loads(metadata["state"]), tensors)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointCorrupt(f"cannot read {path}: {error}; {REMEDY}") from error
     return state

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kdcache.data.beton import Dataset
+from kdcache.losses.loss import Loss, loss_from_json, loss_to_json
 from kdcache.models.classifier import Classifier
 from kdcache.training.spec import TrainSpec
 
@@ -21,6 +22,7 @@ class RunIdentity:
     data             content hash of the dataset
     cache            identity of the cache that targets come from; teacher: content hash of a live
                      teacher
+    loss             None: distillation, as the spec describes it
     """
 
     spec: TrainSpec
@@ -29,6 +31,7 @@ class RunIdentity:
     data: str
     cache: str | None = None
     teacher: str | None = None
+    loss: Loss | None = None
 
     @staticmethod
     def of(
@@ -38,15 +41,17 @@ class RunIdentity:
         *,
         cache: str | None = None,
         teacher: str | None = None,
+        loss: Loss | None = None,
     ) -> RunIdentity:
         """Of a run of this student, as it is before the first step."""
         return RunIdentity(
-            spec, student.name, student.content_hash(), dataset.content_hash, cache, teacher
+            spec, student.name, student.content_hash(), dataset.content_hash, cache, teacher, loss
         )
 
     def to_json(self) -> dict[str, Any]:
         found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**found, "spec": self.spec.to_json()}
+        loss = loss_to_json(self.loss) if self.loss else None
+        return {**found, "spec": self.spec.to_json(), "loss": loss}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RunIdentity:
@@ -58,4 +63,6 @@ class RunIdentity:
             own = {field.name for field in fields(cls)}
             spec = {name: found.pop(name) for name in found.keys() - own}
             found["spec"] = spec
-        return cls(**{**found, "spec": TrainSpec.from_json(found["spec"])})
+        found["spec"] = TrainSpec.from_json(found["spec"])
+        found["loss"] = loss_from_json(found["loss"]) if found.get("loss") else None
+        return cls(**found)

@@ -1,47 +1,59 @@
-"""The student's training loop, visible in one place.
+"""The training loop in one function: `train`.
 
-In: a `TrainSpec`, a dataset, a student, a `TargetSource`. Out: the student, trained in place. What
-stays true: epoch e plays view e mod V; the loop does not know where targets come from; a step is a
-function of the state before it and of its number, so a run that goes on from a saved state ends as
-one that was never stopped, with `deterministic` to the bit; processes share each batch out, and
-make of it what one would, to rounding. Values go to the host at logged steps only.
+In: a `TrainingRun`. Out: the student, trained in place, the run's folder, and what its run.json
+holds. What stays true:
+
+- Epoch e plays view e mod V. The loop does not depend on where targets come from.
+- A step is a function of the state before it and of its number. So a run that was killed anywhere
+  and is resumed ends with exactly the weights of an uninterrupted run, with `deterministic` bit for
+  bit.
+- Processes shard each batch, and the result is that of one process, to rounding. All act at the
+  same step; the main process writes.
+- A checkpoint holds finite weights only.
+
+Cost: a step transfers no value to the host, except where a line is logged.
 """
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.profiler import record_function
 
-from kdcache.batch import Batch, Target, TargetSource, TemperedTarget
-from kdcache.data.beton import Dataset
+from kdcache.batch import Batch
 from kdcache.data.loader import Loader
-from kdcache.errors import NonFinite, UsageError
-from kdcache.losses.distillation import check_temperature, distillation_loss
-from kdcache.models.classifier import Classifier
-from kdcache.training.distributed import SINGLE_PROCESS, World
-from kdcache.training.ema import EMA
-from kdcache.training.optim import GRADIENT_NORM, learning_rate, make_optimizer
+from kdcache.errors import Stopped, UsageError
+from kdcache.evaluation.evaluate import Evaluation, evaluate
+from kdcache.models.run_json import read_run_json
+from kdcache.training import checkpoint, run_folder
+from kdcache.training.distributed import SINGLE_PROCESS, ProcessGroup
+from kdcache.training.optim import learning_rate
+from kdcache.training.run import RunOptions, TrainingRun
+from kdcache.training.run_folder import RunFolder
 from kdcache.training.spec import TrainSpec
+from kdcache.training.state import State
+from kdcache.training.step import train_step
 from kdcache.views.philox import Purpose, draw
 
-LOG_EVERY_STEPS = 50
+# What a process wants after a step; above SAVE it is the number of a signal.
+NOTHING, SAVE = 0, 1
 
 
 @dataclass(frozen=True)
-class Step:
-    """What is known after a logged step.
+class StepMetrics:
+    """A line of the log.
 
-    loss, agreement   means over the steps since the last one: of the loss, and of the share of
+    loss, agreement   means over the steps since the last line: of the loss, and of the share of
                       images for which the student's class is the target's
-    lr                of this step; rate: images per second of all processes, since the last one
+    lr                of this step
+    rate              images per second of all processes since the last line
     """
 
     step: int
@@ -53,6 +65,184 @@ class Step:
     rate: float
 
 
+@dataclass(frozen=True)
+class Progress:
+    """The last step that was made, of how many, and its metrics where they were logged."""
+
+    step: int
+    num_steps: int
+    metrics: StepMetrics | None = None
+
+
+Report = Callable[[Progress], None]
+
+
+def silent(progress: Progress) -> None:
+    """The report that shows nothing."""
+
+
+def train(
+    run: TrainingRun,
+    out: os.PathLike[str] | str | None = None,
+    *,
+    process_group: ProcessGroup = SINGLE_PROCESS,
+    options: RunOptions = RunOptions(),  # noqa: B008
+    stop: Callable[[], int] = lambda: 0,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Train the student in place; what run.json holds. At the end the student has the weights that
+    the run gives: with `ema_decay` their moving average.
+
+    out      the run's folder; None: train in memory and write nothing
+    stop     called after each step: the number of a signal that ends the run early, or 0
+    report   called in every process before the first step, with the step that the run resumes
+             from or 0, and after each step; what it raises ends the training
+
+    A finished run in `out` is read and returned. Raises Stopped after a signal, with a checkpoint
+    saved; NonFinite where the loss or a weight is NaN or infinite; UsageError where spec, data and
+    processes do not fit; and what loader, targets, evaluation and `RunFolder` raise. A run that
+    fails before its first log line leaves no folder.
+    """
+    spec, student = run.spec, run.student
+    folder = None
+    if out is not None and process_group.is_main:
+        folder = RunFolder(
+            Path(out),
+            run.identity,
+            resume=options.resume,
+            max_checkpoints=options.max_checkpoints,
+            tensorboard=options.tensorboard,
+        )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(folder or contextlib.nullcontext())
+        if out is not None and process_group.broadcast(int(run_folder.is_finished(Path(out)))):
+            return read_run_json(Path(out))
+        loss = run.make_loss()
+        num_batches, num_steps = count_steps(spec, len(run.dataset))
+        process_group.require_equal_shards(spec)
+
+        state = State(spec, student)
+        resumed = _load_checkpoint(state, folder, out, process_group)
+        best_top1: float = resumed.get("best", -1.0)
+        clock = Stopwatch(resumed.get("seconds", 0.0))
+        logged_s, saved_at, evaluation = clock.seconds, time.monotonic(), None
+        report(Progress(state.step, num_steps))
+
+        student.train()
+        model = process_group.data_parallel(student)
+        loader = stack.enter_context(open_loader(run, process_group, options.workers))
+        batches = iter_batches(loader, spec, state.step, process_group)
+        while True:
+            # Evaluate. First in the loop: a resumed run makes up for the evaluation after its
+            # checkpoint, which comes first so that a long evaluation loses no training.
+            if _is_evaluated(run, options, state.step, num_steps):
+                with state.ema.applied():
+                    with clock.paused():
+                        evaluation = _evaluate(run, process_group, options.workers)
+                    is_best, best_top1 = (
+                        evaluation.top1 > best_top1,
+                        max(evaluation.top1, best_top1),
+                    )
+                    if folder:
+                        folder.log({"step": state.step, "evaluation": asdict(evaluation)})
+                        if is_best and options.eval_every:
+                            folder.save_best(_run_json(run, evaluation, clock.seconds), student)
+            if state.step == num_steps:
+                break
+
+            with record_function("load"):
+                batch = next(batches)
+            lr = learning_rate(spec, state.step, num_steps)
+            train_step(state, model, batch, run.targets, loss, lr)
+            is_last = state.step == num_steps
+
+            # Log.
+            metrics = None
+            if state.step % options.log_every == 0 or is_last:
+                state.meter.require_finite(process_group)
+                mean_loss, agreement, images = state.meter.pop_means(process_group)
+                rate, logged_s = images / (clock.seconds - logged_s), clock.seconds
+                epoch = (state.step - 1) // num_batches
+                metrics = StepMetrics(state.step, num_steps, epoch, mean_loss, agreement, lr, rate)
+                if folder:
+                    folder.log(asdict(metrics))
+            report(Progress(state.step, num_steps, metrics))
+
+            # Checkpoint.
+            time_is_up = _has_passed(options.checkpoint_minutes, since=saved_at)
+            wanted = process_group.all_reduce_max_async(max(stop(), SAVE * time_is_up))
+            if (
+                wanted
+                or is_last
+                or _is_multiple(state.step, options.checkpoint_every)
+                or _is_evaluated(run, options, state.step, num_steps)
+            ):
+                state.require_finite(process_group)
+                values = state.state_dict(process_group)
+                if folder:
+                    folder.save({**values, "best": best_top1, "seconds": clock.seconds})
+                saved_at = time.monotonic()
+
+            # Stop.
+            if wanted > SAVE and not is_last:
+                process_group.barrier()  # torchrun ends all processes when the first one ends
+                raise Stopped(wanted, state.step)
+
+        state.ema.copy_to_network()
+        record = _run_json(run, evaluation, clock.seconds)
+        if folder:
+            folder.finish(record, student)
+    return record
+
+
+def open_loader(
+    run: TrainingRun, process_group: ProcessGroup = SINGLE_PROCESS, workers: int | None = None
+) -> Loader:
+    """The loader of the run's views, in batches of this process."""
+    spec = run.spec
+    return Loader(
+        run.dataset,
+        spec.view_spec,
+        spec.batch_size // process_group.size,
+        teacher_view_spec=None if spec.num_averaged_views else spec.teacher_view_spec,
+        workers=workers,
+        device=run.student.device,
+    )
+
+
+def iter_batches(
+    loader: Loader, spec: TrainSpec, start: int = 0, process_group: ProcessGroup = SINGLE_PROCESS
+) -> Iterator[Batch]:
+    """The batches of a run after its first `start` steps.
+
+    Each comes with torch's generators seeded for its step, so that what dropout draws depends on
+    the step and the process alone.
+    """
+    num_batches, _ = count_steps(spec, len(loader.dataset))
+    first_epoch, first_batch = divmod(start, num_batches)
+    for epoch in range(first_epoch, spec.epochs):
+        view = epoch % spec.num_views if spec.num_views else epoch
+        left = range(first_batch if epoch == first_epoch else 0, num_batches)
+        batches = loader.batches(view, process_group.shard(left, spec.batch_size))
+        low, high, _, _ = draw(
+            spec.seed, epoch, list(left), Purpose.STEP, attempt=process_group.rank
+        )
+        for low_word, high_word, batch in zip(low, high, batches, strict=True):
+            _seed(int(low_word) | int(high_word) << 32, loader.device)
+            yield batch
+
+
+def count_steps(spec: TrainSpec, num_samples: int) -> tuple[int, int]:
+    """Batches of an epoch, and steps of the run. The last samples, which fill no batch, are left
+    out. Raises UsageError where there is no batch."""
+    num_batches = num_samples // spec.batch_size
+    if num_batches == 0:
+        raise UsageError(
+            f"batch size {spec.batch_size} is more than the {num_samples} samples of the data"
+        )
+    return num_batches, num_batches * spec.epochs
+
+
 def set_determinism(spec: TrainSpec) -> None:
     """Seed torch; with `deterministic` also one thread and deterministic algorithms."""
     torch.manual_seed(spec.seed)
@@ -62,233 +252,90 @@ def set_determinism(spec: TrainSpec) -> None:
         torch.set_num_threads(1)
 
 
-class State:
-    """All that a step changes. `state_dict` and `load_state_dict` take it elsewhere and back."""
+class Stopwatch:
+    """Seconds since it was made, plus those given, without pauses."""
 
-    def __init__(self, spec: TrainSpec, student: Classifier) -> None:
-        student.precision = spec.precision
-        self.student = student
-        self.optimizer = make_optimizer(student, spec)
-        device = student.device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "float16")
-        self.ema = EMA(student, spec.ema_decay)
-        self.step = 0
-        self.meter = Meter(device)
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._start = time.perf_counter() - seconds
 
-    def state_dict(self, world: World = SINGLE_PROCESS) -> dict[str, Any]:
-        """The same in every process; all must ask for it."""
-        return {
-            "step": self.step,
-            "student": dict(self.student.network.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "average": self.ema.state_dict(),
-            "meter": self.meter.state_dict(world),
-        }
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        self.student.network.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        _laid_as_weights(self.optimizer)
-        self.scaler.load_state_dict(state["scaler"])
-        self.ema.load_state_dict(state["average"])
-        self.meter.load_state_dict(state["meter"])
-
-    def require_finite(self, world: World) -> None:
-        """Raise NonFinite where a loss since the last logged step, or a weight, is not finite."""
-        self.meter.require_finite(world)
-        weights = [w.isfinite().all() for w in self.student.parameters()]
-        if not bool(torch.stack(weights).all()):
-            raise NonFinite(f"step {self.step} made a weight NaN or infinite: lower --lr")
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
 
 
-def _laid_as_weights(optimizer: torch.optim.Optimizer) -> None:
-    """What the optimizer keeps of a weight lies in memory as the weight does: fused ones need it,
-    and a file does not say it."""
-    for weight, kept in optimizer.state.items():
-        for name, value in kept.items():
-            if isinstance(value, torch.Tensor) and value.shape == weight.shape:
-                kept[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+def _has_passed(minutes: float | None, *, since: float) -> bool:
+    return minutes is not None and time.monotonic() - since >= 60 * minutes
 
 
-class Meter:
-    """Sums since the last logged step, on the device of the student."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
-        # The first step whose loss is not finite; infinity while there is none.
-        self._bad = torch.full((), torch.inf, dtype=torch.float64, device=device)
-        self.steps = self.images = 0
-
-    def add(
-        self,
-        step: int,
-        loss: torch.Tensor,
-        logits_BC: torch.Tensor,
-        target: Target | TemperedTarget,
-    ) -> None:
-        loss = loss.detach()
-        agreed = logits_BC.detach().argmax(1) == _first_class(target)
-        self._sums += torch.stack([loss.double(), agreed.double().mean()])
-        self._bad = torch.where(loss.isfinite(), self._bad, self._bad.clamp(max=step))
-        self.steps += 1
-        self.images += len(logits_BC)
-
-    def means(self, world: World) -> tuple[float, float]:
-        """Of the loss and of the agreement, over all processes; and starts anew."""
-        loss, agreement = (world.total(self._sums) / (self.steps * world.count)).tolist()
-        self._sums.zero_()
-        self.steps = self.images = 0
-        return loss, agreement
-
-    def require_finite(self, world: World) -> None:
-        step = float(world.least(self._bad.clone()))
-        if step < math.inf:
-            raise NonFinite(
-                f"the loss is not finite at step {step:.0f}: lower --lr or raise --warmup"
-            )
-
-    def state_dict(self, world: World) -> dict[str, Any]:
-        return {"sums": world.total(self._sums.clone()) / world.count, "steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._sums.copy_(state["sums"])
-        self.steps = state["steps"]
+def _is_evaluated(run: TrainingRun, options: RunOptions, step: int, num_steps: int) -> bool:
+    """After this step there is an evaluation."""
+    is_due = step == num_steps or _is_multiple(step, options.eval_every)
+    return run.val is not None and step > 0 and is_due
 
 
-def _first_class(target: Target | TemperedTarget) -> torch.Tensor:
-    """The likeliest class of each row [B]."""
-    known = target.logits_BK if isinstance(target, Target) else target.log_p_BK
-    column_B = known.argmax(1)
-    if target.class_ids_BK is None:
-        return column_B
-    return target.class_ids_BK.gather(1, column_B[:, None])[:, 0].long()
-
-
-def num_steps(spec: TrainSpec, dataset: Dataset) -> tuple[int, int]:
-    """Batches of an epoch, and steps of the run. The last samples, which fill no batch, are left
-    out. Raises UsageError where there is no batch."""
-    batches = len(dataset) // spec.batch_size
-    if batches == 0:
-        raise UsageError(
-            f"batch size {spec.batch_size} is more than the {len(dataset)} samples of the data"
-        )
-    return batches, batches * spec.epochs
-
-
-def train(
-    spec: TrainSpec,
-    dataset: Dataset,
-    student: Classifier,
-    targets: TargetSource,
-    *,
-    labels: TargetSource | None = None,
-    state: State | None = None,
-    world: World = SINGLE_PROCESS,
-    workers: int | None = None,
-    log_every: int = LOG_EVERY_STEPS,
-    on_step: Callable[[Step], None] = lambda step: None,
-    after_step: Callable[[State], None] = lambda state: None,
-) -> State:
-    """Train the student in place.
-
-    labels      what `label_weight` weighs
-    state       of a run that goes on; else it starts
-    on_step     is called in every process at every `log_every`-th step
-    after_step  is called after every step; what it raises ends the training
-
-    Raises NonFinite when the loss or a weight is NaN or infinite, and what loader and targets
-    raise.
-    """
-    check_temperature(spec.temperature, sparse=False)
-    if spec.label_weight and labels is None:
-        raise UsageError("a label weight needs labels")
-    world.require_shares(spec)
-    batches, steps = num_steps(spec, dataset)
-    state = state or State(spec, student)
-    optimizer, scaler, meter = state.optimizer, state.scaler, state.meter
-    parallel = world.parallel(student)
-    weights = list(student.parameters())
-    student.train()
-    since = time.perf_counter()
-    with Loader(
-        dataset,
-        spec.view_spec,
-        spec.batch_size // world.count,
-        teacher_view_spec=None if spec.num_averaged_views else spec.teacher_view_spec,
-        workers=workers,
-        device=student.device,
-    ) as loader:
-        for epoch in range(state.step // batches, spec.epochs):
-            view = epoch % spec.num_views if spec.num_views else epoch
-            left = range(state.step % batches, batches)
-            played = loader.batches(view, world.share(left, spec.batch_size))
-            for seed, batch in zip(_seeds(spec, world, epoch, left), _loads(played), strict=True):
-                _seed(seed, student.device)
-                with record_function("target"):
-                    target = targets(batch)
-                with record_function("forward"):
-                    logits = parallel(batch.images_BCHW)
-                with record_function("loss"):
-                    loss = distillation_loss(logits, target, temperature=spec.temperature)
-                    if labels is not None and spec.label_weight:
-                        loss = torch.lerp(
-                            loss, distillation_loss(logits, labels(batch)), spec.label_weight
-                        )
-                with record_function("backward"):
-                    optimizer.zero_grad(set_to_none=True)
-                    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-                with record_function("optimizer"):
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(weights, GRADIENT_NORM)
-                    rate = learning_rate(spec, state.step, steps)
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate
-                    scaler.step(optimizer)
-                    scaler.update()
-                    state.ema.update()
-                state.step += 1
-                meter.add(state.step, loss, logits, target)
-                if state.step % log_every == 0 or state.step == steps:
-                    meter.require_finite(world)
-                    now, images = time.perf_counter(), meter.images * world.count
-                    loss_mean, agreement = meter.means(world)
-                    on_step(
-                        Step(
-                            state.step,
-                            steps,
-                            epoch,
-                            loss_mean,
-                            agreement,
-                            rate,
-                            images / (now - since),
-                        )
-                    )
-                    since = now
-                after_step(state)
-    state.require_finite(world)
-    return state
-
-
-def _loads(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches, and a name for the time that it takes to get them."""
-    while True:
-        with record_function("load"):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch
+def _is_multiple(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
 
 
 def _seed(seed: int, device: torch.device) -> None:
-    # torch.manual_seed would do it for every device, and keep a stack trace where there is none.
+    # torch.manual_seed would seed all devices, and keep a stack trace where CUDA is not initialised.
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
 
 
-def _seeds(spec: TrainSpec, world: World, epoch: int, batches: range) -> list[int]:
-    """What dropout and the like draw from, for each of these batches of an epoch."""
-    low, high, _, _ = draw(spec.seed, epoch, list(batches), Purpose.STEP, attempt=world.rank)
-    return [int(a) | int(b) << 32 for a, b in zip(low, high, strict=True)]
+def _load_checkpoint(
+    state: State,
+    folder: RunFolder | None,
+    out: os.PathLike[str] | str | None,
+    process_group: ProcessGroup,
+) -> dict[str, Any]:
+    """Load the newest checkpoint into the state, in every process; its content, {} without one."""
+    content = folder.resumed if folder else None
+    if out is None:
+        return {}
+    step = process_group.broadcast(content["step"] if content else 0)
+    if step == 0:
+        return {}
+    if content is None:
+        path = run_folder.checkpoint_path(Path(out), step)
+        if not path.exists():
+            raise UsageError(
+                f"process {process_group.rank} does not see {path}, from which process 0 resumes: "
+                "--out must be on a file system that all machines share"
+            )
+        content = checkpoint.load(path)
+    state.load_state_dict(content)
+    return content
+
+
+def _evaluate(run: TrainingRun, process_group: ProcessGroup, workers: int | None) -> Evaluation:
+    assert run.val is not None
+    return evaluate(
+        run.student,
+        run.val,
+        size_px=run.spec.view_spec.size_px,
+        teacher=run.reference_teacher,
+        teacher_size_px=run.reference_size_px,
+        workers=workers,
+        part=(process_group.rank, process_group.size),
+        reduce=process_group.all_reduce_sums,
+    )
+
+
+def _run_json(run: TrainingRun, evaluation: Evaluation | None, seconds: float) -> dict[str, Any]:
+    return run_folder.make_run_json(
+        run.spec,
+        run.dataset,
+        run.student,
+        evaluation,
+        class_names=run.class_names,
+        **run.metadata,
+        seconds=seconds,
+    )

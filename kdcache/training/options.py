@@ -21,10 +21,10 @@ from kdcache.models import load
 from kdcache.models.classifier import Teacher
 from kdcache.models.weights import load_initial_weights
 from kdcache.teacher import targets
-from kdcache.training.loop import num_steps, set_determinism
+from kdcache.training.loop import count_steps, set_determinism
 from kdcache.training.optim import warmup_steps
 from kdcache.training.recipes import Recipe, get_recipe
-from kdcache.training.session import TrainingRun
+from kdcache.training.run import TrainingRun
 from kdcache.training.spec import Mode, TrainSpec
 from kdcache.views import settings
 from kdcache.views.spec import ViewSpec
@@ -75,7 +75,9 @@ def make_training_run(asked: TrainOptions) -> TrainingRun:
     classes = answers or len(dataset.class_names)
     if spec.optimizer != "sgd" and "momentum" in asked.training:
         raise UsageError(f"--momentum goes with --optimizer sgd, not with {spec.optimizer}")
-    warmup_steps(spec, num_steps(spec, dataset)[1])  # refuses one that is longer than the run
+    warmup_steps(
+        spec, count_steps(spec, len(dataset))[1]
+    )  # refuses one that is longer than the run
     set_determinism(spec)
     student = load.load_model(
         student_name,
@@ -98,15 +100,14 @@ def make_training_run(asked: TrainOptions) -> TrainingRun:
         dataset,
         student,
         source,
-        labels=targets.LabelTargets(classes) if spec.label_weight else None,
         val=val,
-        judge=teacher,
-        judge_size_px=_seen_px(spec, cache),
+        reference_teacher=teacher,
+        reference_size_px=_seen_px(spec, cache),
         cache=cache.manifest.identity if cache else None,
         teacher=live.content_hash() if live else None,
         class_names=names,
-        notes=_notes(cache, spec, recipe) if cache else (),
-        about={"cache": asked.cache, "teacher": teacher.name if teacher else None},
+        warnings=_notes(cache, spec, recipe) if cache else (),
+        metadata={"cache": asked.cache, "teacher": teacher.name if teacher else None},
     )
 
 

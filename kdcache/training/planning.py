@@ -1,34 +1,34 @@
-"""What a cache will take, before it is made: bytes, objects, hours, and when it pays.
+"""Estimates of a cache's size, time and break-even, from a short measurement on this machine.
 
-In: data, a teacher, the spec of a cache, perhaps a student. Out: a `Plan`, estimated from some
-seconds of the real thing: loader, teacher, codec and Zarr's pipelines in memory, and the training
-loop itself, with the teacher live and with its answers at hand. With
+In: data, a teacher, the spec of a cache, perhaps a student. Out: a `Plan`. Measured are the loader,
+the teacher, the codec and Zarr's pipelines in memory, and the steps of the training loop, with a
+live teacher and with recorded targets. With
 
-    V  passes that the teacher makes over N samples: views, or those that are averaged
-    r  seconds to record one view of one sample: load, ask, encode
+    V  passes of the teacher over N samples: views, or averaged views
+    r  seconds to record one view of one sample: load, teacher, encode
     o  seconds of a training step for one sample, online; c the same from a cache
 
     bytes   = bytes of a record, as packed here * records + seals + metadata
-    record  = V N r                         packing overlaps, and costs only where it takes longer
+    record  = V N r                         packing overlaps; it counts only where it is slower
     cached  = V N r + students epochs N c
     online  = students epochs N o           so cached is faster where
               students * epochs > V r / (o - c)
 
-If loading takes no time, r = o - c, and a cache pays as soon as it is played more often than once:
-students * epochs > V. What stays true: nothing is written. Figures are estimates: a machine that is
-busy now, a disk that is slow later, or more processes change them.
+If loading takes no time, r = o - c, and a cache pays as soon as its views are used more than once:
+students * epochs > V. What stays true: nothing is written. Other load on the machine, a slower disk
+or more processes change the figures.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,22 +45,28 @@ from kdcache.data.loader import Loader
 from kdcache.models.classifier import Classifier, Teacher
 from kdcache.teacher.precompute import iter_teacher_logits
 from kdcache.teacher.targets import OnlineTargets
-from kdcache.training import loop
+from kdcache.training.loop import count_steps, iter_batches, open_loader
+from kdcache.training.optim import learning_rate
+from kdcache.training.run import TrainingRun
 from kdcache.training.spec import TrainSpec
+from kdcache.training.state import State
+from kdcache.training.step import train_step
 from kdcache.views.spec import MAX_VIEWS
 
-# A busy machine is busy in bursts: a rate is the median of some blocks, and what is compared takes
-# turns, block by block.
+# Other load on the machine comes in bursts: a rate is the median of some blocks, and two rates that
+# are compared are measured in turns, block by block.
 BLOCKS, BLOCK_S = 5, 0.6
 WARM_BATCHES = 2  # compile kernels, choose algorithms, fill queues
-AVERAGED = 2  # views that stand for all those of an averaged cache
+MEASURED_AVERAGED_VIEWS = 2  # the time of an averaged cache is scaled up from these
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What recording takes, for each record; `records` of them were measured.
+    """The time and size of one record, measured on `records`.
 
-    seconds   of the teacher's passes, loading and encoding; packed_s of Zarr, which overlaps
+    seconds        loading, the teacher's passes and encoding
+    packed_s       Zarr's compression, which overlaps with the rest
+    packed_bytes   after compression
     """
 
     records: Records
@@ -101,15 +107,16 @@ class Comparison:
 def record_some(
     dataset: Dataset, teacher: Teacher, spec: CacheSpec, *, batch_size: int, workers: int | None
 ) -> Recording:
-    """Record for some seconds, and pack what came of it. Raises what `precompute` does."""
+    """Record for some seconds, and compress the records. Raises what `precompute` raises."""
     assert spec.view_spec is not None
-    asked = replace(spec, num_averaged_views=min(spec.num_averaged_views, AVERAGED))
+    num_averaged = min(spec.num_averaged_views, MEASURED_AVERAGED_VIEWS)
+    measured = replace(spec, num_averaged_views=num_averaged)
     parts, rates, rows, start = [], [], 0, 0.0
     with Loader(
         dataset, spec.view_spec, batch_size, workers=workers, device=teacher.device
     ) as loader:
-        for batch, (view, rows_B, logits_BC) in enumerate(_passes(loader, teacher, asked), 1):
-            parts.append(asked.codec.encode(logits_BC, asked.rows(view, rows_B)))
+        for batch, (view, rows_B, logits_BC) in enumerate(_passes(loader, teacher, measured), 1):
+            parts.append(measured.codec.encode(logits_BC, measured.rows(view, rows_B)))
             rows += len(rows_B)
             seconds = time.perf_counter() - start
             if batch == WARM_BATCHES or (batch > WARM_BATCHES and seconds > BLOCK_S):
@@ -117,7 +124,7 @@ def record_some(
                 rows, start = 0, time.perf_counter()
             if len(rates) == BLOCKS:
                 break
-    scale = spec.num_averaged_views / asked.num_averaged_views if spec.num_averaged_views else 1
+    scale = spec.num_averaged_views / num_averaged if num_averaged else 1
     records = Records.concatenate(parts)[: min(spec.num_samples, Layout.of(spec).shard_rows)]
     packed_s, packed_bytes = _pack(records, spec)
     return Recording(records, statistics.median(rates) * scale, packed_s, packed_bytes)
@@ -135,7 +142,7 @@ def _passes(
 
 
 def _pack(records: Records, spec: CacheSpec) -> tuple[float, float]:
-    """Seconds and bytes that each record takes in Zarr's pipelines, in whole chunks."""
+    """Seconds and bytes of each record in Zarr's pipelines, in whole chunks."""
     layout, rows = Layout.of(spec), len(records)
     if rows < min(spec.num_samples, layout.shard_rows):
         chunk = min(layout.chunk_rows, rows)
@@ -149,7 +156,7 @@ def _pack(records: Records, spec: CacheSpec) -> tuple[float, float]:
 
 
 def make_plan(spec: CacheSpec, recording: Recording) -> Plan:
-    """The whole cache, from what some of its records take."""
+    """The whole cache, from the time and size of its first records."""
     layout, records = Layout.of(spec), spec.num_views * spec.num_samples
     places = spec.num_views * layout.shards(spec.num_samples)
     arrays = len(spec.codec.columns(spec.num_classes))
@@ -177,7 +184,8 @@ def train_some(
     batch_size: int,
     workers: int | None,
 ) -> Steps:
-    """Train the student for some seconds each way. Raises what `train` does."""
+    """Train the student for some seconds with a live teacher and with a cache, in turns. Raises
+    what `loop.train` raises."""
     assert spec.view_spec is not None
     endless = TrainSpec(
         "cached",
@@ -186,14 +194,32 @@ def train_some(
         batch_size=batch_size,
         temperature=spec.codec.default_temperature,
     )
-    turns = _Turns(OnlineTargets(teacher), _Replay(spec, recording.records))
-    with contextlib.suppress(_EnoughError):
-        loop.train(endless, dataset, student, turns, workers=workers)
-    online, cached = turns.step_s
-    # What the teacher costs is a small difference: of neighbours in time, equally disturbed.
-    more = statistics.median(o - c for o, c in zip(online, cached, strict=True))
-    least = statistics.median(cached)
-    return Steps(max(0.0, least + more) / batch_size, least / batch_size)
+    online, cached = OnlineTargets(teacher), _Replay(spec, recording.records)
+    run = TrainingRun(endless, dataset, student, cached)
+    state, loss = State(endless, student), run.make_loss()
+    _, num_steps = count_steps(endless, len(dataset))
+    online_s: list[float] = []
+    cached_s: list[float] = []
+    student.train()
+    with open_loader(run, workers=workers) as loader:
+        batches = iter_batches(loader, endless)
+
+        def step(targets: TargetSource) -> None:
+            lr = learning_rate(endless, state.step, num_steps)
+            train_step(state, student, next(batches), targets, loss, lr)
+
+        for targets in (online, cached):
+            for _ in range(WARM_BATCHES):
+                step(targets)
+        _synchronize(student.device)
+        for _ in range(BLOCKS):
+            online_s.append(_seconds_per_call(partial(step, online), student.device))
+            cached_s.append(_seconds_per_call(partial(step, cached), student.device))
+    # The teacher's cost is a small difference, so it is taken between neighbours in time, which
+    # other load on the machine disturbs equally.
+    teacher_s = statistics.median(o - c for o, c in zip(online_s, cached_s, strict=True))
+    step_s = statistics.median(cached_s)
+    return Steps(max(0.0, step_s + teacher_s) / batch_size, step_s / batch_size)
 
 
 def break_even(spec: CacheSpec, recording: Recording, steps: Steps) -> float:
@@ -203,13 +229,13 @@ def break_even(spec: CacheSpec, recording: Recording, steps: Steps) -> float:
 
 
 def compare(spec: CacheSpec, plan: Plan, steps: Steps, *, students: int, epochs: int) -> Comparison:
-    """Hours of this many students, both ways."""
+    """Hours of this many students, from a cache and online."""
     views_h = students * epochs * spec.num_samples / 3600
     return Comparison(students, plan.hours + views_h * steps.cached_s, views_h * steps.online_s)
 
 
 def free_bytes(out: str) -> int | None:
-    """Room on the disk where a cache would lie; None for an object store."""
+    """Free space of the disk that a cache would be on; None for an object store."""
     if "://" in out:
         return None
     folder = Path(out).absolute()
@@ -219,7 +245,7 @@ def free_bytes(out: str) -> int | None:
 
 
 class _Replay:
-    """The measured records as targets, over and over."""
+    """A `TargetSource` that repeats the measured records."""
 
     def __init__(self, spec: CacheSpec, records: Records) -> None:
         self.spec = spec
@@ -231,38 +257,16 @@ class _Replay:
         return spec.codec.decode(records, spec.num_classes).to(device)
 
 
-class _EnoughError(Exception):
-    """The time to measure is over."""
+def _seconds_per_call(call: Callable[[], None], device: torch.device) -> float:
+    """The mean over one block."""
+    start, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - start <= BLOCK_S:
+        call()
+        count += 1
+    _synchronize(device)
+    return (time.perf_counter() - start) / count
 
 
-class _Turns:
-    """A `TargetSource` that is one and the other in turns, and ends the training that asks it.
-
-    step_s   of each, the seconds of a whole step: the mean of each block
-    """
-
-    def __init__(self, *sources: TargetSource) -> None:
-        self.sources = sources
-        self.step_s: tuple[list[float], ...] = tuple([] for _ in sources)
-        self.turn = self.steps = 0
-        self.start = time.perf_counter()
-
-    def __call__(self, batch: Batch) -> Target | TemperedTarget:
-        device = batch.images_BCHW.device
-        warm = self.turn < len(self.sources)  # the first block of each
-        enough = self.steps >= WARM_BATCHES if warm else self.steps > 0
-        if enough and (warm or time.perf_counter() - self.start > BLOCK_S):
-            _wait(device)
-            if not warm:
-                seconds = (time.perf_counter() - self.start) / self.steps
-                self.step_s[self.turn % len(self.sources)].append(seconds)
-            if self.turn + 1 == (BLOCKS + 1) * len(self.sources):
-                raise _EnoughError
-            self.turn, self.steps, self.start = self.turn + 1, 0, time.perf_counter()
-        self.steps += 1
-        return self.sources[self.turn % len(self.sources)](batch)
-
-
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -18,22 +18,24 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 
-from kdcache.batch import dense_target
+from kdcache.batch import Batch, dense_target
 from kdcache.cache.codecs import ValueType, choose_codec, record_bytes
 from kdcache.errors import UsageError, did_you_mean
-from kdcache.losses.distillation import distillation_loss
+from kdcache.losses.loss import Distillation
 from kdcache.models import load
-from kdcache.training.optim import GRADIENT_NORM, make_optimizer
 from kdcache.training.spec import TrainSpec
+from kdcache.training.state import State
+from kdcache.training.step import train_step
 from kdcache.views.spec import ViewSpec
 
 Length = Literal["fast", "medium", "long"]
 
 BIT_R50 = "timm:resnetv2_50x1_bit"
 BIT_R152 = "timm:resnetv2_152x2_bit.goog_teacher_in21k_ft_in1k"
-# What `kdcache precompute` keeps of an answer where nothing else is said.
+# The defaults of `kdcache precompute`.
 TOP_K = 16
 DTYPE: ValueType = "float16"
 MEASURE_S, MEASURE_STEPS = 2.0, 2
@@ -244,31 +246,39 @@ def cost_of(
 
 
 def seconds_per_image(recipe: Recipe, num_classes: int, device: str) -> float:
-    """What a training step takes here for each image: the quickest of some on random pixels.
+    """Seconds of a training step for each image, here: the fastest of some on random pixels.
 
-    Of the student alone: no teacher, no loading. In small batches where the recipe's are large.
-    Raises what `models.load` and `optimizer_of` do.
+    Of the student alone, without teacher and loading, in smaller batches than the recipe's where
+    those are large. Raises what `load_model` and `make_optimizer` raise.
     """
     spec, size_px = recipe.spec, recipe.spec.view_spec.size_px
     student = load.load_model(
         recipe.student, "student", num_classes=num_classes, size_px=size_px, device=device
     )
-    student.precision = spec.precision
-    optimizer = make_optimizer(student, spec)
-    pixels = MEASURE_PIXELS["cuda" if device.startswith("cuda") else "cpu"]
-    rows = min(spec.batch_size, pixels // size_px**2)
-    images = torch.randint(0, 256, (rows, 3, size_px, size_px), dtype=torch.uint8, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
+    max_pixels = MEASURE_PIXELS["cuda" if device.startswith("cuda") else "cpu"]
+    rows = min(spec.batch_size, max_pixels // size_px**2)
+    batch = _random_batch(rows, size_px, student.device)
     target = dense_target(torch.randn(rows, num_classes, device=device))
+    state, loss = State(spec, student), Distillation(spec.temperature)
     student.train()
-    taken: list[float] = []
-    while len(taken) <= MEASURE_STEPS or sum(taken[1:]) < MEASURE_S:
+    seconds: list[float] = []
+    while len(seconds) <= MEASURE_STEPS or sum(seconds[1:]) < MEASURE_S:
         start = time.perf_counter()
-        loss = distillation_loss(student(images), target, temperature=spec.temperature)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(student.parameters(), GRADIENT_NORM)
-        optimizer.step()
-        loss.item()  # waits for a GPU
-        taken.append(time.perf_counter() - start)
-    return min(taken[1:]) / rows  # the first compiles and warms up
+        value = train_step(state, student, batch, lambda batch: target, loss, spec.lr)
+        value.item()  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:]) / rows  # the first step compiles and warms up
+
+
+def _random_batch(rows: int, size_px: int, device: torch.device) -> Batch:
+    images = torch.randint(0, 256, (rows, 3, size_px, size_px), dtype=torch.uint8, device=device)
+    labels = torch.zeros(rows, dtype=torch.int64, device=device)
+    return Batch(
+        view=0,
+        positions_B=np.arange(rows),
+        sample_ids_B=np.arange(rows),
+        images_BCHW=images.contiguous(memory_format=torch.channels_last),
+        labels_B=labels,
+        partner_labels_B=labels,
+        mix_weights_B=torch.zeros(rows, dtype=torch.int16, device=device),
+    )

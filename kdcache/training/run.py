@@ -1,0 +1,97 @@
+"""`TrainingRun` and `RunOptions`: what `loop.train` gets.
+
+A `TrainingRun` is all that decides the resulting weights, loaded and checked. `RunOptions` decide
+what is written and when, and may differ each time that a run is resumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kdcache.batch import TargetSource
+from kdcache.data.beton import Dataset
+from kdcache.losses.loss import Distillation, Loss
+from kdcache.models.classifier import Classifier, Teacher
+from kdcache.spec import require
+from kdcache.training.identity import RunIdentity
+from kdcache.training.spec import TrainSpec
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run, loaded.
+
+    targets            of each batch: labels, a live teacher, or a cache
+    loss               None: `Distillation` with the temperature and label weight of the spec
+    val                images to evaluate on
+    reference_teacher  the teacher that an evaluation compares the student with; it sees images of
+                       reference_size_px; None: of the student's size
+    cache              digest of the spec of the cache that targets come from
+    teacher            content hash of the live teacher
+    class_names        where they are not the dataset's
+    metadata           goes into run.json as it is
+    warnings           lines that the user should read before the first step
+    """
+
+    spec: TrainSpec
+    dataset: Dataset
+    student: Classifier
+    targets: TargetSource
+    loss: Loss | None = None
+    val: Dataset | None = None
+    reference_teacher: Teacher | None = None
+    reference_size_px: int | None = None
+    cache: str | None = None
+    teacher: str | None = None
+    class_names: tuple[str, ...] | None = None
+    metadata: dict[str, str | None] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> RunIdentity:
+        """What decides the weights; to be read before the first step changes the student."""
+        return RunIdentity.of(
+            self.spec,
+            self.dataset,
+            self.student,
+            cache=self.cache,
+            teacher=self.teacher,
+            loss=self.loss,
+        )
+
+    def make_loss(self) -> Loss:
+        spec = self.spec
+        return self.loss or Distillation(spec.temperature, label_weight=spec.label_weight)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run writes, and when.
+
+    resume              resume the run in its folder, or begin where there is none
+    checkpoint_every    steps from one checkpoint to the next; None: none by steps
+    checkpoint_minutes  minutes from one checkpoint to the next; None: none by time
+    max_checkpoints     older ones are deleted
+    eval_every          steps from one evaluation to the next, with a checkpoint before each and the
+                        best weights saved; None: one evaluation, after the last step
+    log_every           steps from one log line to the next
+    tensorboard         log for TensorBoard too
+    workers             threads that decode images; None: chosen by the loader
+    """
+
+    resume: bool = False
+    checkpoint_every: int | None = None
+    checkpoint_minutes: float | None = None
+    max_checkpoints: int = 2
+    eval_every: int | None = None
+    log_every: int = 50
+    tensorboard: bool = False
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every", "checkpoint_minutes", "eval_every"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name.replace("_", "-"), "above 0", value)
+        for name in ("max_checkpoints", "log_every"):
+            value = getattr(self, name)
+            require(value >= 1, name.replace("_", "-"), "at least 1", value)
