@@ -47,7 +47,8 @@ from kdcache.data.convert import convert
 from kdcache.data.sources import Source, open_source
 from kdcache.models import load
 from kdcache.teacher import precompute, targets
-from kdcache.training.loop import TrainSpec, train
+from kdcache.training.loop import train
+from kdcache.training.spec import TrainSpec
 from kdcache.views.spec import ViewSpec
 
 CLASSES, K, BATCH = 1000, 10, 256
