@@ -48,7 +48,6 @@ from kdcache.data.sources import Source, open_source
 from kdcache.models import load
 from kdcache.teacher import precompute, targets
 from kdcache.training.loop import train
-from kdcache.training.run import TrainingRun
 from kdcache.training.spec import TrainSpec
 from kdcache.views.spec import ViewSpec
 
@@ -248,8 +247,7 @@ def bench_wait(folder: Path, rounds: int) -> list[dict[str, Any]]:
         student = load.load_model("kdcache:small", "student", num_classes=CLASSES, size_px=28)
         clocked = Clocked(targets.CachedTargets(cache, data.content_hash, VIEW))
         start = time.perf_counter()
-        spec = TrainSpec("cached", VIEW, 2, BATCH, num_views=2)
-        train(TrainingRun(spec, data, student, clocked))
+        train(TrainSpec("cached", VIEW, 2, BATCH, num_views=2), data, student, clocked)
         seconds = time.perf_counter() - start
         shares.append((clocked.inner.waited_s / seconds, clocked.seconds / seconds))
     wait, whole = np.median(np.array(shares), 0)
@@ -305,13 +303,13 @@ def bench_write(folder: Path, rounds: int) -> list[dict[str, Any]]:
         {
             "precompute: stored": record,
             "precompute: encoded, not stored": lambda: discard(True),
-            "precompute: teacher only": lambda: discard(False),
+            "precompute: asked alone": lambda: discard(False),
         },
         rounds,
     )
     writing = 1 - harness.ratio(samples, "precompute: stored", "precompute: encoded, not stored")
     encoding = 1 - harness.ratio(
-        samples, "precompute: encoded, not stored", "precompute: teacher only"
+        samples, "precompute: encoded, not stored", "precompute: asked alone"
     )
     lines: list[dict[str, Any]] = [{"case": n, **s.quantiles()} for n, s in samples.items()]
     return [
