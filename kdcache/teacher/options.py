@@ -100,6 +100,8 @@ class RecordOptions:
     def __post_init__(self) -> None:
         if self.num_draws and (self.top_k is not None or self.num_averaged_views):
             raise UsageError("--num-draws goes without --top-k and --average-views")
+        if self.temperature != 1 and not self.num_draws:
+            raise UsageError("only draws have a temperature: give --num-draws, or no --temperature")
 
     def num_logits(self, num_classes: int) -> int | None:
         """The k of --top-k; None for all. Raises UsageError for a text that is no number."""
