@@ -79,7 +79,7 @@ def option_names(kind: type) -> dict[str, str]:
 
 
 def build(kind: type[T], values: Mapping[str, Any]) -> T:
-    """The dataclass of these values, by `Described.key`. Raises UsageError for one that is wrong."""
+    """The dataclass of these values, by `Described.key`. Raises UsageError for a wrong one."""
     found: dict[str, Any] = {}
     for one, hint in _fields(kind):
         if is_options(hint):

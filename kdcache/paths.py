@@ -28,7 +28,7 @@ def require_new_dataset(path: PathLike) -> None:
 
 
 def require_cache(url: PathLike) -> None:
-    """Raise UsageError where a folder should be and nothing is; of an object store nothing is said."""
+    """Raise UsageError where nothing is at a path. An object store is not looked at."""
     if "://" not in str(url) and not Path(url).exists():
         raise UsageError(f"no cache at {url}: make one with `kdcache precompute`")
 

@@ -254,7 +254,7 @@ def test_options_are_built_from_their_values() -> None:
 
 
 def test_a_value_that_an_option_refuses_is_never_built() -> None:
-    with pytest.raises(UsageError, match="no such file: no.beton"):
+    with pytest.raises(UsageError, match=r"no such file: no\.beton"):
         build(TrainOptions, {"data": Path("no.beton")})
 
 

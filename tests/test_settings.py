@@ -437,7 +437,7 @@ def test_precompute_by_name(
         assert cache.spec.view_spec is not None
         assert (cache.spec.view_spec.seed, cache.spec.num_views) == (HIGH + 3, 2)
     result = kdcache("inspect", tmp_path / "t")
-    assert f"setting    {name}" in result.out
+    assert re.search(rf"^setting +{name} ", result.out, re.MULTILINE)
 
 
 def test_several_teachers(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:

@@ -45,8 +45,8 @@ def import_logits(options: ImportOptions, output: OutputOptions) -> None:
         warn(
             [
                 f"the largest logit is at the label for {accuracy:.1%} of the samples, hardly more "
-                f"than by chance: the keys may count the images of {options.data} in another order, "
-                "or the classes may have another order"
+                f"than by chance: the images of {options.data}, or its classes, may have another "
+                "order than the keys"
             ]
         )
     result = {

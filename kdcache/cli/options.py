@@ -1,4 +1,4 @@
-"""From options in dataclasses to a command: the signature that typer reads is made from their fields.
+"""From options in dataclasses to a command: typer reads a signature that is made of their fields.
 
     @command
     def precompute(options: PrecomputeOptions, output: OutputOptions) -> None: ...

@@ -92,8 +92,8 @@ def _as_text(found: Estimate, out: str | None, seconds: float) -> dict[str, str]
 def _break_even(even: float, epochs: int) -> str:
     if not math.isfinite(even):
         return (
-            "never: a step took no longer with the teacher than without it, so the teacher is cheap "
-            "beside the student, or this machine is too busy for the measurement"
+            "never: a step took no longer with the teacher than without it, so the teacher is "
+            "cheap beside the student, or this machine is too busy for the measurement"
         )
     least = math.floor(even / epochs) + 1
     some = f"{least} student{'s' * (least > 1)} of {epochs} epoch{'s' * (epochs > 1)}"

@@ -1,7 +1,7 @@
 """From the options of `kdcache precompute` and `verify` to what they run, loaded and checked.
 
-In: `RecordOptions`, `VerifyOptions`. Out: a `PrecomputeRun`, a `Recomputation`. What stays true: what does not go together is refused,
-in one line, before anything is computed or written.
+In: `RecordOptions`, `VerifyOptions`. Out: a `PrecomputeRun`, a `Recomputation`. What stays true:
+what does not go together is refused, in one line, before anything is computed or written.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from kdcache.views.spec import ViewSpec
 class PrecomputeRun:
     """What a cache is made from.
 
-    class_names   of the teacher's classes where the data is unlabeled, as in `precompute`; else None
+    class_names   of the teacher's classes if the data is unlabeled, as in `precompute`; else None
     warnings      lines that the user should read before it begins
     """
 
