@@ -84,9 +84,7 @@ def sources(case: Case, teacher: Classifier, cache: LogitCache) -> dict[Mode, Ta
 
 
 def record(case: Case, teacher: Classifier, path: Path) -> LogitCache:
-    spec = make_cache_spec(
-        case.data, teacher, case.view, Dense(), num_views=case.epochs
-    )
+    spec = make_cache_spec(case.data, teacher, case.view, Dense(), num_views=case.epochs)
     return precompute(case.data, teacher, spec, path, batch_size=case.batch_size)
 
 

@@ -47,7 +47,8 @@ from kdcache.models.classifier import Classifier
 from kdcache.teacher.precompute import teacher_logits
 from kdcache.teacher.targets import LabelTargets
 from kdcache.training.loop import Progress, train
-from kdcache.training.run import RunOptions, TrainingRun
+from kdcache.training.options import RunOptions
+from kdcache.training.run import TrainingRun
 from kdcache.training.spec import TrainSpec
 from kdcache.views.spec import ViewSpec
 

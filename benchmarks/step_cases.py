@@ -135,7 +135,13 @@ def fashion(num_samples: int, device: torch.device) -> Iterator[Case]:
     with tempfile.TemporaryDirectory() as name:
         data, _ = convert(source, Path(name) / "data.beton")
         yield Case(
-            "Fashion-MNIST to 28 px", view, min(256, num_samples), 1, device, data, Arrays(source, view)
+            "Fashion-MNIST to 28 px",
+            view,
+            min(256, num_samples),
+            1,
+            device,
+            data,
+            Arrays(source, view),
         )
 
 

@@ -2,6 +2,7 @@
 
     KDCacheError
     ├── UsageError (ValueError)           change the command or the argument
+    │   └── ClassesMismatch               use a model and data of the same classes
     ├── DatasetCorrupt                    convert the images again, or mend the disk
     ├── TapeMismatch                      use the cache, data and spec that belong together
     ├── TapeIncomplete                    run `kdcache precompute` again
@@ -27,6 +28,10 @@ class KDCacheError(Exception):
 
 class UsageError(KDCacheError, ValueError):
     """An argument is wrong."""
+
+
+class ClassesMismatch(UsageError):
+    """A model distinguishes other classes than the data has."""
 
 
 class DatasetCorrupt(KDCacheError):

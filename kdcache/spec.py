@@ -12,11 +12,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any
 
+from kdcache.choices import Precision as Precision
 from kdcache.errors import UsageError
-
-Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def canonical_json(value: object) -> str:

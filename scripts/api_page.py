@@ -11,7 +11,15 @@ import kdcache
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 GROUPS = {
-    "Images and views": ("convert", "open_source", "open_dataset", "Dataset", "ViewSpec", "Loader", "Batch"),
+    "Images and views": (
+        "convert",
+        "open_source",
+        "open_dataset",
+        "Dataset",
+        "ViewSpec",
+        "Loader",
+        "Batch",
+    ),
     "Teachers and the cache": (
         "load_teacher",
         "make_cache_spec",
@@ -24,7 +32,14 @@ GROUPS = {
         "CachedLoader",
     ),
     "Targets and losses": ("Target", "TemperedTarget", "distillation_loss", "DistillationLoss"),
-    "Training and evaluation": ("load_student", "TrainSpec", "TrainingRun", "RunOptions", "train", "evaluate"),
+    "Training and evaluation": (
+        "load_student",
+        "TrainSpec",
+        "TrainingRun",
+        "RunOptions",
+        "train",
+        "evaluate",
+    ),
 }
 INTRO = """# The library in Python
 

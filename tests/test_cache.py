@@ -245,7 +245,9 @@ def test_opening_another_spec_names_every_difference(tmp_path: Path) -> None:
 def test_views_that_were_rendered_otherwise_are_refused(tmp_path: Path) -> None:
     LogitCache.create(tmp_path / "t", SPEC, {}, "0123")
     assert LogitCache.create(tmp_path / "t", SPEC, {}, "0123").render_digest == "0123"
-    with pytest.raises(CacheMismatch, match=r"rendered differently \(0123\) than .* here .*\(4567\)"):
+    with pytest.raises(
+        CacheMismatch, match=r"rendered differently \(0123\) than .* here .*\(4567\)"
+    ):
         LogitCache.create(tmp_path / "t", SPEC, {}, "4567")
 
 
@@ -531,7 +533,9 @@ def test_targets_of_any_positions_at_any_temperature(
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 999, 1500, 60_000, 1_281_167])
 @pytest.mark.parametrize("num_classes", [10, 100, 1000, 21_841])
 @pytest.mark.parametrize("dense", [True, False])
-def test_layouts_are_whole_pairs_of_sane_size(num_samples: int, num_classes: int, dense: bool) -> None:
+def test_layouts_are_whole_pairs_of_sane_size(
+    num_samples: int, num_classes: int, dense: bool
+) -> None:
     codec = Dense() if dense else TopK(min(16, num_classes - 1))
     spec = CacheSpec(3, num_samples, num_classes, codec, "d", "t", ViewSpec(8))
     layout = Layout.of(spec)

@@ -176,7 +176,9 @@ def test_every_truncation_is_found(tmp_path: Path) -> None:
 def test_what_is_no_checkpoint_says_so(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     safetensors.torch.save_file({"x": torch.zeros(2)}, foreign)
-    with pytest.raises(CheckpointCorrupt, match="foreign is not a checkpoint of version 1: remove it"):
+    with pytest.raises(
+        CheckpointCorrupt, match="foreign is not a checkpoint of version 1: remove it"
+    ):
         checkpoint.load(foreign)
     with pytest.raises(CheckpointCorrupt, match=r"cannot read .*none: .*remove it"):
         checkpoint.load(tmp_path / "none")

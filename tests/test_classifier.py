@@ -69,7 +69,12 @@ def test_an_ensemble_says_what_it_is() -> None:
     assert both.device == torch.device("cpu")
     assert len(both.content_hash()) == 16
     assert both.content_hash() == Ensemble([member(1), member(2)]).content_hash()
-    prints = {a.content_hash(), b.content_hash(), both.content_hash(), Ensemble([b, a]).content_hash()}
+    prints = {
+        a.content_hash(),
+        b.content_hash(),
+        both.content_hash(),
+        Ensemble([b, a]).content_hash(),
+    }
     assert len(prints) == 4
     assert both.features(views())[0] is None
 

@@ -170,10 +170,14 @@ def test_a_sparse_record_of_codes_is_a_staircase(family: str) -> None:
     """Its sums are the codes that a dense record of the same logits holds."""
     z = logits_of(family, 100)
     sparse, dense = encode(z, 16, "uint8"), encode(z, 100, "uint8")
-    codes = np.take_along_axis(dense.columns["logits"], sparse.columns["classes"].astype(np.int64), 1)
+    codes = np.take_along_axis(
+        dense.columns["logits"], sparse.columns["classes"].astype(np.int64), 1
+    )
     np.testing.assert_array_equal(np.cumsum(sparse.columns["logits"], 1), codes)
     assert (sparse.columns["logits"][:, 0] == 0).all()
-    assert (codes[:, -1].astype(int) + sparse.columns["tail"][:, :2].sum(1) <= values.MAX_CODE).all()
+    assert (
+        codes[:, -1].astype(int) + sparse.columns["tail"][:, :2].sum(1) <= values.MAX_CODE
+    ).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -182,9 +186,10 @@ def test_dtypes_of_records(dtype: ValueType) -> None:
     assert records.columns["logits"].dtype == np.dtype(dtype)
     assert records.columns["classes"].dtype == np.uint16
     assert records.columns["tail"].dtype == np.dtype(dtype)
-    assert sum(x.nbytes for x in (records.columns["logits"], records.columns["classes"], records.columns["tail"])) == (
-        ROWS * record_bytes(TopK(5, dtype), 100)
-    )
+    assert sum(
+        x.nbytes
+        for x in (records.columns["logits"], records.columns["classes"], records.columns["tail"])
+    ) == (ROWS * record_bytes(TopK(5, dtype), 100))
 
 
 def test_more_classes_than_16_bits_hold_take_32() -> None:

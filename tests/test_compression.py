@@ -41,7 +41,9 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
-IDS = [f"{name}-{array.dtype}-{classes}{'-dense' * dense}" for name, array, classes, dense, _ in CASES]
+IDS = [
+    f"{name}-{array.dtype}-{classes}{'-dense' * dense}" for name, array, classes, dense, _ in CASES
+]
 
 
 def stored(case: Case, **other: object) -> tuple[MemoryStore, str]:

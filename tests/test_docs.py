@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 import typer.models
@@ -26,42 +27,61 @@ CLI_PAGE = ROOT / "docs" / "cli.md"
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 
 
+# What `cli/options.py` adds to a help text where typer has no value to show.
+DEFAULT = re.compile(r" \[dim\]\\\[default: (.*)\]\[/dim\]$")
+
+
 def cli_page() -> str:
-    """docs/cli.md from the commands' own declarations."""
-    note = "Generated from the commands: `kdcache COMMAND --help` says the same."
+    """docs/cli.md from the signatures that typer reads: a table for each group of options."""
+    note = "Generated from the commands: `kdcache COMMAND --help` prints the same."
     parts = ["# The command line", note]
-    groups = [(None, app), *((g.name, g.typer_instance) for g in app.registered_groups)]
-    for group, command in [(name, c) for name, one in groups for c in one.registered_commands]:
-        function: Any = command.callback
-        hints = get_type_hints(function, include_extras=True)
+    for name, function in _commands():
         parameters = inspect.signature(function).parameters.values()
-        pairs = [(p, *get_args(hints[p.name])) for p in parameters]
-        positional = [i.metavar or p.name.upper() for p, _, i in pairs if _is_argument(i)]
-        names = ["## kdcache", *filter(None, [group]), command.name or function.__name__]
-        parts.append(" ".join([*names, *positional]))
-        parts.append(inspect.cleandoc(function.__doc__))
-        rows = [_row(*pair) for pair in pairs if not _is_argument(pair[2])]
-        parts.append("\n".join(["| option | default | meaning |", "| --- | --- | --- |", *rows]))
+        options = [p for p in parameters if get_origin(p.annotation) is Annotated]
+        groups: dict[str, list[inspect.Parameter]] = {}
+        for one in options:
+            info = get_args(one.annotation)[1]
+            group = "Arguments" if _is_argument(info) else info.rich_help_panel or "Options"
+            groups.setdefault(group, []).append(one)
+        infos = [get_args(one.annotation)[1] for one in groups.get("Arguments", ())]
+        parts.append(" ".join(["## kdcache", name, *(info.metavar for info in infos)]))
+        parts.append(inspect.cleandoc(function.__doc__ or ""))
+        parts += [_table(group, members) for group, members in groups.items()]
     return "\n\n".join(parts) + "\n"
+
+
+def _commands() -> Iterator[tuple[str, Any]]:
+    groups = [("", app.app)]
+    groups += [(f"{one.name} ", one.typer_instance) for one in app.app.registered_groups]
+    for prefix, group in groups:
+        for command in group.registered_commands:
+            function: Any = command.callback
+            yield f"{prefix}{command.name or function.__name__}", function
 
 
 def _is_argument(info: Any) -> bool:
     return isinstance(info, typer.models.ArgumentInfo)
 
 
-def _row(parameter: inspect.Parameter, kind: Any, info: Any) -> str:
-    # In an Annotated the first name stands where a default would.
-    names = [n for n in (info.default, *(info.param_decls or ())) if str(n).startswith("--")]
-    flag = "/".join(names or [f"--{parameter.name.replace('_', '-')}"])
-    text, _, noted = info.help.partition("[default: ")
-    default = noted.rstrip("]")
-    if parameter.default is inspect.Parameter.empty:
-        default = "required"
-    elif not noted and parameter.default is not None and parameter.default is not False:
-        default = str(parameter.default)
+def _table(group: str, members: list[inspect.Parameter]) -> str:
+    return "\n".join([f"| {group} | default | |", "| --- | --- | --- |", *map(_row, members)])
+
+
+def _row(parameter: inspect.Parameter) -> str:
+    kind, info = get_args(parameter.annotation)
+    # typer.Option takes its first name where a default would stand.
+    name = info.metavar if _is_argument(info) else info.default
+    if info.metavar and not _is_argument(info):
+        name += f" {info.metavar}"
+    noted, default = DEFAULT.search(info.help), parameter.default
+    if default is inspect.Parameter.empty:
+        shown = "required"
+    else:
+        shown = noted[1] if noted else "" if default is None or default is False else str(default)
     literals = [a for k in (kind, *get_args(kind)) if get_origin(k) is Literal for a in get_args(k)]
     choices = f" One of {', '.join(literals)}." if literals else ""
-    return f"| `{flag}` | {default} | {text.strip()}{choices} |"
+    text = DEFAULT.sub("", info.help)
+    return f"| `{name}` | {shown} | {text}{choices} |"
 
 
 def test_the_page_of_the_command_line_is_current() -> None:

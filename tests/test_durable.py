@@ -202,7 +202,10 @@ def begun(digits_test: Dataset, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 
 OTHERS: list[tuple[list[object], str]] = [
-    (["--teacher", "python:tests.test_durable:another_teacher"], r"teacher_hash: \w{16} here, \w{16}"),
+    (
+        ["--teacher", "python:tests.test_durable:another_teacher"],
+        r"teacher_hash: \w{16} here, \w{16}",
+    ),
     (
         ["--data", "OTHER"],
         r"num_samples: 1500 here, 297 there; dataset_hash: \w{16} here, \w{16} there",

@@ -193,13 +193,7 @@ def test_masked_student_logits_and_fewer_named_classes(
 @pytest.mark.parametrize("K", [8, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("C", "stride", "shift"),
-    [
-        (1000, 1024, 0),
-        (1001, 1008, 0),
-        (1003, 1003, 1),
-        (100, 131, 0),
-    ],
+    ("C", "stride", "shift"), [(1000, 1024, 0), (1001, 1008, 0), (1003, 1003, 1), (100, 131, 0)]
 )
 def test_rows_of_any_stride_and_alignment(
     C: int,

@@ -62,17 +62,16 @@ def test_sample_order(digits_test: Dataset, teacher: Classifier, tmp_path: Path)
     for view in (0, 1):
         found = cache.decode(cache[view]).logits_BK
         torch.testing.assert_close(
-            found,
-            dense_target(live(digits_test, teacher, view)).logits_BK,
-            rtol=1e-5,
-            atol=1e-4,
+            found, dense_target(live(digits_test, teacher, view)).logits_BK, rtol=1e-5, atol=1e-4
         )
 
 
 def test_an_average_is_of_probabilities(
     digits_test: Dataset, teacher: Classifier, tmp_path: Path
 ) -> None:
-    spec = cache_spec(digits_test, teacher, VIEW, dtype="float32", row_order="dataset", num_averaged_views=3)
+    spec = cache_spec(
+        digits_test, teacher, VIEW, dtype="float32", row_order="dataset", num_averaged_views=3
+    )
     cache = precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=50)
     mean = sum(torch.softmax(live(digits_test, teacher, v), 1) for v in range(3)) / 3
     found = cache.target(0, np.arange(len(digits_test))).log_p_BK.exp()
@@ -93,9 +92,7 @@ def test_draws(digits_test: Dataset, teacher: Classifier, tmp_path: Path) -> Non
     with Loader(digits_test, VIEW, 50) as loader:
         logits = torch.cat([teacher(b.images_BCHW) for b in loader.batches(1)])
     again = Sampled(12, 2.0).encode(logits, Rows(3, 1, np.arange(len(digits_test))))
-    differ = [
-        (cache[1].columns[n] != again.columns[n]).any(1).sum() for n in ("classes", "counts")
-    ]
+    differ = [(cache[1].columns[n] != again.columns[n]).any(1).sum() for n in ("classes", "counts")]
     assert max(differ) <= 2  # a draw on the edge of two classes may fall either way
     target = cache.target(1, [5, 3])
     assert (target.temperature, target.log_tail_B) == (2.0, None)
@@ -163,7 +160,11 @@ def trained(kdcache: Run, dataset: Dataset, out: Path, *options: object) -> Resu
 @pytest.mark.parametrize(
     ("options", "training", "kind"),
     [
-        (["--average-views", 3], [], {"num_averaged_views": 3, "row_order": "dataset", "num_views": 1}),
+        (
+            ["--average-views", 3],
+            [],
+            {"num_averaged_views": 3, "row_order": "dataset", "num_views": 1},
+        ),
         (["--row-order", "dataset", "--views", 2], ["--crop", "center"], {"row_order": "dataset"}),
         (["--num-draws", 12, "--views", 2], [], {"codec": Sampled(12), "row_order": "view"}),
         (
@@ -202,7 +203,10 @@ def test_refusals_are_one_line(kdcache: Run, digits_test: Dataset, tmp_path: Pat
         (train(*cache["average"], "--mixup", 1), "answers single images: train with --mixup 0"),
         (train(*cache["draws"]), "holds draws at T = 2: train with --temperature 2"),
         (kdcache("precompute", *line, "--average-views", 2, "--mixup", 1), "it needs --mixup 0"),
-        (kdcache("precompute", *line, "--average-views", 2, "--views", 2), "averaged views has one view"),
+        (
+            kdcache("precompute", *line, "--average-views", 2, "--views", 2),
+            "averaged views has one view",
+        ),
         (kdcache("precompute", *line, "--num-draws", 5, "--top-k", 3), "goes without --top-k"),
         (kdcache("precompute", *line, "--num-draws", 256), "1 to 255 draws, not 256"),
         (kdcache("precompute", *line, "--temperature", 2), "only draws have a temperature"),

@@ -419,9 +419,18 @@ def test_usage_errors() -> None:
     with pytest.raises(UsageError, match=r"must be floating-point, not torch.int64"):
         distillation_loss(z.long(), goal)
     for wrong, message in (
-        (Target(goal.logits_BK[1:], goal.class_ids_BK, goal.tail_B3, C), r"target must be \[12, 5\]"),
-        (Target(goal.logits_BK, goal.class_ids_BK[:, 1:], goal.tail_B3, C), r"target must be .12, 4"),
-        (Target(goal.logits_BK, goal.class_ids_BK, goal.tail_B3[:, 0], C), r"tail must be \[12, 3\]"),
+        (
+            Target(goal.logits_BK[1:], goal.class_ids_BK, goal.tail_B3, C),
+            r"target must be \[12, 5\]",
+        ),
+        (
+            Target(goal.logits_BK, goal.class_ids_BK[:, 1:], goal.tail_B3, C),
+            r"target must be .12, 4",
+        ),
+        (
+            Target(goal.logits_BK, goal.class_ids_BK, goal.tail_B3[:, 0], C),
+            r"tail must be \[12, 3\]",
+        ),
         (Target(goal.logits_BK, None, None, C), r"\[12, 50\] beside .*\[12, 50\], not \[12, 5\]"),
         (Target(goal.logits_BK, goal.class_ids_BK.float(), None, C), "class_ids must be class ids"),
         (Target(goal.logits_BK[:, :0], goal.class_ids_BK[:, :0], None, C), "names no class"),

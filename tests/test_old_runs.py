@@ -21,7 +21,8 @@ from kdcache.models.run_json import read_run_json, view_spec_of
 from kdcache.teacher.targets import CachedTargets
 from kdcache.training import identity, run_folder
 from kdcache.training.loop import Progress, set_determinism, train
-from kdcache.training.run import RunOptions, TrainingRun
+from kdcache.training.options import RunOptions
+from kdcache.training.run import TrainingRun
 from kdcache.training.spec import TrainSpec
 from kdcache.views.spec import ViewSpec
 

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from kdcache.cache.cache import LogitCache
-from kdcache.cli import output
 from kdcache.data.beton import Dataset
 from kdcache.errors import UsageError
+from kdcache.models.device import choose_device
+from kdcache.torchrun import Process, current_process
 from tests import processes
 from tests.conftest import TEACHER, linear_teacher
 from tests.processes import Job, contents
@@ -230,12 +231,12 @@ def test_ranks_share_the_gpus_of_a_machine(
     if local is not None:
         for name, value in (("RANK", local), ("WORLD_SIZE", "2"), ("LOCAL_RANK", local)):
             monkeypatch.setenv(name, value)
-    assert output.device_of(asked) == given
+    assert choose_device(asked) == given
 
 
 def test_ranks_that_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "first")
-    assert output.rank() == (0, 1)
+    assert current_process() == Process()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="must be a number, not"):
-        output.rank()
+    with pytest.raises(UsageError, match="RANK must be a number"):
+        current_process()

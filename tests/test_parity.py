@@ -20,7 +20,8 @@ from kdcache.teacher.precompute import precompute
 from kdcache.training import checkpoint
 from kdcache.training.loop import Progress, iter_batches, open_loader, set_determinism, train
 from kdcache.training.optim import learning_rate
-from kdcache.training.run import RunOptions, TrainingRun
+from kdcache.training.options import RunOptions
+from kdcache.training.run import TrainingRun
 from kdcache.training.spec import Mode, TrainSpec
 from kdcache.training.state import State
 from kdcache.training.step import train_step

@@ -176,7 +176,7 @@ def test_too_small_a_disk_is_said(
     monkeypatch.setattr(planning, "free_bytes", lambda out: 1000)
     result = kdcache("plan", "--data", digits.path, "--teacher", TEACHER, "--out", tmp_path / "t")
     assert result.code == 0
-    assert f"{tmp_path / 't'} has room for 1 kB, the cache takes" in result.err
+    assert f"{tmp_path / 't'} has 1 kB free, the cache takes" in result.err
     assert len(result.err.splitlines()) == 1
 
 

@@ -151,7 +151,9 @@ def test_another_teacher_does_not_write_on_the_cache(
     precompute(digits_test, teacher, spec_of(digits_test, teacher), tmp_path / "t")
     with torch.no_grad():
         teacher.network[1].bias[0] += 1e-3
-    with pytest.raises(CacheMismatch, match=r"another cache \(teacher: \w{16} here, \w{16} there\)"):
+    with pytest.raises(
+        CacheMismatch, match=r"another cache \(teacher: \w{16} here, \w{16} there\)"
+    ):
         precompute(digits_test, teacher, spec_of(digits_test, teacher), tmp_path / "t")
 
 
@@ -167,7 +169,9 @@ def test_nan_names_its_sample_and_its_view_and_is_not_recorded(
     spoilt = Classifier(Spoilt((image - norm[0]) / norm[1]), "spoilt", *mean)
     spoilt.eval().requires_grad_(False)
     spec = spec_of(digits_test, spoilt)
-    expected = rf"spoilt gave NaN or infinity for sample {batch.sample_ids_B[1]} in view 1: a teacher"
+    expected = (
+        rf"spoilt gave NaN or infinity for sample {batch.sample_ids_B[1]} in view 1: a teacher"
+    )
     with pytest.raises(NonFinite, match=expected):
         precompute(digits_test, spoilt, spec, tmp_path / "t", batch_size=32)
     made = LogitCache.open(tmp_path / "t")

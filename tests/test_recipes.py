@@ -20,17 +20,19 @@ import typer
 
 from kdcache.cache.codecs import choose_codec, record_bytes
 from kdcache.cli import app
-from kdcache.cli.output import given_view, top_k_of
 from kdcache.cli.recipes import command_of, duration, table
 from kdcache.data.beton import Dataset
 from kdcache.errors import UsageError
 from kdcache.models.resnet import SIZES
+from kdcache.options import build
+from kdcache.teacher.options import DEFAULT_TOP_K, RecordOptions
 from kdcache.training import recipes
+from kdcache.training.load import make_train_spec
 from kdcache.training.loop import count_steps
 from kdcache.training.optim import learning_rate, warmup_steps
+from kdcache.training.options import TrainCommand
 from kdcache.training.recipes import NAMES, Recipe, cost_of, get_recipe, to_pytorch_weight_decay
 from kdcache.training.spec import TrainSpec
-from kdcache.views.settings import make_view_spec
 from kdcache.views.spec import ViewSpec
 from tests.conftest import Result
 
@@ -94,7 +96,7 @@ def test_the_papers_numbers(name: str) -> None:
     assert recipe.spec.weight_decay == pytest.approx(wd / lr, rel=1e-5)
     assert recipe.student == "timm:resnetv2_50x1_bit"
     family = name.rpartition("-")[0]
-    assert (recipe.data.num_samples, recipe.data.class_names) == DATA[family]
+    assert (recipe.data.num_samples, recipe.data.num_classes) == DATA[family]
 
 
 def test_decay_shrinks_a_weight_as_the_papers_does() -> None:
@@ -157,7 +159,7 @@ def test_costs_follow_from_data_and_codec() -> None:
     assert cost.num_views == 100
     assert (cost.top_k, cost.record_bytes) == (16, 16 * (2 + 2) + 3 * 2)
     assert cost.cache_bytes == 100 * 68_175 * 70
-    few = cost_of(get_recipe("food-fast"), num_samples=1030, classes=10)
+    few = cost_of(get_recipe("food-fast"), num_samples=1030, num_classes=10)
     assert (few.steps, few.top_k, few.record_bytes) == (200, 10, 20)
     assert few.cache_bytes == 100 * 1030 * 20
     cycled = get_recipe("food-fast")
@@ -166,9 +168,11 @@ def test_costs_follow_from_data_and_codec() -> None:
 
 
 def test_costs_have_the_defaults_of_precompute() -> None:
-    assert top_k_of(None, 1000) == recipes.TOP_K
-    codec = choose_codec(1000, recipes.TOP_K, recipes.DTYPE)
-    assert record_bytes(codec, 1000) == cost_of(get_recipe("imagenet-r50-fast")).record_bytes
+    options = RecordOptions(data=Path("x.beton"), teachers=("x",))
+    assert (recipes.TOP_K, recipes.DTYPE) == (DEFAULT_TOP_K, options.dtype)
+    codec = choose_codec(1000, options.num_logits(1000), options.dtype)
+    cost = cost_of(get_recipe("imagenet-r50-fast"))
+    assert (codec.num_named(1000), record_bytes(codec, 1000)) == (cost.top_k, cost.record_bytes)
 
 
 def test_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +204,16 @@ def test_the_list_fits_and_hours_scale(monkeypatch: pytest.MonkeyPatch, kdcache:
 
 def test_one_recipe_in_full(kdcache: Run) -> None:
     out = kdcache("recipes", "sun-long", "--no-measure").out
-    idle = {"teacher_view_spec", "views", "deterministic", "momentum", "average", "ema", "label_weight"}
+    idle = {
+        "view_spec",
+        "teacher_view_spec",
+        "num_views",
+        "deterministic",
+        "momentum",
+        "num_averaged_views",
+        "ema_decay",
+        "label_weight",
+    }
     rows, _, command = out.partition("\nthe same as\n")
     assert {f.name for f in fields(TrainSpec) if f"\n{f.name} " not in rows} == idle
     assert "None" not in out
@@ -225,34 +238,42 @@ def pasted(command: str) -> list[str]:
 
 def spec_of(arguments: list[str]) -> TrainSpec:
     """The run that a command asks for; what it leaves out is as by default."""
-    train = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
-    given: dict[str, Any] = train.make_context("train", arguments[1:]).params
-    options = ("view_seed", "size", "crop", "min_scale", "flip", "mixup")
-    view = make_view_spec(given_view(*(given[name] for name in options)), 999)
-    named = {f.name: given[f.name] for f in fields(TrainSpec) if f.name in given}
-    return TrainSpec(view_spec=view, **{name: value for name, value in named.items() if value})
+    train = typer.main.get_command(app.app).commands["train"]  # type: ignore[attr-defined]
+    values: dict[str, Any] = train.make_context("train", arguments[1:]).params
+    return make_train_spec(build(TrainCommand, values).train, None, None, 999)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the command is typed in, with its data."""
+    (tmp_path / "TRAIN.beton").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_printed_command_can_be_pasted_and_says_all_of_it(name: str, kdcache: Run) -> None:
+def test_the_printed_command_can_be_pasted_and_says_all_of_it(
+    name: str, kdcache: Run, folder: Path
+) -> None:
     out = kdcache("recipes", name, "--no-measure").out
     arguments = pasted(out.partition("\nthe same as\n")[2])
     assert ["kdcache", *arguments] == command_of(get_recipe(name))
     assert spec_of(arguments) == get_recipe(name).spec
 
 
-def test_what_differs_from_the_defaults_is_said() -> None:
+def test_what_differs_from_the_defaults_is_said(folder: Path) -> None:
     recipe = get_recipe("pet-fast")
     view = ViewSpec(16, "random", min_scale=0.05, flip=False, mixup=0.5, seed=4)
     spec = replace(
         recipe.spec,
-        view=view,
+        view_spec=view,
         seed=3,
         optimizer="sgd",
         momentum=0.8,
         num_views=7,
         ema_decay=0.9,
         label_weight=0.25,
+        deterministic=True,
         precision="bfloat16",
         setting="custom",
     )
@@ -262,7 +283,7 @@ def test_what_differs_from_the_defaults_is_said() -> None:
 def test_costs_on_other_data(digits: Dataset, kdcache: Run) -> None:
     options = ("--data", digits.path, "--no-measure", "--json")
     found = json.loads(kdcache("recipes", "pet-fast", *options).out)
-    assert (found["samples"], found["classes"], found["steps"]) == (1500, 10, 2 * 1000)
+    assert (found["num_samples"], found["num_classes"], found["steps"]) == (1500, 10, 2 * 1000)
     assert found["steps"] == count_steps(get_recipe("pet-fast").spec, len(digits))[1]
 
 
@@ -277,7 +298,7 @@ def test_a_batch_above_the_images_makes_no_steps(
     assert listed[-1].startswith(f"-: {words}")
     out = kdcache("recipes", "pet-fast", *options).out
     assert words in " ".join(out.split())
-    assert "cache " not in out
+    assert "\ncache " not in out
     found = json.loads(kdcache("recipes", "pet-fast", *options, "--json").out)
     assert (found["steps"], found["hours"]) == (0, None)
 
@@ -334,7 +355,7 @@ def test_the_page_is_current() -> None:
 
 
 def test_commands_of_the_page_can_be_typed() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(app.app).commands  # type: ignore[attr-defined]
     lines = re.findall(r"^kdcache (.*(?:\\\n.*)*)$", PAGE.read_text(), re.MULTILINE)
     assert len(lines) > 3
     for line in lines:

@@ -31,7 +31,8 @@ from kdcache.teacher.precompute import precompute
 from kdcache.training import checkpoint, loop, run_folder
 from kdcache.training.distributed import SINGLE_PROCESS
 from kdcache.training.loop import Progress, iter_batches, open_loader, set_determinism, train
-from kdcache.training.run import RunOptions, TrainingRun
+from kdcache.training.options import RunOptions
+from kdcache.training.run import TrainingRun
 from kdcache.training.spec import TrainSpec
 from kdcache.training.state import State
 from kdcache.training.step import train_step

@@ -20,7 +20,8 @@ from kdcache.models import load, weights
 from kdcache.teacher.targets import LabelTargets
 from kdcache.training import checkpoint, run_folder
 from kdcache.training.loop import Progress, set_determinism, train
-from kdcache.training.run import RunOptions, TrainingRun
+from kdcache.training.options import RunOptions
+from kdcache.training.run import TrainingRun
 from kdcache.training.spec import TrainSpec
 from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER

@@ -20,7 +20,8 @@ from kdcache.models.run_json import read_run_json
 from kdcache.teacher.targets import LabelTargets
 from kdcache.training import checkpoint, loop, run_folder
 from kdcache.training.loop import Progress, Stopwatch, set_determinism, train
-from kdcache.training.run import RunOptions, TrainingRun
+from kdcache.training.options import RunOptions
+from kdcache.training.run import TrainingRun
 from kdcache.training.spec import TrainSpec
 from kdcache.views.spec import ViewSpec
 

@@ -168,7 +168,7 @@ def _main(*line: object) -> tuple[int, str]:
     words = io.StringIO()
     sys.argv = ["kdcache", *map(str, line)]
     with contextlib.redirect_stderr(words), contextlib.redirect_stdout(io.StringIO()):
-        app.err_console.file = words
+        app.err_console().file = words
         try:
             app.main()
         except SystemExit as end:

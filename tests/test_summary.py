@@ -36,7 +36,9 @@ from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER, cache_spec, synthetic_cache
 
 
-def logits_of(probabilities: list[float], num_views: int = 2, num_samples: int = 20) -> torch.Tensor:
+def logits_of(
+    probabilities: list[float], num_views: int = 2, num_samples: int = 20
+) -> torch.Tensor:
     return torch.tensor(probabilities).log().expand(num_views, num_samples, -1)
 
 
@@ -246,7 +248,9 @@ def test_a_record_of_draws_names_what_was_drawn(tmp_path: Path) -> None:
     ("sample", "view", "words"),
     [(20, 0, "sample must be 0 to 19"), (-1, 0, "sample must"), (0, 2, "view must be 0 to 1")],
 )
-def test_a_record_that_the_cache_has_not(tmp_path: Path, sample: int, view: int, words: str) -> None:
+def test_a_record_that_the_cache_has_not(
+    tmp_path: Path, sample: int, view: int, words: str
+) -> None:
     cache = synthetic_cache(tmp_path / "t", logits_of([0.5, 0.5]), top_k=2)
     with pytest.raises(UsageError, match=words):
         entry(cache, sample, view)

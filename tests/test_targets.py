@@ -239,7 +239,9 @@ def test_a_teachers_nan_is_never_a_silent_target(digits_test: Dataset, value: fl
     with Loader(digits_test, ViewSpec(8), 6) as loader:
         batch = next(iter(loader.batches(0)))
     source = OnlineTargets(teacher)
-    with pytest.raises(NonFinite, match=rf"gave NaN or infinity for sample {batch.sample_ids_B[1]} "):
+    with pytest.raises(
+        NonFinite, match=rf"gave NaN or infinity for sample {batch.sample_ids_B[1]} "
+    ):
         source(batch)
     source._wait = False  # as on a GPU
     target = source(batch)

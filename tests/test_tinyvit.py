@@ -105,8 +105,12 @@ def first_digits(count: int, out: Path) -> Dataset:
     return convert(Source(whole.class_names, whole.images[:count], whole.labels[:count]), out)[0]
 
 
-def logits_of(seed: int, num_samples: int = 60, num_classes: int = 10, scale: float = 3) -> torch.Tensor:
-    return scale * torch.randn(num_samples, num_classes, generator=torch.Generator().manual_seed(seed))
+def logits_of(
+    seed: int, num_samples: int = 60, num_classes: int = 10, scale: float = 3
+) -> torch.Tensor:
+    return scale * torch.randn(
+        num_samples, num_classes, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 # --- out -------------------------------------------------------------------------------------
@@ -152,7 +156,9 @@ def test_seeds_are_31_bits_and_differ_by_view_and_sample(tmp_path: Path) -> None
         assert file.read_bytes() == again.read_bytes()
 
 
-def test_a_cache_in_sample_order_is_exported_by_sample(digits_test: Dataset, tmp_path: Path) -> None:
+def test_a_cache_in_sample_order_is_exported_by_sample(
+    digits_test: Dataset, tmp_path: Path
+) -> None:
     teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
     spec = cache_spec(digits_test, teacher, PLAIN, num_views=2, top_k=2, row_order="dataset")
     cache = precompute(digits_test, teacher, spec, tmp_path / "t")

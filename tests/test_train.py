@@ -31,7 +31,8 @@ from kdcache.training.loop import (
     train,
 )
 from kdcache.training.optim import learning_rate
-from kdcache.training.run import RunOptions, TrainingRun
+from kdcache.training.options import RunOptions
+from kdcache.training.run import TrainingRun
 from kdcache.training.spec import TrainSpec
 from kdcache.training.state import Meter, State
 from kdcache.training.step import train_step

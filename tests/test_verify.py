@@ -157,7 +157,7 @@ def test_verify_of_a_whole_cache(kdcache: Run, cache: LogitCache) -> None:
     result = kdcache("verify", cache.url)
     assert (result.code, result.err) == (0, "")
     whole = len(cache.shards())
-    assert f"{whole} of {whole} are there and right" in result.out
+    assert f"{whole} of {whole} are complete and valid" in result.out
     found = json.loads(kdcache("verify", cache.url, "--json").out)
     assert found == {
         "path": cache.url,
@@ -165,7 +165,7 @@ def test_verify_of_a_whole_cache(kdcache: Run, cache: LogitCache) -> None:
         "shards": whole,
         "missing": [],
         "faults": [],
-        "discarded": 0,
+        "deleted": 0,
         "records": 0,
         "measures": [],
     }
@@ -180,10 +180,10 @@ def test_verify_lists_what_is_wrong_and_how_to_go_on(kdcache: Run, cache: LogitC
     text = " ".join(result.out.split())
     assert "views 1-2 whole; view 0 lacks shards 1-2" in text
     assert "view 1 shard 3 is damaged: it is not what was written at this place" in text
-    assert "`kdcache verify --delete-damaged` takes damaged shards off the cache" in text
+    assert "`kdcache verify --delete-damaged` deletes damaged shards" in text
     result = kdcache("verify", cache.url, "--json")
     found = json.loads(result.out)
-    assert (result.code, found["ok"], found["discarded"]) == (1, False, 0)
+    assert (result.code, found["ok"], found["deleted"]) == (1, False, 0)
     assert found["missing"] == [{"view": 0, "shards": [1, 2]}]
     assert [(f["view"], f["shard"], f["kind"]) for f in found["faults"]] == [(1, 3, "damaged")]
 
@@ -218,7 +218,7 @@ def test_what_is_discarded_is_made_anew(kdcache: Run, digits_test: Dataset, tmp_
     file_of(cache, 0, 5, "seals").write_bytes(b"damage")
     result = kdcache("verify", cache.url, "--delete-damaged")
     assert result.code == 1
-    assert "view 0 shard 3 is damaged, and now discarded" in result.out
+    assert "view 0 shard 3 is damaged, and now deleted" in result.out
     assert "run the same `kdcache precompute` again" in result.out
     assert cache.missing() == [(0, 3), (0, 5)]
     assert kdcache(*line).code == 0
@@ -283,7 +283,7 @@ def test_a_cache_in_an_object_store(kdcache: Run, small_shards: None) -> None:
     made.store.write(layout.key("tail", 1, 1), b"?" * 50)
     result = kdcache("verify", url, "--delete-damaged")
     assert (result.code, result.err) == (1, "")
-    assert "view 1 shard 1 is damaged, and now discarded" in result.out
+    assert "view 1 shard 1 is damaged, and now deleted" in result.out
     assert made.missing() == [(1, 1)]
     text = " ".join(kdcache("inspect", url).out.split())
     assert "coverage view 0 whole; view 1 lacks shard 1" in text
@@ -299,6 +299,6 @@ def test_an_imported_cache(kdcache: Run, tmp_path: Path) -> None:
     assert "run the same `kdcache import` again" in result.out
     made.write(0, 0, CODEC.encode(torch.randn(41, 6)))
     assert kdcache("verify", made.url).code == 0
-    assert "not of kdcache's making" in kdcache("inspect", made.url).out
+    assert "not rendered by kdcache" in kdcache("inspect", made.url).out
     found = json.loads(kdcache("inspect", made.url, "--sample", 9, "--json").out)
     assert (found["position"], found["sample"], found["partner"]) == (9, 9, None)

@@ -25,7 +25,8 @@ from kdcache.models.classifier import Classifier
 from kdcache.teacher.precompute import precompute
 from kdcache.teacher.targets import CachedTargets, LabelTargets, OnlineTargets
 from kdcache.training.loop import Progress, train
-from kdcache.training.run import RunOptions, TrainingRun
+from kdcache.training.options import RunOptions
+from kdcache.training.run import TrainingRun
 from kdcache.training.spec import TrainSpec
 from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER, cache_spec

@@ -94,6 +94,14 @@ def read(
     return faults, picked
 
 
+def delete_damaged(cache: LogitCache, faults: list[Fault]) -> list[Fault]:
+    """Delete the damaged shards among the faulty ones; which these are."""
+    damaged = [fault for fault in faults if fault.kind == "damaged"]
+    for fault in damaged:
+        cache.delete_shard(fault.view, fault.shard)
+    return damaged
+
+
 def _read_shard(cache: LogitCache, view: int, shard: int) -> Records | Fault:
     try:
         records = cache.read_shard(view, shard)

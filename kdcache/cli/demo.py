@@ -1,7 +1,7 @@
-"""The whole job on Fashion-MNIST: the commands that a user would type, a table, a picture.
+"""`kdcache demo`: the whole job on Fashion-MNIST, by the commands that a user would type.
 
 In: an empty folder. Out: two .beton files, a teacher, a cache, three students trained on the same
-views from labels, from the live teacher and from the cache, table.json and views.png.
+views from labels, from the online teacher and from the cache, table.json and views.png.
 """
 
 from __future__ import annotations
@@ -11,21 +11,15 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.console import Console
-from rich.table import Table
+import typer
 
-from kdcache.cache.cache import LogitCache
-from kdcache.cli import plots
-from kdcache.data import beton
+from kdcache.cli.output import format_table, out_console, show_lines
 from kdcache.errors import UsageError
-from kdcache.evaluation import evaluate
-from kdcache.models import load
-from kdcache.models.run_json import read_run_json
-from kdcache.training.spec import TrainSpec
+from kdcache.options import option
 
 MARK = ".kdcache-demo"
 VIEW = ["--min-scale", "0.3", "--mixup", "1"]
@@ -33,9 +27,21 @@ STUDENTS = ("labels", "online", "cached")
 PICTURE_SAMPLES = 5
 
 
-def run(
-    folder: Path, epochs: int, command: Callable[[list[str]], object], console: Console
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    out: Path = option(
+        Path("demo"), help="Folder for everything that the demo makes.", metavar="DIR"
+    )
+    epochs: int = option(3, help="Epochs of every training.", metavar="N", at_least=1)
+
+
+def demo(context: typer.Context, options: DemoOptions) -> None:
+    """Do the whole job on Fashion-MNIST: convert, teacher, cache, three students, one table."""
+    root: Any = context.find_root().command
+    run(options.out, options.epochs, lambda line: root.main(line, standalone_mode=False))
+
+
+def run(folder: Path, epochs: int, command: Callable[[list[str]], object]) -> None:
     """Do it all in `folder`, which is emptied first if an earlier demo made it."""
     start = time.perf_counter()
     if folder.exists() and not folder.is_dir():
@@ -50,8 +56,10 @@ def run(
     at = {name: str(folder / name) for name in names}
 
     def step(title: str, *line: str) -> None:
-        console.rule(f"[bold]{title}", align="left")
-        console.print("$ kdcache " + shlex.join(line), style="cyan", markup=False, soft_wrap=True)
+        out_console().rule(f"[bold]{title}", align="left")
+        out_console().print(
+            "$ kdcache " + shlex.join(line), style="cyan", markup=False, soft_wrap=True
+        )
         command(list(line))
 
     train = ["--data", at["train.beton"], "--val", at["test.beton"], "--epochs", str(epochs)]
@@ -73,7 +81,7 @@ def run(
         "0",
     )
     step(
-        "Its answers to every view, on cache",
+        "Its logits for every view, in a cache",
         "precompute",
         "--data",
         at["train.beton"],
@@ -85,7 +93,7 @@ def run(
         str(epochs),
         *VIEW,
     )
-    step("What is on the cache", "inspect", at["cache.zarr"])
+    step("What the cache holds", "inspect", at["cache.zarr"])
     sources = {
         "labels": VIEW,
         "online": ["--teacher", at["teacher"], *VIEW],
@@ -107,30 +115,40 @@ def run(
     rows = [_measure(folder, name, at["test.beton"], at["teacher"]) for name in STUDENTS]
     rows.append(_measure(folder, "teacher", at["test.beton"], at["teacher"]))
     (folder / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
-    console.rule("[bold]Result", align="left")
-    console.print(_table(rows))
+    out_console().rule("[bold]Result", align="left")
+    show_lines(_table(rows))
     drawing = folder / "views.png"
-    data = beton.open_dataset(Path(at["train.beton"]))
-    first = [int(np.argmax(data.labels == c)) for c in range(PICTURE_SAMPLES)]
-    plots.draw_views(
-        LogitCache.open(at["cache.zarr"]),
-        data,
-        drawing,
-        samples=first,
-        views=list(range(min(3, epochs))),
-    )
+    _draw(at["cache.zarr"], at["train.beton"], drawing, min(3, epochs))
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
-    console.print(f"picture {drawing}, in all {minutes} min {seconds} s", soft_wrap=True)
+    show_lines([f"picture {drawing}, in all {minutes} min {seconds} s"])
+
+
+def _draw(cache: str, data: str, out: Path, num_views: int) -> None:
+    """Views of the first sample of some classes."""
+    from kdcache.cache.cache import LogitCache
+    from kdcache.cli import plots
+    from kdcache.data.beton import open_dataset
+
+    dataset = open_dataset(data)
+    labels = dataset.labels.tolist()
+    samples = [labels.index(c) for c in range(PICTURE_SAMPLES)]
+    views = list(range(num_views))
+    plots.draw_views(LogitCache.open(cache), dataset, out, samples=samples, views=views)
 
 
 def _measure(folder: Path, name: str, test: str, teacher: str) -> dict[str, Any]:
+    from kdcache.evaluation.evaluate import evaluate
+    from kdcache.evaluation.load import load_evaluation_run
+    from kdcache.evaluation.options import EvaluateOptions
+    from kdcache.models.run_json import read_run_json
+    from kdcache.training.spec import TrainSpec
+
     record = read_run_json(folder / name)
     spec = TrainSpec.from_json(record["spec"])
-    size_px, data = spec.view_spec.size_px, beton.open_dataset(Path(test))
-    options: Any = {"num_classes": len(data.class_names), "size_px": size_px}
-    network = load.load_model(str(folder / name), "teacher", **options)
-    judge = load.load_model(teacher, "teacher", **options)
-    result = evaluate.evaluate(network, data, size_px=size_px, teacher=judge)
+    run = load_evaluation_run(
+        EvaluateOptions(model=str(folder / name), data=Path(test), teachers=(teacher,))
+    )
+    result = evaluate(run.model, run.dataset, size_px=run.size_px, teacher=run.teacher)
     images = spec.epochs * (record["num_samples"] // spec.batch_size) * spec.batch_size
     return {
         "name": name,
@@ -143,19 +161,18 @@ def _measure(folder: Path, name: str, test: str, teacher: str) -> dict[str, Any]
     }
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table()
-    table.add_column("targets")
-    for heading in ("network", "accuracy", "agreement", "KL", "images/s", "seconds"):
-        table.add_column(heading, justify="right")
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [["targets", "network", "accuracy", "agreement", "KL", "images/s", "seconds"]]
     for row in rows:
-        table.add_row(
-            row["name"],
-            row["model"].removeprefix("kdcache:"),
-            f"{row['top1']:.2%}",
-            f"{row['agreement']:.2%}",
-            f"{row['kl']:.4f}",
-            f"{row['images_per_s']:,.0f}",
-            f"{row['seconds']:.0f}",
+        lines.append(
+            [
+                row["name"],
+                row["model"].removeprefix("kdcache:"),
+                f"{row['top1']:.2%}",
+                f"{row['agreement']:.2%}",
+                f"{row['kl']:.4f}",
+                f"{row['images_per_s']:,.0f}",
+                f"{row['seconds']:.0f}",
+            ]
         )
-    return table
+    return format_table(lines)

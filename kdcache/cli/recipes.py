@@ -1,35 +1,24 @@
-"""The command about recipes: `kdcache recipes`.
-
-Heavy modules are imported in the functions that use them.
-"""
+"""`kdcache recipes`."""
 
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from kdcache.cli.output import (
-    DeviceOption,
-    JsonOption,
-    describe,
-    device_of,
-    err_console,
-    out_console,
-    progress_bar,
-    show,
-    size_of,
-)
-from kdcache.errors import MissingDependency
-from kdcache.training.spec import TrainSpec
-from kdcache.views.settings import make_view_spec
-from kdcache.views.spec import ViewSpec
+from kdcache.cli.options import OutputOptions
+from kdcache.cli.output import format_bytes, format_table, progress_bar, show, show_lines, warn
+from kdcache.options import device_option, option, option_names
+from kdcache.paths import require_dataset
+from kdcache.training.options import TrainOptions
+from kdcache.views.options import ViewOptions
 
 if TYPE_CHECKING:
     from kdcache.training.recipes import Cost, Recipe
+    from kdcache.training.spec import TrainSpec
+    from kdcache.views.spec import ViewSpec
 
 HEADINGS = (
     "recipe",
@@ -45,86 +34,65 @@ HEADINGS = (
     "time",
 )
 # Of these 0 means none.
-NONE_AT_ZERO = ("average", "ema", "label_weight")
+NONE_AT_ZERO = ("num_averaged_views", "ema_decay", "label_weight")
 HOURS = {"min": 1 / 60, "h": 1, "days": 24, "years": 24 * 365.25}
 TOO_LARGE = "the batch is too large for {} images: give `train` a smaller --batch-size"
 
 
-def recipes(
-    name: Annotated[
-        str | None,
-        typer.Argument(metavar="NAME", help="One, to see all of it.", show_default=False),
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Say what they cost on this .beton file, not on their own.")
-    ] = None,
-    no_measure: Annotated[
-        bool, typer.Option("--no-measure", help="Leave out the hours, which take some seconds.")
-    ] = False,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List the recipes for `train --recipe` with what they cost, or show one in full."""
-    from kdcache.training.recipes import NAMES, cost_of, get_recipe
+@dataclass(frozen=True, kw_only=True)
+class RecipesOptions:
+    name: str | None = option(None, name="NAME", help="Show this recipe in full.", positional=True)
+    data: Path | None = option(
+        None,
+        help="Costs for this .beton file instead of the recipes' own data.",
+        metavar="DATA.beton",
+        require=require_dataset,
+    )
+    no_measure: bool = option(False, help="Leave out the hours, which take some seconds.")
+    device: str | None = device_option()
 
-    chosen = [get_recipe(one) for one in ([name] if name else NAMES)]
-    size: dict[str, int] = {}
-    if data:
-        from kdcache.data import beton as datasets
 
-        found = datasets.open_dataset(data)
-        size = {"samples": len(found), "classes": len(found.class_names)}
-    costs = [cost_of(recipe, **size) for recipe in chosen]
-    paces = [None] * len(chosen) if no_measure else _paces(chosen, costs, device_of(device))
-    hours = [_hours(r, c, pace) for r, c, pace in zip(chosen, costs, paces, strict=True)]
-    answers = [_answer(*one) for one in zip(chosen, costs, hours, strict=True)]
-    if as_json:
-        show(answers[0] if name else {"recipes": answers}, True)
-    elif name:
+def recipes(options: RecipesOptions, output: OutputOptions) -> None:
+    """List the recipes of `train --recipe` with their costs, or show one in full."""
+    from kdcache.models.device import choose_device
+    from kdcache.training.recipes import NAMES, cost_of, get_recipe, measure_hours
+
+    chosen = [get_recipe(name) for name in ([options.name] if options.name else NAMES)]
+    costs = [cost_of(recipe, **_size(options.data)) for recipe in chosen]
+    hours: Sequence[float | None] = [None] * len(chosen)
+    if not options.no_measure:
+        with progress_bar("measure", len(chosen), "recipes") as update:
+            device = choose_device(options.device)
+            hours, warnings = measure_hours(chosen, costs, device, update)
+        warn(warnings)
+    if output.as_json:
+        results = [_as_json(*one) for one in zip(chosen, costs, hours, strict=True)]
+        show(results[0] if options.name else {"recipes": results}, True)
+    elif options.name:
         show(_page(chosen[0], costs[0], hours[0]), False)
         command = shlex.join(command_of(chosen[0])).replace(" --", " \\\n  --")
-        out_console.print(f"\nthe same as\n\n{command}", markup=False, soft_wrap=True)
+        show_lines([f"\nthe same as\n\n{command}"])
     else:
-        lines = table(chosen, costs, hours)
+        show_lines(table(chosen, costs, hours))
         if not all(cost.steps for cost in costs):
-            lines.append(f"-: {TOO_LARGE.format(costs[0].num_samples)}")
-        for line in lines:
-            out_console.print(line, markup=False, soft_wrap=True)
+            show_lines([f"-: {TOO_LARGE.format(costs[0].num_samples)}"])
 
 
-def _paces(chosen: list[Recipe], costs: list[Cost], device: str) -> list[float | None]:
-    """Seconds that a step takes for each image; each student is measured once at each size."""
-    from kdcache.training.recipes import seconds_per_image
+def _size(data: Path | None) -> dict[str, int]:
+    if data is None:
+        return {}
+    from kdcache.data.beton import open_dataset
 
-    pace: dict[tuple[str, int], float | None] = {}
-    with progress_bar("measure", len(chosen), "recipes") as update:
-        for done, (recipe, cost) in enumerate(zip(chosen, costs, strict=True), 1):
-            key = recipe.student, recipe.spec.view_spec.size_px
-            if cost.steps and key not in pace:
-                try:
-                    pace[key] = seconds_per_image(recipe, cost.num_classes, device)
-                except MissingDependency as error:
-                    err_console.print(f"no hours of {key[0]}: {error}", markup=False)
-                    pace[key] = None
-            update(done)
-    return [pace.get((recipe.student, recipe.spec.view_spec.size_px)) for recipe in chosen]
+    dataset = open_dataset(data)
+    return {"num_samples": len(dataset), "num_classes": len(dataset.class_names)}
 
 
-def _hours(recipe: Recipe, cost: Cost, pace: float | None) -> float | None:
-    if pace is None or not cost.steps:
-        return None
-    return cost.steps * recipe.spec.batch_size * pace / 3600
-
-
-def table(chosen: list[Recipe], costs: list[Cost], hours: list[float | None]) -> list[str]:
+def table(
+    chosen: Sequence[Recipe], costs: Sequence[Cost], hours: Sequence[float | None]
+) -> list[str]:
     """At most 100 columns, whatever the terminal; without times where none is known."""
     rows = [list(HEADINGS), *map(_row, chosen, costs, hours)]
-    if not any(hours):
-        rows = [row[:-1] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
+    return format_table(rows if any(hours) else [row[:-1] for row in rows])
 
 
 def _row(recipe: Recipe, cost: Cost, hours: float | None) -> list[str]:
@@ -139,7 +107,7 @@ def _row(recipe: Recipe, cost: Cost, hours: float | None) -> list[str]:
         f"{spec.temperature:g}",
         f"{spec.lr:g}",
         f"{spec.weight_decay:.2g}",
-        size_of(cost.cache_bytes) if cost.steps else "-",
+        format_bytes(cost.cache_bytes) if cost.steps else "-",
         "-" if hours is None else duration(hours),
     ]
 
@@ -160,7 +128,7 @@ def duration(hours: float) -> str:
     return f"{_short(hours / HOURS[unit])} {unit}"
 
 
-def _answer(recipe: Recipe, cost: Cost, hours: float | None) -> dict[str, Any]:
+def _as_json(recipe: Recipe, cost: Cost, hours: float | None) -> dict[str, Any]:
     return {
         "name": recipe.name,
         "student": recipe.student,
@@ -179,18 +147,19 @@ def _page(recipe: Recipe, cost: Cost, hours: float | None) -> dict[str, Any]:
     kept = "all" if cost.top_k == cost.num_classes else f"the top {cost.top_k}"
     one = {
         "recipe": recipe.name,
-        "for": f"{recipe.data.part}: {recipe.data.num_samples} images, {recipe.data.num_classes} classes",
+        "for": f"{recipe.data.part}: {recipe.data.num_samples} images, "
+        f"{recipe.data.num_classes} classes",
         "student": recipe.student,
         "teacher": recipe.teacher or "yours, trained for the data",
-        "view": describe(spec.view_spec),
-        **_settings(spec),
+        "view": spec.view_spec.describe(),
+        **_hyperparameters(spec),
         "evaluation": recipe.evaluation,
     }
     if not cost.steps:
         return {**one, "steps": f"none: {TOO_LARGE.format(cost.num_samples)}"}
     one |= {
         "steps": f"{cost.steps}, of {cost.num_samples} images",
-        "cache": f"{size_of(cost.cache_bytes)} before compression: {cost.num_views} views, "
+        "cache": f"{format_bytes(cost.cache_bytes)} before compression: {cost.num_views} views, "
         f"{kept} of {cost.num_classes} classes in {cost.record_bytes} bytes",
     }
     if hours is not None:
@@ -198,50 +167,45 @@ def _page(recipe: Recipe, cost: Cost, hours: float | None) -> dict[str, Any]:
     return one
 
 
-def _settings(spec: TrainSpec) -> dict[str, Any]:
-    """The fields that say something: without the views, and what is none or off."""
-    idle = {"view", "teacher_view_spec"} | ({"momentum"} if spec.optimizer != "sgd" else set())
-    found = {f.name: getattr(spec, f.name) for f in fields(TrainSpec) if f.name not in idle}
+def _hyperparameters(spec: TrainSpec) -> dict[str, Any]:
+    """The fields without the views, and without what is none or off."""
+    idle = {"view_spec", "teacher_view_spec"} | ({"momentum"} if spec.optimizer != "sgd" else set())
+    values = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in idle}
     return {
         name: value
-        for name, value in found.items()
+        for name, value in values.items()
         if value is not None and value is not False and (value or name not in NONE_AT_ZERO)
     }
 
 
 def command_of(recipe: Recipe) -> list[str]:
-    """The command that `kdcache train --recipe NAME` stands for, with words for what is yours and
-    without what is so by default."""
-    spec = recipe.spec
-    line = [
-        "kdcache",
-        "train",
-        "--data",
-        "TRAIN.beton",
-        "--out",
-        "RUN",
-        "--student",
-        recipe.student,
-        "--teacher",
-        recipe.teacher or "TEACHER",
-    ]
-    for field in fields(TrainSpec):
+    """The command that `kdcache train --recipe NAME` stands for, with placeholders for paths and
+    without what is the default."""
+    names, spec = option_names(TrainOptions), recipe.spec
+    line = ["kdcache", "train", names["data"], "TRAIN.beton", "--out", "RUN"]
+    line += [names["student"], recipe.student, names["teachers"], recipe.teacher or "TEACHER"]
+    for field in fields(spec):
         value = getattr(spec, field.name)
-        if field.name != "view" and value != field.default:
-            line += [f"--{field.name.replace('_', '-')}", _text(value)]
+        # The views imply the setting.
+        if field.name not in names or field.name == "setting" or value == field.default:
+            continue
+        line += [names[field.name]] if value is True else [names[field.name], _text(value)]
     return line + _view_options(spec.view_spec)
 
 
 def _view_options(view: ViewSpec) -> list[str]:
-    default = make_view_spec({"crop": view.crop}, view.size_px)
-    line = ["--size", _text(view.size_px)]  # by default that of the data
-    if view.crop != make_view_spec({}, view.size_px).crop:
-        line += ["--crop", view.crop]
-    for option, field in (("min-scale", "min_scale"), ("mixup", "mixup"), ("view-seed", "seed")):
-        if getattr(view, field) != getattr(default, field):
-            line += [f"--{option}", _text(getattr(view, field))]
-    if view.flip != default.flip:
-        line.append("--flip" if view.flip else "--no-flip")
+    from kdcache.views.settings import make_view_spec
+
+    names, line = option_names(ViewOptions), []
+    default = make_view_spec({}, view.size_px)
+    # The default scale follows from the crop, the default size from the data.
+    defaults = {**asdict(make_view_spec({"crop": view.crop}, view.size_px)), "crop": default.crop}
+    for field, name in names.items():
+        value = getattr(view, field)
+        if field == "size_px" or value != defaults[field]:
+            negative = f"--no-{name.removeprefix('--')}"
+            switch = isinstance(value, bool)
+            line += [name if value else negative] if switch else [name, _text(value)]
     return line
 
 

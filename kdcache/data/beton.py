@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from kdcache.data.ffcv import (
     get_metadata_type,
 )
 from kdcache.errors import DatasetCorrupt, UsageError
+from kdcache.paths import PathLike, require_dataset
 from kdcache.spec import canonical_json, require_version
 from kdcache.views.spec import SMALL_PX
 
@@ -75,7 +75,7 @@ def sidecar_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def open_dataset(path: str | os.PathLike[str]) -> Dataset:
+def open_dataset(path: PathLike) -> Dataset:
     """The dataset in a .beton file and its sidecar, checked to be whole.
 
     path   of the .beton file
@@ -84,8 +84,7 @@ def open_dataset(path: str | os.PathLike[str]) -> Dataset:
     or of another file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"no such file: {path}; make it with `kdcache convert SOURCE {path}`")
+    require_dataset(path)
     metadata, table = _read_tables(path)
     try:
         sidecar = json.loads(sidecar_path(path).read_text())

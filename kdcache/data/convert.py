@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -21,6 +21,7 @@ import PIL.ImageOps
 from numpy.typing import NDArray
 
 from kdcache import files
+from kdcache.choices import OnError
 from kdcache.data.beton import (
     FIELDS,
     METADATA,
@@ -35,10 +36,9 @@ from kdcache.data.beton import (
 from kdcache.data.ffcv import ALLOC_TABLE_TYPE, CURRENT_VERSION, IMAGE_MODES, HeaderType, libffcv
 from kdcache.data.sources import Image, Source, open_source
 from kdcache.errors import StorageError, UsageError
+from kdcache.paths import PathLike, require_new_dataset
 from kdcache.spec import canonical_json
 from kdcache.views.spec import SMALL_PX
-
-OnError = Literal["fail", "skip"]
 
 Progress = Callable[[int], None]
 
@@ -55,7 +55,7 @@ class _Payload:
 
 def convert(
     source: Source | str,
-    out: str | os.PathLike[str],
+    out: PathLike,
     *,
     max_side_px: int | None = None,
     quality: int = 95,
@@ -75,9 +75,10 @@ def convert(
     as JPEG above. Raises UsageError for a path that exists or an unreadable image, StorageError.
     """
     out = Path(out)
+    require_new_dataset(out)
+    _require_limits(max_side_px, quality)
     if isinstance(source, str):
         source = open_source(source)
-    _check_convert(out, max_side_px, quality)
     _remove_abandoned(out)
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     sidecar_partial = sidecar_path(partial)
@@ -137,13 +138,7 @@ def _remove_abandoned(out: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _check_convert(out: Path, max_side_px: int | None, quality: int) -> None:
-    if out.suffix != ".beton":
-        raise UsageError(f"the output is a .beton file, not {out.name!r}")
-    if out.exists():
-        raise UsageError(f"{out} exists; remove it or choose another name")
-    if not out.parent.is_dir():
-        raise UsageError(f"no such folder: {out.parent}")
+def _require_limits(max_side_px: int | None, quality: int) -> None:
     if max_side_px is not None and max_side_px < 1:
         raise UsageError(f"max-side must be at least 1 px, not {max_side_px}")
     if not 1 <= quality <= 100:

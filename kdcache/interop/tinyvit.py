@@ -66,7 +66,9 @@ def exported_top_k(spec: CacheSpec, top_k: int | None) -> int:
     return k
 
 
-def export(cache: LogitCache, out: Path, top_k: int, progress: Progress = lambda rows: None) -> int:
+def export(
+    cache: LogitCache, out: PathLike, top_k: int, progress: Progress = lambda rows: None
+) -> int:
     """Write a folder for each view, of one rank; the bytes written.
 
     Records lie in the cache's order, which TinyViT does not mind: keys say which sample each one
@@ -75,6 +77,7 @@ def export(cache: LogitCache, out: Path, top_k: int, progress: Progress = lambda
     StorageError.
     """
     cache.require_complete()
+    out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"{out} exists; choose another folder")
     partial, written = out.with_name(f"{out.name}.partial-{os.getpid()}"), 0

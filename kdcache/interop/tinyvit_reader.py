@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from kdcache.data.beton import Dataset
 from kdcache.errors import UsageError
+from kdcache.paths import PathLike
 
 Progress = Callable[[int], None]
 Rows = NDArray[Any]  # structured, of `record_dtype`
@@ -73,8 +74,16 @@ class SavedLogits:
     places: dict[str, int]
 
 
+def read_keys(path: PathLike) -> list[str]:
+    """The key of each sample, one per line. Raises UsageError for a file that is no text."""
+    try:
+        return Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+
+
 def open_saved(
-    folder: Path,
+    folder: PathLike,
     dataset: Dataset,
     names: Sequence[str] | None = None,
     progress: Progress = lambda records: None,
@@ -85,7 +94,7 @@ def open_saved(
 
     Raises UsageError that names the file, and the line or record, which cannot be.
     """
-    samples, classes = len(dataset), len(dataset.class_names)
+    folder, samples, classes = Path(folder), len(dataset), len(dataset.class_names)
     if names is not None and len(names) != samples:
         raise UsageError(f"{dataset.path} has {samples} samples, and {len(names)} names were given")
     found = [str(i) for i in range(samples)] if names is None else names

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from kdcache.errors import UsageError, did_you_mean
+from kdcache.errors import ClassesMismatch, UsageError, did_you_mean
 from kdcache.models import pretrained, resnet
 from kdcache.models.classifier import Classifier, Teacher, Triple, teacher_of
 from kdcache.models.pretrained import Role
@@ -100,6 +100,29 @@ def load_student(
     Raises UsageError for an unknown name, or a network that does not give [B, C] logits.
     """
     return load_model(name, "student", num_classes=num_classes, size_px=size_px, device=device)
+
+
+def class_names_of(names: Sequence[str]) -> tuple[str, ...]:
+    """The class names of the first finished run among these models; empty where there is none."""
+    for name in names:
+        if name and Path(name).is_dir():
+            return tuple(read_run_json(Path(name)).get("class_names") or ())
+    return ()
+
+
+def require_class_names(name: str, class_names: Sequence[str], data: object) -> None:
+    """Raise ClassesMismatch for a run that was trained on as many classes of other names or order.
+
+    data   where these class names come from, for the message
+    """
+    trained = class_names_of([name])
+    if len(trained) != len(class_names):
+        return
+    for there, here in zip(trained, class_names, strict=True):
+        if there != here:
+            raise ClassesMismatch(
+                f"{name} was trained on other classes than {data}: {there!r} there, {here!r} here"
+            )
 
 
 def load_teacher(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from kdcache.errors import MissingDependency, UsageError, did_you_mean
+from kdcache.errors import ClassesMismatch, MissingDependency, UsageError, did_you_mean
 from kdcache.models.classifier import Classifier
 
 Role = Literal["teacher", "student"]
@@ -106,9 +106,9 @@ def pretrained(name: str) -> tuple[Weights, int]:
 
 
 def require_classes(name: str, found: int, expected: int | None) -> None:
-    """Raise UsageError unless a model has as many classes as the data, where these count."""
+    """Raise ClassesMismatch unless a model has as many classes as the data, where these count."""
     if expected not in (None, found):
-        raise UsageError(f"{name} has {found} classes, the data has {expected}")
+        raise ClassesMismatch(f"{name} has {found} classes, the data has {expected}")
 
 
 def natural_size_px(name: str) -> int | None:

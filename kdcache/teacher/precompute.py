@@ -71,6 +71,7 @@ def precompute(
     workers: int | None = None,
     part: tuple[int, int] = (0, 1),
     class_names: Sequence[str] | None = None,
+    on_start: Callable[[LogitCache], None] = lambda cache: None,
     progress: Progress = lambda rows: None,
 ) -> LogitCache:
     """Make, finish or extend the cache of `spec` at `out`.
@@ -83,6 +84,8 @@ def precompute(
                   that work on one cache in a folder share its shards among them as they come.
     class_names   of the teacher's classes where the data is of another domain; empty where they
                   are not known. None: the data's.
+    on_start      is called with the cache before the first record; its `num_stored_views` are then
+                  those that it had
     progress      is called with the number of rows done so far
 
     A shard's bytes depend on the batch size and on what the teacher's arithmetic depends on (the
@@ -103,6 +106,7 @@ def precompute(
     }
     digest = render_digest(dataset, spec.view_spec)
     cache = LogitCache.create(out, spec, metadata, digest)
+    on_start(cache)
     mine = set(shards_of_part(cache, i, n))
     loader = Loader(dataset, spec.view_spec, batch_size, workers=workers, device=teacher.device)
     whole = False

@@ -35,7 +35,8 @@ from kdcache.models.run_json import read_run_json
 from kdcache.training import checkpoint, run_folder
 from kdcache.training.distributed import SINGLE_PROCESS, ProcessGroup
 from kdcache.training.optim import learning_rate
-from kdcache.training.run import RunOptions, TrainingRun
+from kdcache.training.options import RunOptions
+from kdcache.training.run import TrainingRun
 from kdcache.training.run_folder import RunFolder
 from kdcache.training.spec import TrainSpec
 from kdcache.training.state import State

@@ -1,319 +1,332 @@
-"""From what `kdcache train` was asked for to a `Job`: everything loaded, and everything checked.
-
-In: options, as they were given. Out: a job that `session.run` can run. What stays true: what does
-not go together is refused before anything is trained, in one line.
-"""
+"""What `kdcache train` and `kdcache plan` can be told."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kdcache.batch import TargetSource
-from kdcache.cache.cache import LogitCache
-from kdcache.cache.setting import cached_view_spec
-from kdcache.cli.output import describe, load_teacher, notice
-from kdcache.data.beton import Dataset, open_dataset
-from kdcache.data.loader import render_digest
-from kdcache.errors import CacheMismatch, UsageError
-from kdcache.models import load
-from kdcache.models.classifier import Teacher
-from kdcache.models.weights import load_initial_weights
-from kdcache.teacher import targets
-from kdcache.training.loop import count_steps, set_determinism
-from kdcache.training.optim import warmup_steps
-from kdcache.training.recipes import Recipe, get_recipe
-from kdcache.training.run import TrainingRun
-from kdcache.training.spec import Mode, TrainSpec
-from kdcache.views import settings
-from kdcache.views.spec import ViewSpec
+from kdcache.choices import Mode, OptimizerName, Precision
+from kdcache.errors import UsageError
+from kdcache.options import (
+    DATA,
+    LOGGING,
+    OPTIMIZATION,
+    RUN,
+    TEACHER,
+    data_option,
+    device_option,
+    option,
+    workers_option,
+)
+from kdcache.paths import require_cache, require_dataset
+from kdcache.spec import require
+from kdcache.teacher.options import SETTING_HELP, RecordOptions
+from kdcache.views.options import ViewOptions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """The options of `kdcache train`; None, or absent, where one was not given.
+    """What decides a run, as it was given; None where an option is not given.
 
-    training   fields of TrainSpec; view: fields of the student's ViewSpec
-    workers    threads that decode what a live teacher averages over
+    A field that has the name of one of TrainSpec's, and is not None, is that field's value.
     """
 
-    mode: Mode
-    data: Path
-    student: str | None = None
-    cache: str | None = None
-    teachers: tuple[str, ...] = ()
-    val: Path | None = None
-    recipe: str | None = None
-    setting: str | None = None
-    unlabeled: bool = False
-    teacher_size: int | None = None
-    init: str | None = None
-    deterministic: bool = False
-    compile: bool = False
-    device: str = "cpu"
-    training: dict[str, Any] = field(default_factory=dict)
-    view: dict[str, Any] = field(default_factory=dict)
-    workers: int | None = None
-
-
-def make_training_run(asked: TrainOptions) -> TrainingRun:
-    """Raises UsageError for options that do not go together, TapeMismatch for a cache that is not
-    of these data, views or classes, and what opening them raises."""
-    _require_mode(asked)
-    dataset = open_dataset(asked.data)
-    recipe = get_recipe(asked.recipe) if asked.recipe else None
-    student_name = asked.student or (recipe.student if recipe else None)
-    if student_name is None:
-        raise UsageError("give --student MODEL, or a --recipe, which names one")
-    cache = _cache(asked, dataset)
-    sizes = map(load.natural_size_px, (student_name, *asked.teachers[:1]))
-    natural_px = next(filter(None, sizes), dataset.natural_size_px)
-    spec = _spec(asked, recipe, cache, natural_px)
-    teacher = _teacher(asked, spec, cache, dataset)
-    answers = cache.spec.num_classes if cache else teacher.num_classes if teacher else None
-    classes = answers or len(dataset.class_names)
-    if spec.optimizer != "sgd" and "momentum" in asked.training:
-        raise UsageError(f"--momentum goes with --optimizer sgd, not with {spec.optimizer}")
-    warmup_steps(
-        spec, count_steps(spec, len(dataset))[1]
-    )  # refuses one that is longer than the run
-    set_determinism(spec)
-    student = load.load_model(
-        student_name,
-        "student",
-        num_classes=classes,
-        size_px=spec.view_spec.size_px,
-        device=asked.device,
+    data: Path = data_option()
+    val: Path | None = option(
+        None,
+        help="A .beton file to evaluate the student on.",
+        group=DATA,
+        metavar="DATA.beton",
+        require=require_dataset,
     )
-    if asked.init:
-        for key in load_initial_weights(student, asked.init):
-            notice(f"{key} of {student_name} starts fresh")
-    if asked.compile:
-        student.network.compile()
-    val = open_dataset(asked.val) if asked.val else None
-    names = _class_names(asked, dataset, val, classes)
-    live = teacher if asked.mode == "online" else None
-    source = _targets(asked, spec, cache, live, dataset, classes)
-    return TrainingRun(
-        spec,
-        dataset,
-        student,
-        source,
-        val=val,
-        reference_teacher=teacher,
-        reference_size_px=_seen_px(spec, cache),
-        cache=cache.manifest.identity if cache else None,
-        teacher=live.content_hash() if live else None,
-        class_names=names,
-        warnings=_notes(cache, spec, recipe) if cache else (),
-        metadata={"cache": asked.cache, "teacher": teacher.name if teacher else None},
+    unlabeled: bool = option(
+        False,
+        help="Ignore the labels and class names of the data: its classes are not the teacher's.",
+        group=DATA,
+    )
+    mode: Mode = option(help="Where the targets come from.", group=TEACHER)
+    teachers: tuple[str, ...] = option(
+        (),
+        name="--teacher",
+        help="The teacher of --mode online. With --mode cached and --val, also report agreement "
+        "with this teacher. Repeat the option to average the probabilities of several.",
+        group=TEACHER,
+        metavar="MODEL",
+    )
+    cache: str | None = option(
+        None,
+        help="The cache of --mode cached.",
+        group=TEACHER,
+        metavar="C.zarr",
+        require=require_cache,
+    )
+    setting: str | None = option(
+        None,
+        help=SETTING_HELP,
+        default_text="the cache's, else as the other options imply",
+        group=TEACHER,
+        metavar="NAME",
+    )
+    num_views: int | None = option(
+        None,
+        name="--views",
+        help="Views that the epochs cycle through.",
+        default_text="the cache's, else a new view every epoch",
+        group=TEACHER,
+        metavar="N",
+        at_least=1,
+    )
+    num_averaged_views: int | None = option(
+        None,
+        name="--average-views",
+        help="Views that an online teacher averages, with --setting fixed-average.",
+        default_text="1024",
+        group=TEACHER,
+        metavar="N",
+        at_least=1,
+    )
+    teacher_size_px: int | None = option(
+        None,
+        name="--teacher-size",
+        help="Side of an online teacher's view.",
+        default_text="the student's",
+        group=TEACHER,
+        metavar="PX",
+        at_least=1,
+    )
+    view: ViewOptions = ViewOptions()
+    recipe: str | None = option(
+        None,
+        help="Hyperparameters to start from; `kdcache recipes` lists them.",
+        group=OPTIMIZATION,
+        metavar="NAME",
+    )
+    epochs: int | None = option(
+        None, help="Passes through the data.", default_text="10", group=OPTIMIZATION, metavar="N"
+    )
+    batch_size: int | None = option(
+        None,
+        help="Images per step, over all processes.",
+        default_text="256",
+        group=OPTIMIZATION,
+        metavar="N",
+    )
+    optimizer: OptimizerName | None = option(
+        None, help="soap needs pytorch-optimizer.", default_text="adamw", group=OPTIMIZATION
+    )
+    lr: float | None = option(
+        None, help="Peak learning rate.", default_text="0.003", group=OPTIMIZATION, metavar="LR"
+    )
+    weight_decay: float | None = option(
+        None,
+        help="Decoupled weight decay, as in AdamW.",
+        default_text="0.01",
+        group=OPTIMIZATION,
+        metavar="WD",
+    )
+    momentum: float | None = option(
+        None, help="SGD momentum.", default_text="0.9", group=OPTIMIZATION, metavar="M"
+    )
+    warmup: float | None = option(
+        None,
+        help="Warm-up length: a fraction of all steps if below 1, else a number of steps.",
+        default_text="0.1",
+        group=OPTIMIZATION,
+        metavar="FRACTION or N",
+    )
+    temperature: float | None = option(
+        None,
+        help="Temperature of the distillation loss.",
+        default_text="1",
+        group=OPTIMIZATION,
+        metavar="T",
+    )
+    label_weight: float | None = option(
+        None,
+        help="Weight of the labels' cross-entropy in the loss, beside the teacher's.",
+        default_text="0",
+        group=OPTIMIZATION,
+        metavar="FRACTION",
+    )
+    ema_decay: float | None = option(
+        None,
+        name="--ema",
+        help="Decay of a moving average of the parameters, which the run then saves; 0: off.",
+        default_text="0",
+        group=OPTIMIZATION,
+        metavar="DECAY",
+    )
+    precision: Precision | None = option(
+        None,
+        help="Precision of forward passes, by autocast.",
+        default_text="float32",
+        group=OPTIMIZATION,
+    )
+    student: str | None = option(
+        None, help="The model to train.", default_text="the recipe's", group=RUN, metavar="MODEL"
+    )
+    init: str | None = option(
+        None,
+        help="Initial weights: a .safetensors file, a run's folder, or 'pretrained'.",
+        default_text="random",
+        group=RUN,
+        metavar="WEIGHTS",
+    )
+    seed: int | None = option(
+        None, help="Seed of the student's initialisation.", default_text="0", group=RUN, metavar="N"
+    )
+    deterministic: bool = option(
+        False, help="Identical runs give identical weights; slower.", group=RUN
+    )
+    compile_student: bool = option(
+        False, name="--compile", help="Compile the student with torch.compile.", group=RUN
+    )
+    device: str | None = device_option()
+
+    def __post_init__(self) -> None:
+        _require_mode(self)
+
+    def given(self) -> dict[str, Any]:
+        """The options that are given, by field."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What a run writes, and when; it may differ each time that a run is resumed.
+
+    resume              resume the run in its folder, or begin where there is none
+    checkpoint_every    steps from one checkpoint to the next; None: none by steps
+    checkpoint_minutes  minutes from one checkpoint to the next; None: none by time
+    max_checkpoints     older ones are deleted
+    eval_every          steps from one evaluation to the next, with a checkpoint before each and the
+                        best weights saved; None: one evaluation, after the last step
+    log_every           steps from one log line to the next
+    tensorboard         log for TensorBoard too
+    workers             threads that decode images; None: chosen by the loader
+    """
+
+    resume: bool = option(
+        False, help="Resume the run in --out, or begin it if there is none.", group=RUN
+    )
+    checkpoint_every: int | None = option(
+        None, help="Save a checkpoint every N steps.", group=RUN, metavar="N", at_least=1
+    )
+    checkpoint_minutes: float | None = option(
+        15.0,
+        help="Save a checkpoint every MINUTES.",
+        default_text="15",
+        group=RUN,
+        metavar="MINUTES",
+    )
+    max_checkpoints: int = option(
+        2, help="Checkpoints to keep; older ones are deleted.", group=RUN, metavar="N", at_least=1
+    )
+    workers: int | None = workers_option()
+    eval_every: int | None = option(
+        None,
+        help="Evaluate on --val every N steps, and save the best weights.",
+        default_text="after the last step",
+        group=LOGGING,
+        metavar="N",
+        at_least=1,
+    )
+    log_every: int = option(50, help="Log every N steps.", group=LOGGING, metavar="N", at_least=1)
+    tensorboard: bool = option(False, help="Also log for TensorBoard.", group=LOGGING)
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every", "checkpoint_minutes", "eval_every"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name.replace("_", "-"), "above 0", value)
+        for name in ("max_checkpoints", "log_every"):
+            value = getattr(self, name)
+            require(value >= 1, name.replace("_", "-"), "at least 1", value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """All that `kdcache train` can be told."""
+
+    train: TrainOptions
+    out: Path = option(help="The run's folder.", group=RUN, metavar="DIR")
+    run: RunOptions = RunOptions()
+
+    def __post_init__(self) -> None:
+        if self.run.eval_every and self.train.val is None:
+            raise UsageError("--eval-every needs --val DATA.beton")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """A cache whose size and time are to be estimated, and students to train from it."""
+
+    records: RecordOptions
+    out: str | None = option(
+        None, help="Check the free space at this path.", group=DATA, metavar="C.zarr"
+    )
+    student: str | None = option(
+        None,
+        help="A model to train: also estimate when the cache is faster than an online teacher.",
+        group=RUN,
+        metavar="MODEL",
+    )
+    students: int | None = option(
+        None,
+        help="Students to train.",
+        default_text="a table of 1, 2, 5, 10, 50",
+        group=RUN,
+        metavar="N",
+        at_least=1,
+    )
+    epochs: int | None = option(
+        None,
+        help="Epochs of each student.",
+        default_text="one per view",
+        group=RUN,
+        metavar="N",
+        at_least=1,
     )
 
+    def __post_init__(self) -> None:
+        if self.student is None and (self.students or self.epochs):
+            raise UsageError("--students and --epochs go with --student MODEL")
 
-def _require_mode(asked: TrainOptions) -> None:
+
+def _require_mode(options: TrainOptions) -> None:
     """Raise UsageError for options that another mode has."""
-    mode, live = asked.mode, asked.mode == "online"
-    weight, tempered = asked.training.get("label_weight"), "temperature" in asked.training
+    mode, weight = options.mode, options.label_weight
+    labels, online, cached = (mode == name for name in ("labels", "online", "cached"))
     for wrong, line in (
-        (live and not asked.teachers, "--mode online needs --teacher MODEL"),
-        (mode == "cached" and not asked.cache, "--mode cached needs --cache C.zarr"),
+        (online and not options.teachers, "--mode online needs --teacher MODEL"),
+        (cached and not options.cache, "--mode cached needs --cache C.zarr"),
+        (options.cache and not cached, f"--cache goes with --mode cached, not with --mode {mode}"),
         (
-            mode != "cached" and asked.cache,
-            f"--cache goes with --mode cached, not with --mode {mode}",
-        ),
-        (
-            mode == "labels" and asked.teachers,
+            labels and options.teachers,
             "--teacher goes with --mode online or cached, not with --mode labels",
         ),
-        (mode == "labels" and weight, "--label-weight goes with a teacher, not with --mode labels"),
+        (labels and weight, "--label-weight goes with a teacher, not with --mode labels"),
         (
-            mode == "labels" and tempered and asked.training["temperature"] != 1,
+            labels and options.temperature not in (None, 1),
             "--temperature goes with a teacher, not with --mode labels",
         ),
         (
-            mode == "labels" and asked.unlabeled,
-            "--unlabeled leaves labels out: it goes with --mode online or cached",
+            labels and options.unlabeled,
+            "--unlabeled ignores the labels: it goes with --mode online or cached",
         ),
         (
-            asked.unlabeled and weight,
-            "--label-weight needs labels of the teacher's classes, which --unlabeled says that "
-            "the data has not",
+            options.unlabeled and weight,
+            "--label-weight needs labels of the teacher's classes, which --unlabeled ignores",
         ),
         (
-            asked.teacher_size and not live,
+            options.teacher_size_px and not online,
             f"--teacher-size goes with --mode online, not with --mode {mode}: a cache has its size",
         ),
         (
-            "num_averaged_views" in asked.training and not live,
+            options.num_averaged_views and not online,
             f"--average-views goes with --mode online, not with --mode {mode}",
         ),
     ):
         if wrong:
             raise UsageError(line)
-
-
-def _cache(asked: TrainOptions, dataset: Dataset) -> LogitCache | None:
-    """The cache of a cached run, checked against the data; None in other modes."""
-    if asked.cache is None:
-        return None
-    cache = LogitCache.open(asked.cache)
-    spec = cache.spec
-    if spec.num_classes != len(dataset.class_names) and not asked.unlabeled:
-        raise CacheMismatch(
-            f"{asked.cache} has {spec.num_classes} classes, {dataset.path} has "
-            f"{len(dataset.class_names)}: give the cache's own data, or --unlabeled where its images "
-            "are of another domain than the teacher's"
-        )
-    views = asked.training.get("num_views", spec.num_views)
-    if spec.row_order == "view" and views != spec.num_views:
-        raise CacheMismatch(
-            f"{asked.cache} has {spec.num_views} views, not {views}: leave --views out"
-        )
-    return cache
-
-
-def _spec(
-    asked: TrainOptions, recipe: Recipe | None, cache: LogitCache | None, natural_px: int
-) -> TrainSpec:
-    setting = settings.get_setting(asked.setting) if asked.setting else None
-    training, seen = dict(asked.training), None
-    if cache:
-        name, view = cached_view_spec(setting, cache.spec, cache.url, asked.view, natural_px)
-        if cache.spec.row_order == "view":
-            training["num_views"] = cache.spec.num_views
-    else:
-        name, view, seen, average = _live_views(asked, recipe, setting, natural_px)
-        training["num_averaged_views"] = average
-    base = recipe.spec if recipe else TrainSpec(asked.mode, view)
-    if asked.mode == "labels":
-        base = replace(base, temperature=1.0)
-    spec = replace(
-        base,
-        mode=asked.mode,
-        view_spec=view,
-        setting=name,
-        teacher_view_spec=seen,
-        deterministic=asked.deterministic,
-        **training,
-    )
-    return spec
-
-
-def _notes(cache: LogitCache, spec: TrainSpec, recipe: Recipe | None) -> tuple[str, ...]:
-    """What a cache decides that one may not expect."""
-    notes = []
-    own = replace(spec.view_spec, seed=recipe.spec.view_spec.seed) if recipe else None
-    if recipe and own != recipe.spec.view_spec:
-        notes.append(
-            f"the cache decides what is seen, not the recipe: {spec.setting}, {describe(spec.view_spec)}"
-        )
-    lasting = spec.setting != settings.CUSTOM and settings.get_setting(spec.setting).fixed
-    views = cache.spec.num_views
-    if views < spec.epochs and not lasting:
-        notes.append(
-            f"{cache.url} has {views} view{'s' * (views > 1)} for {spec.epochs} epochs: it wraps, "
-            "epoch e plays view " + (f"e mod {views}" if views > 1 else "0")
-        )
-    return tuple(notes)
-
-
-def _live_views(
-    asked: TrainOptions, recipe: Recipe | None, setting: settings.Setting | None, natural_px: int
-) -> tuple[str, ViewSpec, ViewSpec | None, int]:
-    """The setting's name, what the student and the teacher see, and over how many views the teacher
-    averages, where there is no cache."""
-    given = asked.view
-    if recipe:
-        own = recipe.spec.view_spec.to_json()
-        # Another setting than the recipe's has its own crop and mixing.
-        fields = ("size_px",) if setting else ("size_px", "crop", "min_scale", "flip", "mixup")
-        given = {**{name: own[name] for name in fields}, **given}
-    if setting:
-        view = setting.student_view_spec(given, natural_px)
-        look = setting.cache_view_spec if setting.num_averaged_views else setting.teacher_view_spec
-        seen = look(view, size_px=asked.teacher_size)
-    else:
-        view = settings.make_view_spec(given, natural_px)
-        resized = replace(view, size_px=asked.teacher_size or view.size_px)
-        seen = None if resized == view else resized
-    if asked.mode == "labels":
-        return settings.setting_name(view), view, None, 0
-    average = asked.training.get("num_averaged_views", setting.num_averaged_views if setting else 0)
-    if average and not (setting and setting.num_averaged_views):
-        raise UsageError("--average-views goes with --setting fixed-average")
-    return setting.name if setting else settings.setting_name(view, seen), view, seen, average
-
-
-def _seen_px(spec: TrainSpec, cache: LogitCache | None) -> int:
-    """The size of what the teacher sees."""
-    view = (cache.spec.view_spec if cache else spec.teacher_view_spec) or spec.view_spec
-    return view.size_px
-
-
-def _teacher(
-    asked: TrainOptions, spec: TrainSpec, cache: LogitCache | None, dataset: Dataset
-) -> Teacher | None:
-    if not asked.teachers:
-        return None
-    teacher = load_teacher(
-        list(asked.teachers),
-        dataset,
-        _seen_px(spec, cache),
-        asked.device,
-        spec.precision,
-        unlabeled=asked.unlabeled,
-    )
-    if cache and teacher.num_classes != cache.spec.num_classes:
-        raise UsageError(
-            f"{teacher.name} has {teacher.num_classes} classes, {cache.url} has {cache.spec.num_classes}"
-        )
-    return teacher
-
-
-def _targets(
-    asked: TrainOptions,
-    spec: TrainSpec,
-    cache: LogitCache | None,
-    live: Teacher | None,
-    dataset: Dataset,
-    num_classes: int,
-) -> TargetSource:
-    if live and spec.num_averaged_views:
-        assert spec.teacher_view_spec is not None
-        return targets.AverageTargets(
-            live,
-            dataset,
-            spec.teacher_view_spec,
-            spec.num_averaged_views,
-            spec.batch_size,
-            workers=asked.workers,
-        )
-    if live:
-        return targets.OnlineTargets(live)
-    if cache is None:
-        return targets.LabelTargets(num_classes)
-    cache.spec.codec.require_temperature(spec.temperature)
-    if cache.spec.row_order == "dataset":
-        return targets.FixedTargets(cache, dataset.content_hash, spec.view_spec)
-    resized = "size_px" in asked.view
-    source = targets.CachedTargets(cache, dataset.content_hash, spec.view_spec, resized=resized)
-    assert cache.spec.view_spec is not None
-    cache.require_same_rendering(render_digest(dataset, cache.spec.view_spec))
-    return source
-
-
-def _class_names(
-    asked: TrainOptions, dataset: Dataset, val: Dataset | None, num_classes: int
-) -> tuple[str, ...]:
-    """The names of the student's classes. Raises UsageError where `val` has others."""
-    names = dataset.class_names
-    if asked.unlabeled:
-        names = val.class_names if val else tuple(str(c) for c in range(num_classes))
-    if val and (val.class_names != names or len(names) != num_classes):
-        raise UsageError(
-            f"{asked.val} has other classes than {asked.data}"
-            if not asked.unlabeled
-            else f"{asked.val} has {len(val.class_names)} classes, the teacher has {num_classes}"
-        )
-    return names

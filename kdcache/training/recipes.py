@@ -13,7 +13,7 @@ cosine to 0; the teacher alone, without labels.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -23,7 +23,7 @@ import torch
 
 from kdcache.batch import Batch, dense_target
 from kdcache.cache.codecs import ValueType, choose_codec, record_bytes
-from kdcache.errors import UsageError, did_you_mean
+from kdcache.errors import MissingDependency, UsageError, did_you_mean
 from kdcache.losses.loss import Distillation
 from kdcache.models import load
 from kdcache.training.spec import TrainSpec
@@ -243,6 +243,34 @@ def cost_of(
     views, row = spec.num_views or spec.epochs, record_bytes(codec, c)
     steps = n // spec.batch_size * spec.epochs
     return Cost(n, c, steps, views, codec.num_named(c), row, views * n * row)
+
+
+def measure_hours(
+    recipes: Sequence[Recipe],
+    costs: Sequence[Cost],
+    device: str,
+    progress: Callable[[int], None] = lambda recipes: None,
+) -> tuple[list[float | None], list[str]]:
+    """Hours of the student's steps here, by recipe, and why some are not known (None).
+
+    Each student is measured once at each size; see `seconds_per_image`.
+    """
+    seconds: dict[tuple[str, int], float | None] = {}
+    hours: list[float | None] = []
+    warnings: list[str] = []
+    for done, (recipe, cost) in enumerate(zip(recipes, costs, strict=True), 1):
+        key = recipe.student, recipe.spec.view_spec.size_px
+        if cost.steps and key not in seconds:
+            try:
+                seconds[key] = seconds_per_image(recipe, cost.num_classes, device)
+            except MissingDependency as error:
+                warnings.append(f"no hours of {recipe.student}: {error}")
+                seconds[key] = None
+        pace = seconds.get(key) if cost.steps else None
+        images = cost.steps * recipe.spec.batch_size
+        hours.append(None if pace is None else images * pace / 3600)
+        progress(done)
+    return hours, warnings
 
 
 def seconds_per_image(recipe: Recipe, num_classes: int, device: str) -> float:

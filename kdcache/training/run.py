@@ -12,7 +12,6 @@ from kdcache.batch import TargetSource
 from kdcache.data.beton import Dataset
 from kdcache.losses.loss import Distillation, Loss
 from kdcache.models.classifier import Classifier, Teacher
-from kdcache.spec import require
 from kdcache.training.identity import RunIdentity
 from kdcache.training.spec import TrainSpec
 
@@ -62,36 +61,3 @@ class TrainingRun:
     def make_loss(self) -> Loss:
         spec = self.spec
         return self.loss or Distillation(spec.temperature, label_weight=spec.label_weight)
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What a run writes, and when.
-
-    resume              resume the run in its folder, or begin where there is none
-    checkpoint_every    steps from one checkpoint to the next; None: none by steps
-    checkpoint_minutes  minutes from one checkpoint to the next; None: none by time
-    max_checkpoints     older ones are deleted
-    eval_every          steps from one evaluation to the next, with a checkpoint before each and the
-                        best weights saved; None: one evaluation, after the last step
-    log_every           steps from one log line to the next
-    tensorboard         log for TensorBoard too
-    workers             threads that decode images; None: chosen by the loader
-    """
-
-    resume: bool = False
-    checkpoint_every: int | None = None
-    checkpoint_minutes: float | None = None
-    max_checkpoints: int = 2
-    eval_every: int | None = None
-    log_every: int = 50
-    tensorboard: bool = False
-    workers: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("checkpoint_every", "checkpoint_minutes", "eval_every"):
-            value = getattr(self, name)
-            require(value is None or value > 0, name.replace("_", "-"), "above 0", value)
-        for name in ("max_checkpoints", "log_every"):
-            value = getattr(self, name)
-            require(value >= 1, name.replace("_", "-"), "at least 1", value)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from kdcache.choices import Mode as Mode
+from kdcache.choices import OptimizerName as OptimizerName
 from kdcache.spec import (
     Precision,
     digest,
@@ -16,9 +18,6 @@ from kdcache.spec import (
     spec_to_json,
 )
 from kdcache.views.spec import MAX_VIEWS, ViewSpec
-
-Mode = Literal["labels", "online", "cached"]
-OptimizerName = Literal["adamw", "sgd", "soap"]
 
 TRAIN_VERSION = 2
 # Version 1 had no version in its JSON, and these names.

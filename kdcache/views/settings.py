@@ -9,12 +9,11 @@ of any age agree on what either sees. `SETTINGS` has them by name.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
+from kdcache.choices import RowOrder as RowOrder
 from kdcache.errors import UsageError, did_you_mean
 from kdcache.views.spec import EVAL_SCALE, Crop, ViewSpec
-
-RowOrder = Literal["view", "dataset"]
 
 CUSTOM = "custom"  # the name where no setting fits
 PAPER_AVERAGE = 1024  # the crops that the paper averages over

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from kdcache.choices import Crop as Crop
 from kdcache.spec import digest, require, require_known_fields, require_version, spec_to_json
 from kdcache.views.transforms import Transform, transform_from_json, transform_to_json
-
-Crop = Literal["inception", "random", "center", "whole"]
 
 VIEW_VERSION = 1
 # A view and a sample share 64 bits; `philox.py` gives a view 24 of them.
@@ -67,6 +66,13 @@ class ViewSpec:
     @property
     def digest(self) -> str:
         return digest(self.to_json())
+
+    def describe(self) -> str:
+        scale = f"{self.min_scale:g} to 1" if self.crop == "inception" else f"{self.min_scale:g}"
+        flip = "flip" if self.flip else "no flip"
+        mixup = f"mixup {self.mixup:g}" if self.mixup else "no mixup"
+        crop = f"{self.crop} crop (area {scale})"
+        return f"{self.size_px} px, {crop}, {flip}, {mixup}, seed {self.seed}"
 
     def to_json(self) -> dict[str, Any]:
         found = {**spec_to_json(self), "version": self.version}

@@ -9,16 +9,15 @@ at a gap of 65,504; at most sqrt(g) / 31.8 + 0.0008 for uint8, which saturates a
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdcache.choices import ValueType as ValueType
 from kdcache.errors import CacheCorrupt
 from kdcache.spec import require
-
-ValueType = Literal["float32", "float16", "uint8"]
 
 GAP_LIMIT = 64.0
 MAX_CODE = 255

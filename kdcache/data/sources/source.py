@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-Split = Literal["train", "test"]
+from kdcache.choices import Split as Split
+
 Image = Path | NDArray[np.uint8] | PIL.Image.Image
 
 

@@ -1,0 +1,14 @@
+"""The words that an option is chosen from. Importing them imports nothing else of kdcache."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Split = Literal["train", "test"]
+OnError = Literal["fail", "skip"]
+Crop = Literal["inception", "random", "center", "whole"]
+RowOrder = Literal["view", "dataset"]
+ValueType = Literal["float32", "float16", "uint8"]
+Precision = Literal["float32", "bfloat16", "float16"]
+Mode = Literal["labels", "online", "cached"]
+OptimizerName = Literal["adamw", "sgd", "soap"]

@@ -1,0 +1,215 @@
+"""From the options of `kdcache precompute` and `verify` to what they run, loaded and checked.
+
+In: `RecordOptions`, `VerifyOptions`. Out: a `PrecomputeRun`, a `Recomputation`. What stays true:
+what does not go together is refused, in one line, before anything is computed or written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.cache import verify
+from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import RecordCodec, Sampled, choose_codec
+from kdcache.cache.spec import CacheSpec
+from kdcache.cache.verify import Picked
+from kdcache.data.beton import Dataset, open_dataset
+from kdcache.errors import ClassesMismatch
+from kdcache.models import load
+from kdcache.models.classifier import Teacher
+from kdcache.models.device import choose_device
+from kdcache.spec import Precision
+from kdcache.teacher import precompute, recompute
+from kdcache.teacher.options import PrecomputeOptions, RecordOptions, VerifyOptions
+from kdcache.teacher.recompute import Measure
+from kdcache.torchrun import current_process
+from kdcache.views.settings import RowOrder, get_setting, make_view_spec
+from kdcache.views.spec import ViewSpec
+
+
+@dataclass(frozen=True)
+class PrecomputeRun:
+    """What a cache is made from.
+
+    class_names   of the teacher's classes if the data is unlabeled, as in `precompute`; else None
+    warnings      lines that the user should read before it begins
+    """
+
+    dataset: Dataset
+    teacher: Teacher
+    spec: CacheSpec
+    class_names: tuple[str, ...] | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def load_precompute_run(options: RecordOptions) -> PrecomputeRun:
+    """Raises UsageError for options that do not go together, and what opening and loading raise."""
+    dataset = open_dataset(options.data)
+    view_spec, row_order, num_averaged_views = _views(options, dataset)
+    teacher, warnings = load_checked_teacher(
+        options.teachers,
+        dataset,
+        view_spec.size_px,
+        choose_device(options.device),
+        options.precision,
+        unlabeled=options.unlabeled,
+    )
+    spec = precompute.make_cache_spec(
+        dataset,
+        teacher,
+        view_spec,
+        _codec(options, teacher.num_classes),
+        num_views=options.num_views,
+        row_order=row_order,
+        num_averaged_views=num_averaged_views,
+    )
+    class_names = load.class_names_of(options.teachers) if options.unlabeled else None
+    return PrecomputeRun(dataset, teacher, spec, class_names, warnings)
+
+
+def run_precompute(
+    run: PrecomputeRun,
+    options: PrecomputeOptions,
+    *,
+    on_start: Callable[[LogitCache], None] = lambda cache: None,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> LogitCache:
+    """Make, complete or extend the cache; this process's part of it, under torchrun.
+
+    The main process returns when all of --part is complete. `on_start` is called with the cache
+    before the first record, `progress` with the records that are done. Raises what `precompute`
+    does.
+    """
+    process = current_process()
+    i, n = options.parts
+    cache = precompute.precompute(
+        run.dataset,
+        run.teacher,
+        run.spec,
+        options.out,
+        batch_size=options.records.batch_size,
+        workers=options.records.workers,
+        part=(i * process.world_size + process.rank, n * process.world_size),
+        class_names=run.class_names,
+        on_start=on_start,
+        progress=progress,
+    )
+    if process.rank == 0:
+        precompute.wait_for_parts(cache, i, n, progress)
+    return cache
+
+
+def load_checked_teacher(
+    names: Sequence[str],
+    dataset: Dataset,
+    size_px: int,
+    device: str,
+    precision: Precision,
+    *,
+    unlabeled: bool = False,
+) -> tuple[Teacher, tuple[str, ...]]:
+    """The teacher of these names, and warnings about it.
+
+    Raises ClassesMismatch unless it has the data's classes, or these are not looked at (unlabeled),
+    and what `load_teacher` raises.
+    """
+    warnings = []
+    for name in names:
+        own_px = load.natural_size_px(name)
+        if own_px not in (None, size_px):
+            warnings.append(
+                f"{name} was made for views of {own_px} px and is shown views of {size_px} px"
+            )
+    try:
+        for name in () if unlabeled else names:
+            load.require_class_names(name, dataset.class_names, dataset.path)
+        teacher = load.load_teacher(
+            names,
+            num_classes=None if unlabeled else len(dataset.class_names),
+            size_px=size_px,
+            device=device,
+            precision=precision,
+        )
+    except ClassesMismatch as error:
+        raise ClassesMismatch(
+            f"{error}; if the classes of the data are not the teacher's, give --unlabeled"
+        ) from error
+    return teacher, tuple(warnings)
+
+
+def _views(options: RecordOptions, dataset: Dataset) -> tuple[ViewSpec, RowOrder, int]:
+    """View spec, row order and number of averaged views of the cache."""
+    natural_px = load.natural_size_px(options.teachers[0]) or dataset.natural_size_px
+    given, averaged = options.view.given(), options.num_averaged_views
+    if options.setting is not None:
+        return get_setting(options.setting).cache_fields(
+            given,
+            natural_px,
+            num_views=options.num_views,
+            row_order=options.row_order,
+            num_averaged_views=averaged,
+        )
+    row_order: RowOrder = "dataset" if averaged else options.row_order or "view"
+    given = {"mixup": 0, **given} if row_order == "dataset" else given
+    return make_view_spec(given, natural_px), row_order, averaged
+
+
+def _codec(options: RecordOptions, num_classes: int) -> RecordCodec:
+    if options.num_draws:
+        return Sampled(options.num_draws, options.temperature)
+    return choose_codec(num_classes, options.num_logits(num_classes), options.dtype)
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """What records of a cache are computed again from, and which ones: rows by view.
+
+    measures   of data, teacher and pixels, which need no record
+    """
+
+    dataset: Dataset
+    teacher: Teacher
+    rows: dict[int, NDArray[np.int64]]
+    measures: list[Measure]
+
+    def measure(
+        self,
+        cache: LogitCache,
+        picked: list[Picked],
+        options: VerifyOptions,
+        progress: Callable[[int], None] = lambda records: None,
+    ) -> list[Measure]:
+        """All measures; of the picked records too where the data has as many samples."""
+        if len(self.dataset) != cache.spec.num_samples:
+            return self.measures
+        return self.measures + recompute.recompute(
+            cache,
+            self.dataset,
+            self.teacher,
+            picked,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            progress=progress,
+        )
+
+
+def load_recomputation(cache: LogitCache, options: VerifyOptions) -> Recomputation:
+    """Raises UsageError for a cache whose views are not kdcache's, and what loading raises."""
+    recompute.require_recomputable(cache)
+    spec = cache.spec
+    assert spec.view_spec is not None
+    assert options.data is not None
+    dataset = open_dataset(options.data)
+    teacher = load.load_teacher(
+        options.teachers,
+        num_classes=spec.num_classes,
+        size_px=spec.view_spec.size_px,
+        device=choose_device(options.device),
+        precision=options.precision,
+    )
+    rows = verify.sample(spec, options.num_samples)
+    return Recomputation(dataset, teacher, rows, recompute.identify(cache, dataset, teacher))

@@ -1,0 +1,188 @@
+"""What `kdcache precompute`, `plan` and `verify` can be told."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdcache.choices import Precision, RowOrder, ValueType
+from kdcache.errors import UsageError
+from kdcache.options import (
+    DATA,
+    RUN,
+    TEACHER,
+    batch_size_option,
+    data_option,
+    device_option,
+    option,
+    precision_option,
+    workers_option,
+)
+from kdcache.paths import require_cache, require_dataset
+from kdcache.views.options import ViewOptions
+
+SETTING_HELP = (
+    "What teacher and student see: fixed-whole, fixed-center, fixed-average, independent-random, "
+    "independent-inception, consistent-random, consistent-inception or function-matching."
+)
+DEFAULT_TOP_K = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordOptions:
+    """What a cache is to hold, and how it is computed; None where an option is not given."""
+
+    data: Path = data_option()
+    unlabeled: bool = option(
+        False,
+        help="Ignore the labels and class names of the data: its classes are not the teacher's.",
+        group=DATA,
+    )
+    teachers: tuple[str, ...] = option(
+        name="--teacher",
+        help="The teacher. Repeat the option to average the probabilities of several.",
+        group=TEACHER,
+        metavar="MODEL",
+    )
+    setting: str | None = option(
+        None,
+        help=SETTING_HELP,
+        default_text="as the other options imply, function-matching without any",
+        group=TEACHER,
+        metavar="NAME",
+    )
+    num_views: int = option(1, name="--views", help="Views to record.", group=TEACHER, metavar="N")
+    top_k: str | None = option(
+        None,
+        help="Logits to store per record: the N largest, or 'all'.",
+        default_text="16, or all if fewer",
+        group=TEACHER,
+        metavar="N",
+    )
+    dtype: ValueType = option("float16", help="Format of a stored logit.", group=TEACHER)
+    row_order: RowOrder | None = option(
+        None,
+        help="view: to train on the same views; dataset: to train on other views than the "
+        "teacher's, without mixing.",
+        default_text="the setting's, else view",
+        group=TEACHER,
+    )
+    num_averaged_views: int = option(
+        0,
+        name="--average-views",
+        help="One record per sample: the mean probabilities over this many views of it; 0: off. "
+        "--setting fixed-average has 1024.",
+        group=TEACHER,
+        metavar="N",
+        at_least=0,
+    )
+    num_draws: int = option(
+        0,
+        help="Store this many random draws per record instead of the largest logits; 0: off.",
+        group=TEACHER,
+        metavar="N",
+        at_least=0,
+    )
+    temperature: float = option(
+        1.0,
+        help="Temperature of the draws of --num-draws.",
+        default_text="1",
+        group=TEACHER,
+        metavar="T",
+    )
+    precision: Precision = precision_option()
+    view: ViewOptions = ViewOptions()
+    batch_size: int = batch_size_option()
+    workers: int | None = workers_option()
+    device: str | None = device_option()
+
+    def __post_init__(self) -> None:
+        if self.num_draws and (self.top_k is not None or self.num_averaged_views):
+            raise UsageError("--num-draws goes without --top-k and --average-views")
+        if self.temperature != 1 and not self.num_draws:
+            raise UsageError("only draws have a temperature: give --num-draws, or no --temperature")
+
+    def num_logits(self, num_classes: int) -> int | None:
+        """The k of --top-k; None for all. Raises UsageError for a text that is no number."""
+        if self.top_k is None:
+            return min(DEFAULT_TOP_K, num_classes)
+        if self.top_k == "all":
+            return None
+        try:
+            return int(self.top_k)
+        except ValueError:
+            raise UsageError(f"top-k must be a number or 'all', not {self.top_k!r}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeOptions:
+    """A cache, and where it is made by which process."""
+
+    records: RecordOptions
+    out: str = option(
+        help="The cache to create, to complete or to extend: a folder, or s3://...",
+        group=DATA,
+        metavar="C.zarr",
+    )
+    part: str | None = option(
+        None,
+        help="Compute only part I of N; N such jobs complete the cache. Under torchrun, the "
+        "processes divide the part among them.",
+        default_text="all",
+        group=RUN,
+        metavar="I/N",
+    )
+
+    def __post_init__(self) -> None:
+        self.parts  # noqa: B018  refuses a wrong one
+
+    @property
+    def parts(self) -> tuple[int, int]:
+        """(i, n) of --part I/N, i from 0."""
+        if self.part is None:
+            return 0, 1
+        match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", self.part)
+        if not match or int(match[1]) > int(match[2]):
+            raise UsageError(f"--part is i/n with i from 1 to n, such as 1/4, not {self.part!r}")
+        return int(match[1]) - 1, int(match[2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """A cache to check, perhaps against its data and its teacher."""
+
+    cache: str = option(
+        name="C.zarr", help="The cache to check.", positional=True, require=require_cache
+    )
+    data: Path | None = option(
+        None,
+        help="The data of the cache: with --teacher, recompute records.",
+        group=DATA,
+        metavar="DATA.beton",
+        require=require_dataset,
+    )
+    teachers: tuple[str, ...] = option(
+        (),
+        name="--teacher",
+        help="The teacher of the cache. Repeat the option where it has several, in their order.",
+        group=TEACHER,
+        metavar="MODEL",
+    )
+    num_samples: int = option(
+        512,
+        name="--samples",
+        help="Records to recompute, spread over the cache.",
+        group=TEACHER,
+        metavar="N",
+        at_least=1,
+    )
+    precision: Precision = precision_option()
+    delete_damaged: bool = option(False, help="Delete damaged shards.", group=RUN)
+    batch_size: int = batch_size_option()
+    workers: int | None = workers_option()
+    device: str | None = device_option()
+
+    def __post_init__(self) -> None:
+        if (self.data is None) == bool(self.teachers):
+            raise UsageError("--data and --teacher go together; without both, shards are checked")
