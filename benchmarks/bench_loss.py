@@ -28,8 +28,8 @@ from torch.nn import functional as F
 
 from benchmarks import harness
 from benchmarks.loss_report import write
-from kdcache.batch import Target
-from kdcache.cache.codecs.top_k import decode, dense_target, encode
+from kdcache.batch import Target, dense_target
+from kdcache.cache.codecs import TopK
 from kdcache.kernels import reference
 from kdcache.kernels.problem import Problem
 from kdcache.losses.distillation import distillation_loss
@@ -63,7 +63,8 @@ class Case:
         teacher = torch.randn(B, C, generator=g) * 3
         z = (torch.randn(B, C, generator=g) * 2).to(dtype).to(device).requires_grad_()
         where = torch.device(device)
-        dense, sparse = dense_target(teacher), decode(encode(teacher, K, "float32"), C)
+        codec = TopK(K, "float32")
+        dense, sparse = dense_target(teacher), codec.decode(codec.encode(teacher), C)
         return Case(z, sparse.to(where), dense.to(where))
 
 

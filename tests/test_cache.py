@@ -236,7 +236,7 @@ def test_opening_another_spec_names_every_difference(tmp_path: Path) -> None:
     assert "seed: 3 here, 0 there" in str(caught.value)
     assert "teacher_hash: another here, teacher there" in str(caught.value)
     assert "choose another path" in str(caught.value)
-    with pytest.raises(CacheMismatch, match="codec: .*Dense.* here, .*TopK.* there"):
+    with pytest.raises(CacheMismatch, match=r"codec: .*Dense.* here, .*TopK.* there"):
         LogitCache.create(tmp_path / "t", replace(SPEC, codec=Dense()), {})
     assert contents(tmp_path / "t") == before
     assert LogitCache.open(tmp_path / "t").spec == SPEC

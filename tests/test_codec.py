@@ -345,7 +345,7 @@ def test_a_record_of_fill_values_was_never_written(dtype: ValueType, top_k: int)
     records = encode(logits_of("gaussian", 20), top_k, dtype)
     fill = np.iinfo(np.uint8).max if dtype == "uint8" else np.nan
     records.columns["logits"][5] = fill
-    with pytest.raises(CacheCorrupt, match="no largest logit.*uninitialised"):
+    with pytest.raises(CacheCorrupt, match=r"no largest logit.*uninitialised"):
         codec_for(20, top_k, dtype).decode(records, 20)
 
 

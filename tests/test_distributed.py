@@ -537,9 +537,9 @@ def test_a_lost_process_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     ("rank", "error", "waits_s"),
     [
         ("0", UsageError("x"), []),
-        ("1", UsageError("x"), [app.AFTER_S]),
-        ("0", PeerFailed("x"), [app.LOST_S]),
-        ("1", PeerFailed("x"), [app.LOST_S]),
+        ("1", UsageError("x"), [app.OTHERS_WAIT_S]),
+        ("0", PeerFailed("x"), [app.PEER_FAILED_WAIT_S]),
+        ("1", PeerFailed("x"), [app.PEER_FAILED_WAIT_S]),
     ],
 )
 def test_the_one_that_knows_why_speaks_first(
@@ -560,7 +560,7 @@ def test_the_one_that_knows_why_speaks_first(
     with pytest.raises(SystemExit) as end:
         app.main()
     assert (end.value.code, waited) == (2, waits_s)
-    assert app.AFTER_S < app.LOST_S
+    assert app.OTHERS_WAIT_S < app.PEER_FAILED_WAIT_S
 
 
 # --- torchrun --------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def test_only_libraries_have_pretrained_weights() -> None:
     assert refusal(student(1), "pretrained").startswith(f"{STUDENT} has no pretrained weights: ")
 
 
-@pytest.mark.parametrize(("classes", "fresh"), [(10, ["fc.weight", "fc.bias"]), (1000, [])])
+@pytest.mark.parametrize(("num_classes", "fresh"), [(10, ["fc.weight", "fc.bias"]), (1000, [])])
 def test_from_torchvisions_weights(
     monkeypatch: pytest.MonkeyPatch, num_classes: int, fresh: list[str]
 ) -> None:

@@ -75,7 +75,7 @@ def test_a_bin_holds_its_upper_edge() -> None:
 # --- likeness of logits ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("classes", [2, 5, 6, 40])
+@pytest.mark.parametrize("num_classes", [2, 5, 6, 40])
 def test_likeness_against_definitions(num_classes: int) -> None:
     z, t = normal(3, 200, num_classes, scale=2), normal(4, 200, num_classes, scale=3)
     found = fidelity_sums(z, t)

@@ -7,6 +7,7 @@ of definitions here, not from `views/settings.py`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path

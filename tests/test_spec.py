@@ -197,7 +197,7 @@ def again(cache: CacheSpec) -> None:
 
 
 def test_unknown_and_missing_fields_are_not_a_spec() -> None:
-    with pytest.raises(UsageError, match="'colour'.*install the kdcache that wrote it"):
+    with pytest.raises(UsageError, match=r"'colour'.*install the kdcache that wrote it"):
         CacheSpec.from_json({**CACHE.to_json(), "colour": "red"}, {})
     with pytest.raises(KeyError):
         CacheSpec.from_json({k: v for k, v in CACHE.to_json().items() if k != "view_spec"}, {})
