@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from kdcache.teacher.precompute import make_cache_spec as make_cache_spec
     from kdcache.teacher.precompute import precompute as precompute
     from kdcache.training.loop import train as train
+    from kdcache.training.options import RunOptions as RunOptions
+    from kdcache.training.run import TrainingRun as TrainingRun
     from kdcache.training.spec import TrainSpec as TrainSpec
     from kdcache.views.spec import ViewSpec as ViewSpec
 
@@ -45,11 +47,13 @@ _HOMES = {
     "DistillationLoss": "kdcache.losses.distillation",
     "Loader": "kdcache.data.loader",
     "LogitCache": "kdcache.cache.cache",
+    "RunOptions": "kdcache.training.options",
     "Sampled": "kdcache.cache.codecs",
     "Target": "kdcache.batch",
     "TemperedTarget": "kdcache.batch",
     "TopK": "kdcache.cache.codecs",
     "TrainSpec": "kdcache.training.spec",
+    "TrainingRun": "kdcache.training.run",
     "ViewSpec": "kdcache.views.spec",
     "convert": "kdcache.data.convert",
     "distillation_loss": "kdcache.losses.distillation",
