@@ -93,6 +93,23 @@ def remove_abandoned(folder: Path) -> None:
             path.unlink()
 
 
+def iter_sizes(
+    folder: Path | str, prefix: str = "", *, ignored: tuple[str, ...] = ()
+) -> Iterator[tuple[str, int]]:
+    """(relative path, bytes) of the committed files below a folder; of a file or nothing, none."""
+    try:
+        entries = os.scandir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    with entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from iter_sizes(entry.path, f"{prefix}{entry.name}/", ignored=ignored)
+            elif not entry.name.endswith(PARTIAL) and entry.name not in ignored:
+                with contextlib.suppress(FileNotFoundError):  # another process may be at work
+                    yield prefix + entry.name, entry.stat().st_size
+
+
 def save_tensors(
     path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> None:

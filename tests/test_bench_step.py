@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_step, breakdown, harness, page, rivals
 from benchmarks.step_cases import TEACHERS, Arrays, Case, photos
-from kdcache.cache.codecs import top_k
+from kdcache.batch import dense_target
 from kdcache.data.sources import Source
 from kdcache.losses.distillation import distillation_loss
 from kdcache.teacher import targets
@@ -43,7 +43,7 @@ def logits_of(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_everyone_has_the_same_loss(case: Case) -> None:
     _, answers, logits = logits_of(case)
-    ours = distillation_loss(logits, top_k.dense_target(answers), temperature=rivals.TEMPERATURE)
+    ours = distillation_loss(logits, dense_target(answers), temperature=rivals.TEMPERATURE)
     assert ours > 0
     torch.testing.assert_close(rivals.kd_loss(logits, answers), ours)
 

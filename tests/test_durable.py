@@ -181,7 +181,7 @@ def test_ctrl_c_at_any_moment_is_one_line(digits_test: Dataset, tmp_path: Path, 
         os.kill(wait.process.pid, signal.SIGINT)
     result = wait()
     assert result.code in (0, 130), result
-    words = r"kdcache: stopped (with \d+ of 20 shards on|before the cache) [^\n]*\n"
+    words = r"kdcache: stopped (with \d+ of 20 shards in|before the cache) [^\n]*\n"
     assert re.fullmatch(rf"({words})?", result.err), result
     assert processes.command(tmp_path, *line)().code == 0
     assert LogitCache.open(out).missing() == []

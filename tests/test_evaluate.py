@@ -312,7 +312,7 @@ def test_without_a_teacher_nothing_is_said_of_one(digits_test: Dataset) -> None:
 
 
 def test_top5_of_two_classes_means_nothing(photos: Dataset) -> None:
-    two = network(3, classes=2)
+    two = network(3, num_classes=2)
     found = evaluate(two, photos, size_px=8, teacher=two)
     assert found.num_samples == 41
     assert found.top5 is None

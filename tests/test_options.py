@@ -46,7 +46,7 @@ def given(dataset: Dataset, mode: Any = "labels", **options: Any) -> TrainOption
 def test_labels(digits_test: Dataset) -> None:
     run = load_training_run(given(digits_test))
     assert isinstance(run.targets, targets.LabelTargets)
-    assert (run.labels, run.judge, run.cache, run.teacher) == (None, None, None, None)
+    assert (run.loss, run.reference_teacher, run.cache, run.teacher) == (None, None, None, None)
     assert (run.spec.view_spec, run.spec.teacher_view_spec) == (ViewSpec(8), None)
     assert run.student.num_classes == 10
     assert run.class_names == digits_test.class_names
@@ -90,13 +90,12 @@ def test_a_cache_settles_the_views_and_its_judge_is_no_part_of_the_run(
         assert run.spec.num_views == 3
         assert run.cache == run.targets.cache.spec.identity
         assert run.teacher is None
-        assert (run.judge is not None) == bool(teachers)
-        assert run.about["cache"] == cache
+        assert (run.reference_teacher is not None) == bool(teachers)
+        assert run.metadata["cache"] == cache
 
 
 def test_a_label_weight_brings_the_labels(digits_test: Dataset, cache: str) -> None:
     run = load_training_run(given(digits_test, "cached", cache=cache, label_weight=0.1))
-    assert isinstance(run.labels, targets.LabelTargets)
     assert run.spec.label_weight == 0.1
 
 
@@ -180,17 +179,17 @@ def test_a_cache_of_another_number_of_views(digits_test: Dataset, cache: str) ->
 
 def test_epochs_beyond_the_views_of_a_cache_are_told(digits_test: Dataset, cache: str) -> None:
     enough = load_training_run(given(digits_test, "cached", cache=cache, epochs=3))
-    assert enough.notes == ()
+    assert enough.warnings == ()
     more = load_training_run(given(digits_test, "cached", cache=cache, epochs=4))
     wraps = f"{cache} has 3 views for 4 epochs: epoch e trains on view e mod 3"
-    assert more.notes == (wraps,)
+    assert more.warnings == (wraps,)
 
 
 def test_what_a_cache_decides_against_a_recipe_is_told(digits_test: Dataset, cache: str) -> None:
     found = load_training_run(
         given(digits_test, "cached", cache=cache, recipe="fashion-mnist", epochs=3, batch_size=64)
     )
-    [line] = found.notes
+    [line] = found.warnings
     assert line.startswith(
         f"the views come from the cache, not from the recipe: {found.spec.setting}"
     )

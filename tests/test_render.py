@@ -67,7 +67,7 @@ def by_the_definition(
     samples = np.arange(n)
     heights, widths = zip(*[image.shape[:2] for image in images], strict=True)
     boxes = crop_boxes(spec, view, samples, heights, widths)
-    flips = flip_draws(spec.seed, view, samples)
+    flips = flip_draws(spec.seed, view, samples) & spec.flip
     side = (spec.size_px, spec.size_px)
     shown = []
     for sample in view_order(spec, view, n):

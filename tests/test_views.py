@@ -247,11 +247,10 @@ def test_samples_differ_from_each_other() -> None:
     assert len({tuple(box) for box in boxes.tolist()}) == 1000
 
 
-@pytest.mark.parametrize("flip", [True, False])
-def test_half_of_the_samples_are_flipped_or_none(flip: bool) -> None:
-    found = flip_draws(ViewSpec(8, flip=flip), 0, np.arange(10_000))
+def test_half_of_the_samples_are_flipped() -> None:
+    found = flip_draws(0, 0, np.arange(10_000))
     assert found.dtype == bool
-    assert found.mean() == pytest.approx(0.5, abs=0.025) if flip else not found.any()
+    assert found.mean() == pytest.approx(0.5, abs=0.025)
 
 
 def test_a_subset_of_samples_gives_the_rows_of_the_whole() -> None:

@@ -6,17 +6,15 @@ the store, and they come last; no byte reaches a reader that is not the one writ
 this view and this place; nothing is written to or read from a cache of another spec; views that are
 being added change nothing for a reader until all of them are complete.
 
-    cache = LogitCache.open("cache.zarr")           # or s3://bucket/cache.zarr
-    cache[2, 100:200]                               # records, as they are stored
-    for view, start, records in cache: ...          # all of them, shard by shard
-    cache.target(2, positions, temperature=4.0)     # log-probabilities for a loss
+    cache = LogitCache.open("cache.zarr")         # or s3://bucket/cache.zarr
+    cache[2, 100:200]                             # records, as they are stored
+    cache.target(2, positions, temperature=4.0)   # log-probabilities for a loss
 
 The format is in docs/cache-format.md. Cost: reading in order reads and hashes each object once.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -43,13 +41,12 @@ from kdcache.errors import (
     UsageError,
 )
 from kdcache.losses.distillation import log_probabilities
+from kdcache.paths import PathLike
 from kdcache.spec import differences
 from kdcache.views.spec import ViewSpec
 
 ANOTHER_PATH = "choose another path"
 WHAT_IS_A_CACHE = "a cache is the folder that `kdcache precompute --out` or `kdcache import` made"
-
-PathLike = str | os.PathLike[str]
 
 
 class LogitCache:

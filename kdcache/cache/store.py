@@ -188,7 +188,7 @@ class FolderStore:
 
     def sizes(self) -> dict[str, int]:
         with self._storage_errors("read"):
-            return dict(_sizes_below(self.root, ""))
+            return dict(files.iter_sizes(self.root, ignored=(LOCKS, CREATING)))
 
     def create(self, objects: dict[str, bytes], last: str) -> None:
         with self._storage_errors("write"), files.lock_file(self.root / CREATING):
@@ -403,18 +403,3 @@ def _botocore_version() -> tuple[int, ...]:
     from botocore import __version__
 
     return tuple(int(part) for part in __version__.split(".")[:3])
-
-
-def _sizes_below(folder: Path | str, prefix: str) -> Iterator[tuple[str, int]]:
-    """(key, bytes) of the files below a folder that are objects; of a file or nothing, none."""
-    try:
-        entries = os.scandir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    with entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _sizes_below(entry.path, f"{prefix}{entry.name}/")
-            elif not entry.name.endswith(files.PARTIAL) and entry.name not in (LOCKS, CREATING):
-                with contextlib.suppress(FileNotFoundError):  # another process may be at work
-                    yield prefix + entry.name, entry.stat().st_size

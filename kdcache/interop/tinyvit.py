@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.batch import Target
-from kdcache.cache.cache import LogitCache, PathLike
+from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import Sampled, TopK, ValueType, choose_codec
 from kdcache.cache.records import Records
 from kdcache.cache.spec import CacheSpec
@@ -29,6 +29,7 @@ from kdcache.errors import StorageError, UsageError
 from kdcache.interop import tinyvit_reader
 from kdcache.interop.tinyvit_reader import MAX_CLASSES, Rows, SavedLogits, record_dtype
 from kdcache.losses.distillation import log_probabilities
+from kdcache.paths import PathLike
 from kdcache.views.order import view_order
 from kdcache.views.philox import Purpose, draw
 

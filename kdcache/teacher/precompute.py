@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.batch import Batch
-from kdcache.cache.cache import LogitCache, PathLike
+from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import RecordCodec
 from kdcache.cache.records import Records
 from kdcache.cache.setting import cache_setting_name
@@ -28,6 +28,7 @@ from kdcache.data.beton import Dataset
 from kdcache.data.loader import Loader, render_digest
 from kdcache.errors import NonFinite, UsageError
 from kdcache.models.classifier import LEAST_LOG_P, Teacher
+from kdcache.paths import PathLike
 from kdcache.views.order import view_positions
 from kdcache.views.settings import RowOrder
 from kdcache.views.spec import ViewSpec
