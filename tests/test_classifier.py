@@ -140,12 +140,12 @@ def test_teachers_by_name() -> None:
 
 def test_teachers_that_cannot_be_averaged() -> None:
     with pytest.raises(UsageError, match="expected the name of at least one teacher"):
-        load.load_teacher([], num_num_classes=10, size_px=8)
+        load.load_teacher([], num_classes=10, size_px=8)
     names = ["python:tests.test_models:seven_if_none", "python:tests.test_classifier:four"]
     with pytest.raises(UsageError, match=r"seven_if_none has 7, .*:four has 4$"):
-        load.load_teacher(names, num_num_classes=None, size_px=8)
+        load.load_teacher(names, num_classes=None, size_px=8)
     with pytest.raises(UsageError, match="seven_if_none has 7 classes, the data has 10"):
-        load.load_teacher(names, num_num_classes=10, size_px=8)
+        load.load_teacher(names, num_classes=10, size_px=8)
 
 
 def four(num_classes: int | None) -> nn.Module:
@@ -176,7 +176,7 @@ def test_features_are_what_the_head_gets(name: str, size_px: int, layer: str, wi
     if name.startswith("timm"):
         pytest.importorskip("timm")
     torch.manual_seed(0)
-    model = load.load_model(name, "student", num_num_classes=9, size_px=size_px).eval()
+    model = load.load_model(name, "student", num_classes=9, size_px=size_px).eval()
     with torch.inference_mode():
         features, logits = model.features(views(size_px, 2))
         assert features is not None
@@ -190,7 +190,7 @@ def test_features_are_what_the_head_gets(name: str, size_px: int, layer: str, wi
 
 @pytest.mark.slow
 def test_a_compiled_network_has_features() -> None:
-    model = load.load_model("kdcache:small", "student", num_num_classes=9, size_px=28).eval()
+    model = load.load_model("kdcache:small", "student", num_classes=9, size_px=28).eval()
     features, logits = model.features(views(28))
     model.network.compile(backend="eager")
     torch.testing.assert_close(model(views(28)), logits)

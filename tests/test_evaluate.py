@@ -307,7 +307,7 @@ def test_the_teacher_may_see_another_resolution(photos: Dataset) -> None:
 
 def test_without_a_teacher_nothing_is_said_of_one(digits_test: Dataset) -> None:
     found = evaluate(network(3), digits_test, size_px=8)
-    said = {"samples", "top1", "top5", "cross_entropy", "calibration_error"}
+    said = {"num_samples", "top1", "top5", "cross_entropy", "calibration_error"}
     assert {name for name, value in asdict(found).items() if value is not None} == said
 
 

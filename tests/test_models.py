@@ -296,7 +296,7 @@ def test_a_student_that_starts_from_a_run_stands_on_its_own(
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"is not a finished run: it has no run\.json; a model is"):
+    with pytest.raises(UsageError, match=r"is not a finished run: it has no run\.json"):
         load.load_model(str(tmp_path), "teacher", num_classes=10, size_px=8)
 
 
