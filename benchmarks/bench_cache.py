@@ -98,7 +98,7 @@ def stream(cache: LogitCache) -> int:
 def plain_zarr(cache: LogitCache) -> int:
     group = zarr.open_group(cache.url, mode="r")
     names = ("logits", "classes", "tail")
-    rows = cache.layout.shard_rows
+    rows = cache.manifest.layout.shard_rows
     for start in range(0, cache.spec.num_samples, rows):
         for name in names:
             array = group[name]

@@ -31,6 +31,7 @@ from kdcache.errors import (
     StorageError,
     UsageError,
 )
+from kdcache.files import create_file
 from kdcache.views.spec import ViewSpec
 from tests.conftest import codec_for, synthetic_cache
 
@@ -97,7 +98,7 @@ def test_what_is_written_comes_back(
     made = synthetic_cache(tmp_path / "t", logits, top_k=top_k, dtype=dtype)
     assert made.shards_per_view > 2
     found = LogitCache.open(tmp_path / "t")
-    rows = made.layout.shard_rows
+    rows = made.manifest.layout.shard_rows
     for view in range(VIEWS):
         truth = encode(logits[view], top_k, dtype)
         for start, stop in ((0, SAMPLES), (0, 1), (149, 150), (rows - 1, rows + 1), (3, 97)):
@@ -217,6 +218,7 @@ def test_writing_again_gives_the_same_bytes(tmp_path: Path, logits: torch.Tensor
     for view in range(VIEWS):
         for shard in range(made.shards_per_view):
             rows = logits[view, slice(*made.shard_range(shard))]
+            made.delete_shard(view, shard)
             made.write(view, shard, encode(rows))
     assert [f.read_bytes() for f in files] == before
 
@@ -438,16 +440,16 @@ def test_a_full_disk_leaves_no_part_of_a_shard(
     tmp_path: Path, logits: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = LogitCache.create(tmp_path / "t", SPEC, {})
-    whole = stores._write_file
+    whole = create_file
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, data: bytes) -> bool:
         if "tail" in path.parts:
             raise OSError(28, "No space left on device")
-        whole(path, data)
+        return whole(path, data)
 
     records = encode(logits[0])
     with monkeypatch.context() as patch:
-        patch.setattr(stores, "_write_file", full)
+        patch.setattr("kdcache.files.create_file", full)
         with pytest.raises(StorageError, match=r"view 0 shard 0: .*No space left on device; fix"):
             made.write(0, 0, records)
     assert shard_files(tmp_path / "t") == []

@@ -47,7 +47,7 @@ def write_all(out: Path, spec: CacheSpec) -> LogitCache:
     """The same records in all views, so that a swap is no change of values."""
     made = LogitCache.create(out, spec, {"teacher": "somebody"})
     torch.manual_seed(0)
-    logits = torch.randn(made.layout.shard_rows, spec.num_classes)
+    logits = torch.randn(made.manifest.layout.shard_rows, spec.num_classes)
     for view, shard in made.shards():
         rows = logits[: made.num_rows(shard)]
         made.write(view, shard, spec.codec.encode(rows, spec.rows(view, np.arange(len(rows)))))

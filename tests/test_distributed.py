@@ -332,7 +332,7 @@ def test_a_sigterm_to_one_stops_all_at_one_step_and_others_go_on(
     [kept] = run_folder.checkpoints(out)
     step = checkpoint.load(kept)["step"]
     assert 5 <= step < STEPS
-    said = f"kdcache: stopped after step {step}; checkpoint saved; the same command with --resume"
+    said = f"kdcache: stopped after step {step}, checkpoint saved; the same command with --resume"
     assert [text[: len(said)] for text in lines_of(found)] == [said]
     again = ranks.command(then, tmp_path / "io2", *line, "--resume")()
     assert [r.code for r in again] == [0] * then, again[0].err
@@ -608,7 +608,7 @@ def test_torchrun_hands_a_sigterm_on(digits_test: Dataset, tmp_path: Path) -> No
     _, err = agent.communicate(timeout=60)
     assert agent.returncode == 1  # its own, whatever the processes give
     [kept] = run_folder.checkpoints(out)
-    said = f"kdcache: stopped after step {checkpoint.load(kept)['step']}; checkpoint saved"
+    said = f"kdcache: stopped after step {checkpoint.load(kept)['step']}, checkpoint saved"
     assert [text[: len(said)] for text in err.splitlines() if "kdcache:" in text] == [said]
 
 

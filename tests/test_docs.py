@@ -15,11 +15,18 @@ import pytest
 import typer.models
 
 import benchmarks.page
+import kdcache
+from kdcache.cache.codecs import CODECS
 from kdcache.cli import app
 from kdcache.data.beton import Dataset
+from kdcache.data.sources import SOURCES
+from kdcache.losses.loss import LOSSES
 from kdcache.models.load import load_model
 from kdcache.teacher.precompute import precompute
+from kdcache.views.settings import SETTINGS
 from kdcache.views.spec import ViewSpec
+from kdcache.views.transforms import TRANSFORMS
+from scripts import api_page
 from tests.conftest import TEACHER, cache_spec
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +95,26 @@ def test_the_page_of_the_command_line_is_current() -> None:
     assert CLI_PAGE.read_text() == cli_page(), "write it anew: python -m tests.test_docs"
 
 
+@pytest.fixture
+def tables() -> Iterator[None]:
+    """What a page adds to the tables of the seams is taken away after it."""
+    found: tuple[dict[str, Any], ...] = (SOURCES, TRANSFORMS, CODECS, LOSSES, SETTINGS)
+    before = [dict(table) for table in found]
+    yield
+    for table, own in zip(found, before, strict=True):
+        table.clear()
+        table.update(own)
+
+
+def test_the_page_of_the_library_is_current() -> None:
+    assert api_page.PAGE.read_text() == api_page.page(), "python -m scripts.api_page"
+
+
+def test_the_page_of_the_library_has_every_public_name() -> None:
+    listed = [name for names in api_page.GROUPS.values() for name in names]
+    assert sorted(listed) == kdcache.__all__
+
+
 def test_the_page_of_the_benchmarks_is_current() -> None:
     assert benchmarks.page.PAGE.read_text() == benchmarks.page.page(), "python -m benchmarks.page"
 
@@ -100,7 +127,7 @@ def test_links_in_the_docs_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_python_blocks_run(
-    page: Path, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tables: None
 ) -> None:
     teacher = load_model(TEACHER, "teacher", num_classes=10, size_px=8)
     view = ViewSpec(8)

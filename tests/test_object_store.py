@@ -190,7 +190,7 @@ def _train_and_watch(url: str, data: Path, most_held: int) -> None:
         for view in (0, 1):
             for batch in loader.batches(view):
                 targets(batch)
-                ahead = (view, int(batch.positions_B[-1]) // cache.layout.shard_rows + 1)
+                ahead = (view, int(batch.positions_B[-1]) // cache.manifest.layout.shard_rows + 1)
                 later = [k for k in asked if _place(k) > ahead and k[-4:] != "json"]
                 assert later in ([], [k for k in asked if _place(k) == (view + 1, 0)])
                 assert len(targets._shards) <= most_held

@@ -112,8 +112,8 @@ def test_deleted_shards_are_finished_to_the_same_bytes(
     )
     assert again.missing() == []
     assert contents(tmp_path / "t") == before
-    last = 297 - (made.shards_per_view - 1) * made.layout.shard_rows
-    assert seen[0] == 2 * 297 - made.layout.shard_rows - last
+    last = 297 - (made.shards_per_view - 1) * made.manifest.layout.shard_rows
+    assert seen[0] == 2 * 297 - made.manifest.layout.shard_rows - last
     assert seen[-1] == 2 * 297
 
 
@@ -175,7 +175,7 @@ def test_nan_names_its_sample_and_its_view_and_is_not_recorded(
     with pytest.raises(NonFinite, match=expected):
         precompute(digits_test, spoilt, spec, tmp_path / "t", batch_size=32)
     made = LogitCache.open(tmp_path / "t")
-    bad = 201 // made.layout.shard_rows
+    bad = 201 // made.manifest.layout.shard_rows
     assert made.missing()[0] == (1, bad)
 
 

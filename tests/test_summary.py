@@ -137,7 +137,7 @@ def test_figures_come_from_all_over_the_cache(
     assert cache.shards_per_view > 4
     monkeypatch.setattr(summary, "SUMMARY_SHARDS", 4)
     found = summarise(cache)
-    assert found.rows == 4 * cache.layout.shard_rows
+    assert found.rows == 4 * cache.manifest.layout.shard_rows
     assert mean(found.largest_probability) == pytest.approx(0.75, abs=0.08)
 
 

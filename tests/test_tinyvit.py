@@ -171,7 +171,7 @@ def test_a_cache_in_sample_order_is_exported_by_sample(
 @pytest.mark.parametrize(
     ("changes", "top_k", "words"),
     [
-        ({"view_spec": ViewSpec(8, mixup=0.4)}, None, "answers mixed pairs (mixup 0.4)"),
+        ({"view_spec": ViewSpec(8, mixup=0.4)}, None, "mixed pairs (mixup 0.4)"),
         ({"num_draws": 5}, None, "no place for random draws"),
         ({"num_classes": 32_769}, None, "at most 32768 classes, the cache has 32769"),
         ({}, 6, "top-k must be 1 to 5 for this cache, not 6"),
@@ -565,7 +565,7 @@ def test_the_commands_from_cache_to_student(
             "--batch-size",
             99,
         )
-        assert run["mode"] == "cached"
+        assert run["spec"]["mode"] == "cached"
         assert kdcache("inspect", cache).code == 0
     refused = kdcache(
         "train",
@@ -605,9 +605,9 @@ def test_names_come_from_a_file(kdcache: Command, digits_test: Dataset, tmp_path
     save(tmp_path / "in", logits, 2, keys=names)
     (tmp_path / "names").write_text("\n".join(names))
     line = ("import", tmp_path / "in", tmp_path / "t", "--data", digits_test.path)
-    result = kdcache(*line, "--names", tmp_path / "names", "--json")
+    result = kdcache(*line, "--keys-file", tmp_path / "names", "--json")
     assert json.loads(result.out)["accuracy"] == 1
     assert result.err == ""
-    missing = kdcache(*line, "--names", tmp_path / "none")
+    missing = kdcache(*line, "--keys-file", tmp_path / "none")
     assert (missing.code, len(missing.err.splitlines())) == (2, 1)
     assert "cannot read" in missing.err

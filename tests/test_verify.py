@@ -114,7 +114,7 @@ def test_every_fault_is_found_and_the_rest_is_read(cache: LogitCache) -> None:
         (2, 1, "missing"),
         (2, 3, "damaged"),
     ]
-    rows = cache.layout.shard_rows
+    rows = cache.manifest.layout.shard_rows
     assert [len(some.rows_B) for some in picked] == [41 - rows, 41 - rows, 41 - 2 * rows]
 
 

@@ -52,9 +52,7 @@ WHAT_IS_A_CACHE = "a cache is the folder that `kdcache precompute --out` or `kdc
 class LogitCache:
     """A cache that exists. Make one with `create`, or `open` it.
 
-    url        where it is
-    spec       what it holds; while views are being added, with these
-    manifest   what is stored about it
+    manifest   what is stored about it; its spec, while views are being added, with these
     """
 
     def __init__(self, store: Store, manifest: Manifest) -> None:
@@ -69,10 +67,6 @@ class LogitCache:
     @property
     def spec(self) -> CacheSpec:
         return self.manifest.spec
-
-    @property
-    def layout(self) -> layouts.Layout:
-        return self.manifest.layout
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -170,7 +164,7 @@ class LogitCache:
 
     @property
     def shards_per_view(self) -> int:
-        return self.layout.shards(self.spec.num_samples)
+        return self.manifest.layout.shards(self.spec.num_samples)
 
     def shards(self) -> list[tuple[int, int]]:
         """Every (view, shard), in order."""
@@ -182,8 +176,8 @@ class LogitCache:
 
     def shard_range(self, shard: int) -> tuple[int, int]:
         """Positions [start, stop) of a shard."""
-        start = shard * self.layout.shard_rows
-        return start, min(start + self.layout.shard_rows, self.spec.num_samples)
+        start = shard * self.manifest.layout.shard_rows
+        return start, min(start + self.manifest.layout.shard_rows, self.spec.num_samples)
 
     def num_rows(self, shard: int) -> int:
         start, stop = self.shard_range(shard)
@@ -319,7 +313,7 @@ class LogitCache:
 
     def read(self, view: int, start: int, stop: int) -> Records:
         """Records of positions [start, stop) of a view; raises what `read_shard` does."""
-        rows = self.layout.shard_rows
+        rows = self.manifest.layout.shard_rows
         parts = []
         for shard in range(start // rows, max(-(-stop // rows), start // rows + 1)):
             if self._recent is None or self._recent[0] != (view, shard):
@@ -344,8 +338,8 @@ class LogitCache:
 
     def __iter__(self) -> Iterator[tuple[int, int, Records]]:
         """(view, first position, records) of every shard, in order."""
-        for view, shard in self.shards():
-            yield view, self.shard_range(shard)[0], self.read_shard(view, shard)
+        shards = self.shards()
+        yield from ((v, self.shard_range(s)[0], self.read_shard(v, s)) for v, s in shards)
 
     def decode(self, records: Records) -> Target | TemperedTarget:
         """Targets of records of this cache. Raises CacheCorrupt for impossible ones."""

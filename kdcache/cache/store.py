@@ -18,10 +18,8 @@ StorageConflict, if both use `write_once`:
 `lock_shard` keeps two writers of one machine (or of one NFS) from computing the same shard. An
 object store, and a file system without locks, have no such lock: give each writer its own part.
 
-S3 takes its credentials and its address from where AWS's own tools do: ~/.aws, or AWS_PROFILE,
-AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY; AWS_ENDPOINT_URL for a store that is not Amazon's. All
-else that s3fs supports can be set in fsspec's configuration (~/.config/fsspec/*.json,
-FSSPEC_S3_...).
+S3's credentials and address come from where AWS's own tools find them (~/.aws, AWS_PROFILE,
+AWS_ENDPOINT_URL, ...); all else can be set in fsspec's configuration (~/.config/fsspec/*.json).
 """
 
 from __future__ import annotations
@@ -228,10 +226,9 @@ class FolderStore:
 class ObjectStore:
     """Objects below a prefix of an object store, where a put is whole or not at all.
 
-    `write_new` is atomic on S3, where the server honours If-None-Match: Amazon's does, and MinIO,
-    Ceph, R2 and others in recent versions. A server that ignores the header, an old botocore and
-    fsspec's other file systems get a check before the put, and `conditional` is False where that
-    can be known.
+    `write_new` is atomic on S3, where the server honours If-None-Match, as Amazon's does. A server
+    that ignores it, an old botocore and fsspec's other file systems get a check before the put;
+    `conditional` is False where that can be known.
     """
 
     def __init__(self, url: str) -> None:

@@ -95,7 +95,7 @@ class CachedTargets:
 
     def __call__(self, batch: Batch) -> Target | TemperedTarget:
         """Raises TapeCorrupt or TapeIncomplete, naming the view and the shard."""
-        rows = self.cache.layout.shard_rows
+        rows = self.cache.manifest.layout.shard_rows
         numbers = batch.positions_B // rows
         wanted = [(batch.view, int(s)) for s in np.unique(numbers)]
         keys = [*wanted, self._after(wanted[-1])]
