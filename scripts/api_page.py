@@ -43,9 +43,10 @@ GROUPS = {
 }
 INTRO = """# The library in Python
 
-Generated from the docstrings by `python -m scripts.api_page`. Suffixes of tensor names are their shapes: B rows of a batch, C classes, K classes
-that a record names, H and W height and width in pixels. Every error is a `kdcache.errors.KDCacheError`. [extending.md](extending.md) adds
-sources, transforms, record codecs, losses and settings.
+Generated from the docstrings by `python -m scripts.api_page`. Suffixes of tensor names are their
+shapes: B rows of a batch, C classes, K classes that a record names, H and W height and width in
+pixels. Every error is a `kdcache.errors.KDCacheError`. [extending.md](extending.md) adds sources,
+transforms, record codecs, losses and settings.
 """
 # "name   what it is", as docstrings list parameters and fields.
 _ENTRY = re.compile(r"(\w+(?:, \w+)*)  +(\S.*)")

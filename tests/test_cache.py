@@ -475,7 +475,7 @@ def test_the_layout_of_a_cache_outlives_our_taste(
         before = [f.read_bytes() for f in shard_files(tmp_path / "t")]
     made.delete_shard(1, 2)
     again = LogitCache.create(tmp_path / "t", made.spec, {})
-    assert again.layout == made.layout != Layout.of(made.spec)
+    assert again.manifest.layout == made.manifest.layout != Layout.of(made.spec)
     rows = logits[1, slice(*again.shard_range(2))]
     again.write(1, 2, encode(rows))
     assert [f.read_bytes() for f in shard_files(tmp_path / "t")] == before

@@ -214,7 +214,7 @@ def test_training_stops_before_a_wrong_target_reaches_the_loss(
     line += ["--student", STUDENT, "--batch-size", 32, "--epochs", 3, "--workers", 1]
     assert kdcache(*line, "--out", tmp_path / "right").code == 0
     right = list(seen)
-    rows = LogitCache.open(tmp_path / "t").layout.shard_rows
+    rows = LogitCache.open(tmp_path / "t").manifest.layout.shard_rows
     for view, shard in ((0, 0), (1, 3), (2, 5)):
         seen.clear()
         file = tmp_path / "t" / layout.key("logits", view, shard)

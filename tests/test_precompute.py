@@ -227,7 +227,7 @@ def test_a_write_that_fails_stops_the_teacher_at_once_and_frees_the_shards(
     spec = spec_of(digits_test, teacher)
     with pytest.raises(StorageError, match=r"view 0 shard 0: .*No space left"):
         precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=1, workers=1)
-    rows = LogitCache.open(tmp_path / "t").layout.shard_rows
+    rows = LogitCache.open(tmp_path / "t").manifest.layout.shard_rows
     assert rows <= len(asked) < 2 * rows - 5
     assert processes.run(_claim_all, tmp_path / "t") == 0
 

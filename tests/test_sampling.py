@@ -81,7 +81,7 @@ def test_draws_are_a_function_of_seed_view_and_row() -> None:
 
 
 def test_draws_of_version_1_are_pinned() -> None:
-    """They may change only together with a new name of the codec: a cache that is resumed would be of two."""
+    """They change only with the codec's name: a cache that is resumed would be of two kinds."""
     logits = torch.arange(6.0).expand(3, 6) / 2
     found = draws_of(logits, 6, seed=5, view=3, first=1000).columns
     assert found["classes"].tolist() == PINNED["classes"]

@@ -77,7 +77,10 @@ def test_so_does_an_import_that_fails(missing: str) -> None:
     assert run(blocked + check) == "no ffcv\n"
 
 
-LAYER = "import numba\nfrom kdcache.data import ffcv as ffcv_import\nprint(numba.config.THREADING_LAYER)"
+LAYER = (
+    "import numba\nfrom kdcache.data import ffcv as ffcv_import\n"
+    "print(numba.config.THREADING_LAYER)"
+)
 
 
 def test_numbas_threads_are_of_a_kind_that_several_threads_may_use() -> None:

@@ -21,7 +21,7 @@ from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import TopK
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.store import FolderStore, ObjectStore, open_store
-from kdcache.cli.app import app
+from kdcache.cli import app, output
 from kdcache.data.beton import Dataset
 from kdcache.errors import MissingDependency, StorageConflict, StorageError, UsageError
 from kdcache.files import write_file
@@ -131,7 +131,7 @@ def _on_a_full_disk(job: Job, disk: Path, pages: int) -> None:
 
 @pytest.mark.parametrize("pages", [1, 4, 8, 9, 10, 11, 12, 30])
 def test_a_full_disk(whole: Job, tmp_path: Path, pages: int) -> None:
-    """Full while the cache is created, in a shard's first object, its second, its seal, or later."""
+    """Full while the cache is created, or in a shard's first object, second, seal, or later."""
     disk = tmp_path / "disk"
     disk.mkdir()
     job = Job(whole.data, disk / "t", tmp_path / "log")
@@ -168,7 +168,7 @@ def _main(*line: object) -> tuple[int, str]:
     words = io.StringIO()
     sys.argv = ["kdcache", *map(str, line)]
     with contextlib.redirect_stderr(words), contextlib.redirect_stdout(io.StringIO()):
-        app.err_console().file = words
+        output.err_console().file = words
         try:
             app.main()
         except SystemExit as end:

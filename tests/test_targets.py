@@ -80,7 +80,7 @@ ORDERS = {
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_cached_targets_are_the_caches_rows_in_any_order(recording: LogitCache, order: str) -> None:
-    assert recording.layout.chunk_rows < 40
+    assert recording.manifest.layout.chunk_rows < 40
     targets = CachedTargets(recording, recording.spec.dataset_hash, recording.spec.view_spec)
     for view in (0, 2, 1):
         found = targets(batch_of(view, ORDERS[order]))
@@ -104,7 +104,7 @@ def test_reading_ahead_holds_a_bounded_number_of_shards(recording: LogitCache) -
     targets = CachedTargets(recording, recording.spec.dataset_hash, recording.spec.view_spec)
     for start in range(0, SAMPLES, 10):
         targets(batch_of(1, np.arange(start, start + 10)))
-        assert len(targets._shards) <= 10 // recording.layout.shard_rows + 3
+        assert len(targets._shards) <= 10 // recording.manifest.layout.shard_rows + 3
 
 
 def test_an_incomplete_cache_is_refused_at_once(recording: LogitCache) -> None:

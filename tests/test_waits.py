@@ -1,7 +1,7 @@
 """A training step lets the host run ahead: no number of a device's is asked for between log lines.
 
 Counted on the CPU, in the operators that would make a GPU's host wait. What is the CPU's alone is
-left out: the check of a live teacher's answer, the records of a cache, which are decoded on the host
+left out: the check of a live teacher's logits, and records, which are decoded on the host
 for any device, and numba's form of the loss (Triton's has a test of its own).
 """
 

@@ -59,8 +59,7 @@ class LogitCache:
         self.store = store
         self.url = store.url
         self.manifest = manifest
-        # As stored, and with the views that are being added.
-        self._stored = manifest
+        self._stored = manifest  # without the views that are being added
         self._command = "`kdcache precompute`" if manifest.spec.view_spec else "`kdcache import`"
         self._recent: tuple[tuple[int, int], Records] | None = None
 

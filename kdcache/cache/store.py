@@ -54,8 +54,7 @@ PUT_ROUNDS = 5
 class Store(Protocol):
     """Bytes by key; a key is a relative path with slashes. All methods raise StorageError.
 
-    conditional   `write_new` is atomic: of two writers at once, one finds the other's object.
-                  Without, it checks and then puts, and writers at the same instant go unnoticed.
+    conditional   `write_new` is atomic; without, it checks and then puts
     """
 
     url: str

@@ -187,7 +187,8 @@ def _require_gpus() -> None:
     processes, gpus = torchrun.current_process().local_world_size, torch.cuda.device_count()
     if processes > gpus:
         raise UsageError(
-            f"{processes} processes on this machine are more than its {gpus} GPU{'s' * (gpus > 1)}: "
+            f"{processes} processes on this machine are more than its {gpus} "
+            f"GPU{'s' * (gpus > 1)}: "
             f"start {gpus} (--nproc-per-node {gpus}), or give --device cpu"
         )
 

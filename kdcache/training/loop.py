@@ -285,7 +285,7 @@ def _is_multiple(step: int, every: int | None) -> bool:
 
 
 def _seed(seed: int, device: torch.device) -> None:
-    # torch.manual_seed would seed all devices, and keep a stack trace where CUDA is not initialised.
+    # torch.manual_seed would seed all devices, and keep a stack trace where CUDA is not ready.
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
