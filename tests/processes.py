@@ -93,6 +93,7 @@ class Job:
     log: Path
     part: tuple[int, int] = (0, 1)
     num_views: int = 3
+    view_seed: int = 0
     fsync_s: float = 0.0
     start_s: float = 0.0
 
@@ -129,7 +130,9 @@ def record(job: Job) -> None:
     recording.WAIT_S = 0.1
     data = open_dataset(job.data)
     teacher = load.load_model(TEACHER, "teacher", num_classes=len(data.class_names), size_px=8)
-    spec = cache_spec(data, teacher, ViewSpec(8), num_views=job.num_views, dtype="float32")
+    spec = cache_spec(
+        data, teacher, ViewSpec(8, seed=job.view_seed), num_views=job.num_views, dtype="float32"
+    )
     time.sleep(max(0.0, job.start_s - time.time()))
     with as_command():
         precompute(data, teacher, spec, job.out, batch_size=16, workers=1, part=job.part)

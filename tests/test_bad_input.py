@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from kdcache.cache import store as stores
 from kdcache.cache.cache import LogitCache
 from kdcache.data.beton import Dataset, open_dataset
 from kdcache.models import load
@@ -433,7 +432,7 @@ def begun(bench: Bench) -> list[object]:
 
 def test_a_run_folder_without_resume(bench: Bench, begun: list[object]) -> None:
     before = files(bench.folder)
-    words = "run exists; choose another --out, or remove it, or give --resume to go on with the run"
+    words = "run exists; choose another --out, or remove it, or give --resume to resume the run"
     bench.refused(*begun, words=words)
     assert files(bench.folder) == before
 
@@ -461,7 +460,10 @@ def test_a_run_is_not_gone_on_with_by_another_command(
     before = files(bench.folder)
     given = [digits.path if x == "OTHER" else x for x in options]
     bench.refused(
-        *begun, *given, "--resume", words=("holds another run (", words, "give the options that")
+        *begun,
+        *given,
+        "--resume",
+        words=("holds a different run (", words, "give the options that"),
     )
     assert files(bench.folder) == before
 
@@ -476,7 +478,7 @@ def test_nor_with_another_mode_teacher_cache_or_recipe(bench: Bench, begun: list
     assert result.code == 2
     assert all(word in result.err for word in words), result.err
     recipe = [*begun, "--recipe", "fashion-mnist", "--size", 8, "--mixup", 1, "--resume"]
-    bench.refused(*recipe, words=("holds another run (", "lr: 0.01 here, 0.003 there"))
+    bench.refused(*recipe, words=("holds a different run (", "lr: 0.01 here, 0.003 there"))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "empty", "a directory"])
@@ -495,7 +497,7 @@ def test_a_checkpoint_that_cannot_be_read(bench: Bench, begun: list[object], dam
                 "empty": b"",
             }[damage]
         )
-    words = (str(newest), "remove it, and --resume goes on from the checkpoint before")
+    words = (str(newest), "resumes from the checkpoint before")
     bench.refused(*begun, "--resume", words=words)
     newest.rmdir() if damage == "a directory" else newest.unlink()
     result = bench.command(*begun, "--resume")
@@ -507,7 +509,7 @@ def test_a_run_whose_spec_is_damaged(bench: Bench, begun: list[object]) -> None:
     spec.write_text(spec.read_text()[:-9])
     bench.refused(*begun, "--resume", words=("spec.json is damaged: ", "; choose another --out"))
     spec.unlink()
-    bench.refused(*begun, "--resume", words="run holds no run to go on with (no spec.json): choose")
+    bench.refused(*begun, "--resume", words="run holds no run to resume (no spec.json): choose")
 
 
 def test_a_loss_that_is_nan(bench: Bench) -> None:
@@ -690,15 +692,15 @@ def test_a_cache_without_data_of_its_own(bench: Bench) -> None:
 def test_a_full_disk_while_recording(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, error: OSError
 ) -> None:
-    real = stores._write_file
+    real = create_file
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, data: bytes) -> bool:
         if "logits" in path.parts and path.name != "zarr.json":
             raise error
-        real(path, data)
+        return real(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stores, "_write_file", full)
+        patch.setattr("kdcache.files.create_file", full)
         bench.refused(
             *bench.precompute(),
             words=(

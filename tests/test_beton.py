@@ -116,7 +116,7 @@ def test_checksums_are_those_of_the_stored_bytes(name: str, request: pytest.Fixt
 
 def test_opening_gives_what_converting_gave(photos: Dataset) -> None:
     again = open_dataset(photos.path)
-    assert (again.classes, again.content_hash) == (photos.class_names, photos.content_hash)
+    assert (again.class_names, again.content_hash) == (photos.class_names, photos.content_hash)
     assert (again.labels == photos.labels).all()
     assert (again.checksums == photos.checksums).all()
 
@@ -554,7 +554,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from kdcache.data.beton import convert
+from kdcache.data.convert import convert
 from kdcache.data.sources import Source
 
 def progress(done):

@@ -90,7 +90,7 @@ def test_weights_that_do_not_fit(change: object, line: str, tmp_path: Path) -> N
 
 
 def test_a_head_of_other_classes_is_refused_in_a_file_and_a_run(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", student(1, classes=7))
+    write_run(tmp_path / "run", student(1, num_classes=7))
     for source in (tmp_path / "run", tmp_path / "run" / "student.safetensors"):
         message = refusal(student(2), str(source))
         assert message.endswith("expected 5.weight of shape [10, 512], found [7, 512]")

@@ -436,7 +436,7 @@ def test_an_error_in_the_decoder_is_raised_here(
 def test_a_thread_that_dies_in_silence_is_noticed(
     digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdcache.loader._Pass.run", lambda self: None)
+    monkeypatch.setattr("kdcache.data.loader._Pass.run", lambda self: None)
     with (
         Loader(digits, MIXED, 10) as loader,
         pytest.raises(KDCacheError, match="ended without a word"),
@@ -592,7 +592,7 @@ torch.set_num_threads(3)
 from pathlib import Path
 from kdcache.data.beton import open_dataset
 from kdcache.data.loader import Loader
-from kdcache.spec import ViewSpec
+from kdcache.views.spec import ViewSpec
 assert torch.get_num_threads() == 3, "changed by the import"
 loader = Loader(open_dataset(Path(sys.argv[1])), ViewSpec(8), 10, workers=1)
 assert torch.get_num_threads() == 3, "changed by the loader"

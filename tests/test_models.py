@@ -161,8 +161,9 @@ def write_run(folder: Path, student: Classifier) -> None:
     record = {
         "student": student.name,
         "weights": student.content_hash(),
-        "classes": student.num_classes,
-        "view": ViewSpec(8).to_json(),
+        "num_classes": student.num_classes,
+        "version": 2,
+        "spec": {"view_spec": ViewSpec(8).to_json()},
     }
     (folder / load.RUN_FILE).write_text(json.dumps(record))
 

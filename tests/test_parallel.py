@@ -82,16 +82,17 @@ def test_a_killed_process_leaves_its_shards_to_the_other(whole: Job, tmp_path: P
 
 
 def test_of_two_specs_one_is_refused(whole: Job, tmp_path: Path) -> None:
-    """Also where both create the cache in the same instant."""
+    """Also where both create the cache in the same instant: of views of two seeds."""
     for round in range(2):
         folder = tmp_path / str(round)
         folder.mkdir()
         job = Job(whole.data, folder / "t", folder / "log", start_s=time.time() + 0.3)
-        running = [job.start(), replace(job, num_views=2).start()]
+        running = [job.start(), replace(job, view_seed=1).start()]
         codes = [processes.ended(p) for p in running]
         assert sorted(codes) == [0, 2]
         cache = LogitCache.open(job.out)
-        assert cache.spec.num_views == (3 if codes[0] == 0 else 2)
+        assert cache.spec.view_spec is not None
+        assert cache.spec.view_spec.seed == (0 if codes[0] == 0 else 1)
         assert cache.missing() == []
         assert len(job.computed()) == len(cache.shards())
 

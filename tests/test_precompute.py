@@ -14,12 +14,13 @@ from torch import nn
 
 from kdcache.batch import dense_target
 from kdcache.cache import layout
-from kdcache.cache import store as stores
 from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import Dense, TopK
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
 from kdcache.data.loader import Loader
 from kdcache.errors import CacheMismatch, NonFinite, StorageError, UsageError
+from kdcache.files import create_file
 from kdcache.models import load
 from kdcache.models.classifier import Classifier
 from kdcache.teacher import precompute as recording
@@ -88,7 +89,7 @@ def test_a_second_run_does_nothing(
     def refuse(*_: object) -> torch.Tensor:
         raise AssertionError("the teacher was asked")
 
-    monkeypatch.setattr(recording, "ask", refuse)
+    monkeypatch.setattr(recording, "teacher_logits", refuse)
     seen: list[int] = []
     precompute(digits_test, teacher, spec, tmp_path / "t", progress=seen.append)
     assert contents(tmp_path / "t") == before
@@ -126,14 +127,17 @@ def test_the_batch_size_changes_nothing_but_rounding(
     a = precompute(digits_test, teacher, spec, tmp_path / "a", batch_size=64)
     b = precompute(digits_test, teacher, spec, tmp_path / "b", batch_size=batch_size)
     np.testing.assert_allclose(
-        a.read(0, 0, 297).logits, b.read(0, 0, 297).logits, rtol=1e-5, atol=1e-4
+        a.read(0, 0, 297).columns["logits"],
+        b.read(0, 0, 297).columns["logits"],
+        rtol=1e-5,
+        atol=1e-4,
     )
 
 
 def test_a_k_that_saves_nothing_becomes_all(digits: Dataset, teacher: Classifier) -> None:
-    assert spec_of(digits, teacher, 9).dense
-    assert spec_of(digits, teacher, 3).top_k == 3
-    assert spec_of(digits, teacher, None).dense
+    assert spec_of(digits, teacher, 9).codec == Dense("float32")
+    assert spec_of(digits, teacher, 3).codec == TopK(3, "float32")
+    assert spec_of(digits, teacher, None).codec == Dense("float32")
     with pytest.raises(UsageError, match="top-k must be 1 to 10"):
         spec_of(digits, teacher, 11)
 
@@ -141,8 +145,8 @@ def test_a_k_that_saves_nothing_becomes_all(digits: Dataset, teacher: Classifier
 def test_the_spec_names_data_and_teacher(digits: Dataset, teacher: Classifier) -> None:
     spec = spec_of(digits, teacher)
     assert (spec.num_samples, spec.num_classes, spec.view_spec) == (1500, 10, VIEW)
-    assert spec.dataset == digits.content_hash
-    assert spec.teacher == teacher.content_hash()
+    assert spec.dataset_hash == digits.content_hash
+    assert spec.teacher_hash == teacher.content_hash()
 
 
 def test_another_teacher_does_not_write_on_the_cache(
@@ -152,7 +156,7 @@ def test_another_teacher_does_not_write_on_the_cache(
     with torch.no_grad():
         teacher.network[1].bias[0] += 1e-3
     with pytest.raises(
-        CacheMismatch, match=r"another cache \(teacher: \w{16} here, \w{16} there\)"
+        CacheMismatch, match=r"different cache \(teacher_hash: \w{16} here, \w{16} there\)"
     ):
         precompute(digits_test, teacher, spec_of(digits_test, teacher), tmp_path / "t")
 
@@ -188,16 +192,16 @@ def test_a_write_that_fails_is_one_line_and_the_next_run_finishes(
 ) -> None:
     spec = spec_of(digits_test, teacher)
     whole = precompute(digits_test, teacher, spec, tmp_path / "whole", batch_size=32, workers=1)
-    real, calls = stores._write_file, []
+    real, calls = create_file, []
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, data: bytes) -> bool:
         calls.append(path)
         if len(calls) > 6:
             raise OSError(28, "No space left on device")
-        real(path, data)
+        return real(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stores, "_write_file", full)
+        patch.setattr("kdcache.files.create_file", full)
         with pytest.raises(StorageError, match=r"view 0 shard \d: .*No space left") as caught:
             precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=32, workers=1)
     assert "\n" not in str(caught.value)
@@ -210,20 +214,20 @@ def test_a_write_that_fails_is_one_line_and_the_next_run_finishes(
 def test_a_write_that_fails_stops_the_teacher_at_once_and_frees_the_shards(
     digits_test: Dataset, teacher: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, ask, asked = stores._write_file, recording.teacher_logits, []
+    real, ask, asked = create_file, recording.teacher_logits, []
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, data: bytes) -> bool:
         if "seals" in path.parts and path.name != "zarr.json":
             raise OSError(28, "No space left on device")
-        real(path, data)
+        return real(path, data)
 
     def slowly(*args: Any) -> torch.Tensor:
         asked.append(1)
         time.sleep(0.01)
         return ask(*args)
 
-    monkeypatch.setattr(stores, "_write_file", full)
-    monkeypatch.setattr(recording, "ask", slowly)
+    monkeypatch.setattr("kdcache.files.create_file", full)
+    monkeypatch.setattr(recording, "teacher_logits", slowly)
     spec = spec_of(digits_test, teacher)
     with pytest.raises(StorageError, match=r"view 0 shard 0: .*No space left"):
         precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=1, workers=1)
@@ -241,8 +245,8 @@ def test_info_says_how_the_cache_was_made(
     digits_test: Dataset, teacher: Classifier, tmp_path: Path
 ) -> None:
     made = precompute(digits_test, teacher, spec_of(digits_test, teacher), tmp_path / "t")
-    assert made.info["teacher"] == TEACHER
-    assert made.info["class_names"] == list(digits_test.class_names)
-    assert made.info["batch_size"] == 256
-    assert made.info["device"].startswith("cpu")
-    assert made.info["torch"] == torch.__version__
+    assert made.metadata["teacher"] == TEACHER
+    assert made.metadata["class_names"] == list(digits_test.class_names)
+    assert made.metadata["batch_size"] == 256
+    assert made.metadata["device"].startswith("cpu")
+    assert made.metadata["torch"] == torch.__version__

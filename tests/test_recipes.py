@@ -356,7 +356,7 @@ def test_the_page_is_current() -> None:
 
 def test_commands_of_the_page_can_be_typed() -> None:
     commands = typer.main.get_command(app.app).commands  # type: ignore[attr-defined]
-    lines = re.findall(r"^kdcache (.*(?:\\\n.*)*)$", PAGE.read_text(), re.MULTILINE)
+    lines = re.findall(r"^kdcache ((?:.*\\\n)*.*)$", PAGE.read_text(), re.MULTILINE)
     assert len(lines) > 3
     for line in lines:
         name, *rest = shlex.split(line, comments=True)

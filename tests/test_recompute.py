@@ -278,6 +278,7 @@ def test_one_wrong_view_fails_and_is_named(
 ) -> None:
     cache = caches("uint8, top 3")
     other = under(cache, tmp_path / "t", num_views=2, teacher_hash="0" * 16)
+    other.delete_shard(1, 0)
     other.write(1, 0, cache.read_shard(0, 0))
     found = judged(other, digits_test, linear_of(7))
     assert failed(found) == {"top1", "kl", "gap"}
@@ -298,6 +299,7 @@ def test_a_wrong_tail_or_logit_fails(
         wrong["logits"][row, wrong["logits"][row].argmin()] -= 0.5
     else:
         wrong["tail"][row, 1] -= 0.5
+    cache.delete_shard(0, 0)
     cache.write(0, 0, Records(wrong))
     found = judged(cache, digits_test, here)
     assert failed(found) == {"gap"}
@@ -383,7 +385,7 @@ def test_verify_shows_each_measure(
     result = verified(kdcache, caches("float16, top 3"), digits_test)
     assert (result.code, result.err) == (0, "")
     lines = [" ".join(line.split()) for line in result.out.splitlines()]
-    assert lines[1] == "shards 2 of 2 are there and right"
+    assert lines[1] == "shards 2 of 2 are complete and valid"
     assert lines[2] == "measure found allowed verdict"
     content_hash = digits_test.content_hash
     assert lines[3] == f"data {content_hash} {content_hash} ok"

@@ -59,7 +59,7 @@ def test_split_folders_are_recognised(tmp_path: Path, test_folder: str) -> None:
     test = put(tmp_path / test_folder / "ants" / "2.png")
     assert open_source(str(tmp_path), "train").images == [train]
     assert open_source(str(tmp_path), "test").images == [test]
-    assert open_source(str(tmp_path), "test").classes == ("ants",)
+    assert open_source(str(tmp_path), "test").class_names == ("ants",)
 
 
 def test_the_test_folder_goes_before_the_val_folder(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_train_folder_alone_is_a_split_not_a_class(tmp_path: Path) -> None:
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     for name in ("bus", "car", "train"):
         put(tmp_path / name / "1.png")
-    assert open_source(str(tmp_path), "train").classes == ("bus", "car", "train")
+    assert open_source(str(tmp_path), "train").class_names == ("bus", "car", "train")
 
 
 def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_digits_are_split_1500_to_297() -> None:
     train, test = open_source("digits", "train"), open_source("digits", "test")
     assert (len(train.images), len(train.labels)) == (1500, 1500)
     assert (len(test.images), len(test.labels)) == (297, 297)
-    assert train.classes == test.class_names == tuple("0123456789")
+    assert train.class_names == test.class_names == tuple("0123456789")
     first = train.images[0]
     assert isinstance(first, np.ndarray)
     assert (first.shape, first.dtype, train.labels[0]) == ((8, 8), np.uint8, 0)
@@ -213,7 +213,7 @@ def test_torchvision_data_sets_are_found_by_name(
 ) -> None:
     torchvision_has("Tiny", kind)
     train, test = open_source("torchvision:Tiny", "train"), open_source("torchvision:Tiny", "test")
-    assert train.classes == ("left", "right")
+    assert train.class_names == ("left", "right")
     assert (train.labels, test.labels) == ([1, 0], [1])
     assert [np.asarray(x).max() for x in (*train.images, *test.images)] == [10, 20, 30]
 

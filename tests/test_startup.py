@@ -94,7 +94,7 @@ def test_the_users_kind_of_threads_is_kept() -> None:
 def test_the_loader_loads_no_library_that_it_does_not_use() -> None:
     unused = "torchvision timm sklearn matplotlib zarr setuptools torch._dynamo"
     script = (
-        "import sys\nfrom kdcache import dataset, loader, sources\n"
+        "import sys\nfrom kdcache.data import beton, loader, sources\n"
         f"print(*(set({unused.split()!r}) & set(sys.modules)))"
     )
     assert run(script) == "\n"

@@ -146,7 +146,7 @@ def _with_files_limited(job: Job) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1600, resource.RLIM_INFINITY))
     words = _record(job)
     assert words.startswith("view 0 shard 0: cannot write"), words
-    assert "File too large; mend that and run the same command again" in words
+    assert "File too large; fix the storage and run the same command again" in words
     assert len(words.splitlines()) == 1
     left = {f.name for f in Path(job.out).rglob("*") if f.is_file()}
     assert left == {"zarr.json", ".claims"}

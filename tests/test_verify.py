@@ -122,6 +122,7 @@ def test_a_record_that_no_teacher_gave_is_damage(cache: LogitCache) -> None:
     """Its seal is right: what was written was wrong."""
     records = cache.read_shard(1, 2)
     wrong = {**records.columns, "logits": records.columns["logits"] - 1}
+    cache.delete_shard(1, 2)
     cache.write(1, 2, Records(wrong))
     faults, _ = read(cache, {})
     assert kinds(faults) == [(1, 2, "damaged")]

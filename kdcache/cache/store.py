@@ -44,9 +44,8 @@ S3_CLIENT = {
     "retries": {"mode": "standard", "max_attempts": 3},
 }
 S3_ROUNDS = 2
-# The first botocore with IfNoneMatch for PutObject. s3fs drops what botocore does not have.
-IF_NONE_MATCH_SINCE = (1, 35, 2)
-IF_MATCH_SINCE = (1, 35, 69)
+# The first botocore with these for PutObject. s3fs drops what botocore does not have.
+IF_NONE_MATCH_SINCE, IF_MATCH_SINCE = (1, 35, 2), (1, 35, 69)
 EXISTS, CONCURRENT, NOT_IMPLEMENTED = 412, 409, 501  # replies to a put with If-None-Match
 PUT_ROUNDS = 5
 

@@ -39,8 +39,8 @@ def train(options: TrainCommand, output: OutputOptions) -> None:
     device = choose_device(options.train.device)
     with ProcessGroup(process.rank, process.world_size, device) as group, _stop_signal() as stop:
         run = load_training_run(options.train, workers=workers)
-        warn(run.warnings)
         was_finished = run_folder.is_finished(out)
+        warn(() if was_finished else run.warnings)
         with _Report(f"train {options.train.mode}", run.spec.batch_size) as report:
             try:
                 record = loop.train(
