@@ -82,7 +82,7 @@ def signature(item: Any) -> str:
     found = inspect.signature(item)
     parameters = [p for p in found.parameters.values() if p.name != "self"]
     text = str(found.replace(parameters=parameters)).replace("kdcache.", "")
-    text = re.sub(r"<function .*?>|<.*? object at .*?>", "...", text)
+    text = re.sub(r"<function .*? at 0x\w+>|<.*? object at 0x\w+>", "...", text)
     text = f"{item.__name__}{text}".replace("'", "")
     if len(text) <= 100:
         return text

@@ -15,6 +15,7 @@ from torch import nn
 
 from kdcache.cache.cache import LogitCache
 from kdcache.data.beton import Dataset, open_dataset
+from kdcache.files import create_file
 from kdcache.models import load
 from kdcache.teacher.precompute import precompute
 from kdcache.training.run_folder import make_run_json, write_result

@@ -359,7 +359,7 @@ def test_commands_of_the_page_can_be_typed() -> None:
     lines = re.findall(r"^kdcache ((?:.*\\\n)*.*)$", PAGE.read_text(), re.MULTILINE)
     assert len(lines) > 3
     for line in lines:
-        name, *rest = shlex.split(line, comments=True)
+        name, *rest = shlex.split(line.replace("\\\n", ""), comments=True)
         commands[name].make_context(name, rest)
 
 

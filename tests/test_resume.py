@@ -540,7 +540,7 @@ def test_a_signal_keeps_the_step_and_exits_as_schedulers_expect(
     assert outcome(tmp_path / "r") == commanded("cached")
     more = processes.command(tmp_path, *words, "--resume")()
     assert (more.code, more.out) == (0, last.out)
-    said = f"kdcache: {tmp_path / 'r'} is a finished run: nothing to resume\n"
+    said = f"kdcache: {tmp_path / 'r'} is a finished run: there is nothing to resume\n"
     assert without_wrap(more.err) == said
 
 
