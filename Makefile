@@ -19,6 +19,7 @@ test-slow: .venv/.ready-dev
 
 lint: .venv/.ready-dev
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check -q
 	$(BIN)/mypy
 
 clean:

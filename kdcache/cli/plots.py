@@ -86,7 +86,7 @@ def draw_views(
                     p.numpy(),
                     [names[int(c)] for c in classes],
                 )
-    title = "What the student sees, and what the cache says the teacher answered"
+    title = "What the student sees, and the teacher's softmax from the cache"
     figure.suptitle(title, y=0.985, fontsize=min(12, 1.5 * figure.get_figwidth()))
     figure.savefig(out)
 
