@@ -193,8 +193,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.save:
         harness.start_results("step")
-    if args.num_samples:
-        with fashion(args.num_samples, device) as case:
+    if args.samples:
+        with fashion(args.samples, device) as case:
             measure(case, args.rounds, args.save)
     for side_px in args.photo_px if args.photos else ():
         with photos(args.photos, side_px, 2, device) as case:

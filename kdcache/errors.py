@@ -3,15 +3,15 @@
     KDCacheError
     ├── UsageError (ValueError)           change the command or the argument
     │   └── ClassesMismatch               use a model and data of the same classes
-    ├── DatasetCorrupt                    convert the images again, or mend the disk
-    ├── TapeMismatch                      use the cache, data and spec that belong together
-    ├── TapeIncomplete                    run `kdcache precompute` again
-    ├── TapeCorrupt                       delete the named part and precompute it again
+    ├── DatasetCorrupt                    convert the images again, or fix the storage
+    ├── CacheMismatch                     use the cache, data and spec that belong together
+    ├── CacheIncomplete                   run `kdcache precompute` again
+    ├── CacheCorrupt                      delete the named part and precompute it again
     ├── CheckpointCorrupt                 remove the named file, and resume from the one before
     ├── Stopped                           resume the run
-    ├── NonFinite                         mend the model or the learning rate
-    ├── ProcessLost                       see what another process of the run says
-    ├── StorageError (OSError)            free space, or gain the right to write
+    ├── NonFinite                         fix the model or lower the learning rate
+    ├── ProcessLost                       read the error of the other process
+    ├── StorageError (OSError)            free space, or get permission to write
     │   └── StorageConflict               give each writer its own part
     └── MissingDependency (ImportError)   install what is named
 

@@ -281,7 +281,7 @@ class LogitCache:
     def read_shard(self, view: int, shard: int) -> Records:
         """All records of a shard.
 
-        Raises TapeIncomplete for a shard that is not there, TapeCorrupt for one that is not what
+        Raises CacheIncomplete for a shard that is not there, CacheCorrupt for one that is not what
         was written there, MissingDependency where Zarr or its codecs cannot read what was.
         """
         objects = {}

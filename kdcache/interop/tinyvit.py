@@ -74,7 +74,7 @@ def export(
 
     Records lie in the cache's order, which TinyViT does not mind: keys say which sample each one
     answers. The seed is what TinyViT's student draws its own view by: 31 bits, a function of (view
-    seed, view, sample). Raises UsageError where `out` exists, TapeIncomplete, TapeCorrupt,
+    seed, view, sample). Raises UsageError where `out` exists, CacheIncomplete, CacheCorrupt,
     StorageError.
     """
     cache.require_complete()

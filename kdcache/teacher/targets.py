@@ -75,8 +75,8 @@ class CachedTargets:
     resized    the student's views may have another size than the teacher's
     waited_s   seconds that batches have waited for the disk or the store so far
 
-    Raises TapeMismatch unless the cache was made of this view spec and of the data with this
-    content_hash, TapeIncomplete when it lacks a shard.
+    Raises CacheMismatch unless the cache was made of this view spec and of the data with this
+    content_hash, CacheIncomplete when it lacks a shard.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class CachedTargets:
         self._shards[0, 0] = self._start((0, 0))
 
     def __call__(self, batch: Batch) -> Target | TemperedTarget:
-        """Raises TapeCorrupt or TapeIncomplete, naming the view and the shard."""
+        """Raises CacheCorrupt or CacheIncomplete, naming the view and the shard."""
         rows = self.cache.manifest.layout.shard_rows
         numbers = batch.positions_B // rows
         wanted = [(batch.view, int(s)) for s in np.unique(numbers)]
@@ -124,8 +124,8 @@ class FixedTargets:
 
     Epoch v of training gets view v of the cache (modulo its views): with one view this is the
     paper's fixed teacher, with more its independent noise. A view of the cache is held in memory.
-    Raises UsageError where the student's views are mixed, TapeMismatch unless the cache is of the
-    data with this content_hash, TapeIncomplete when it lacks a shard.
+    Raises UsageError where the student's views are mixed, CacheMismatch unless the cache is of the
+    data with this content_hash, CacheIncomplete when it lacks a shard.
     """
 
     def __init__(self, cache: LogitCache, content_hash: str, view: ViewSpec) -> None:
@@ -137,7 +137,7 @@ class FixedTargets:
         self._view: tuple[int, Records] | None = None
 
     def __call__(self, batch: Batch) -> Target | TemperedTarget:
-        """Raises TapeCorrupt or TapeIncomplete, naming the view and the shard."""
+        """Raises CacheCorrupt or CacheIncomplete, naming the view and the shard."""
         view = batch.view % self.cache.spec.num_views
         if self._view is None or self._view[0] != view:
             self._view = view, self.cache[view]
