@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# A process on each core; of more than 4, each loads torch anew for little to do.
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 SETUP := pyproject.toml scripts/setup.sh scripts/install-ffcv.sh
 
 .PHONY: demo test test-slow lint clean
@@ -12,10 +14,10 @@ demo: .venv/.ready
 	$(BIN)/kdcache demo
 
 test: lint
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: .venv/.ready-dev
-	$(BIN)/pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 lint: .venv/.ready-dev
 	$(BIN)/ruff check
