@@ -36,7 +36,7 @@ from tests.conftest import TEACHER, Result, cache_spec
 LIMIT_S = 90
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.processes"])
-ANSWERS, FSYNC, PUT = recording.iter_teacher_logits, os.fsync, ObjectStore.write
+ANSWERS, FSYNC, PUT = recording.iter_teacher_logits, os.fsync, ObjectStore.write_new
 HEAVY = (app, loop)  # what the commands would import
 # A forked process would look through all that was imported, copying it, before anything else.
 gc.collect()
@@ -121,12 +121,12 @@ def record(job: Job) -> None:
         time.sleep(job.fsync_s)
         FSYNC(descriptor)
 
-    def slow_put(store: ObjectStore, key: str, data: bytes) -> None:
+    def slow_put(store: ObjectStore, key: str, data: bytes) -> bool:
         time.sleep(job.fsync_s)
-        PUT(store, key, data)
+        return PUT(store, key, data)
 
     recording.iter_teacher_logits, os.fsync = logged, slow
-    ObjectStore.write = slow_put  # type: ignore[method-assign]
+    ObjectStore.write_new = slow_put  # type: ignore[method-assign]
     recording.WAIT_S = 0.1
     data = open_dataset(job.data)
     teacher = load.load_model(TEACHER, "teacher", num_classes=len(data.class_names), size_px=8)

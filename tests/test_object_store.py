@@ -332,7 +332,7 @@ def _write_to_a_dying_store(server: int, job: Job) -> None:
             os.kill(server, signal.SIGKILL)
         return write_new(store, key, data)
 
-    processes.PUT = dying  # type: ignore[assignment]
+    processes.PUT = dying
     with (job.log.parent / "stderr").open("w") as words, contextlib.redirect_stderr(words):
         processes.record(job)
 

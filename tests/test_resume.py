@@ -387,6 +387,7 @@ def _die_within_file(out: Path, size: int) -> None:
     checkpoint.save_tensors = limited
 
 
+@pytest.mark.timeout(1200)  # a hundred lives and more
 @pytest.mark.parametrize("every", [27, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_before_any_change_of_a_file_it_ends_the_same(
     digits_test: Dataset, cache: Path, whole: Any, tmp_path: Path, every: int
