@@ -136,7 +136,7 @@ def workers_option() -> Any:
     return option(
         None,
         help="Threads that decode images.",
-        default_text="all cores, half of them beside a model on the CPU",
+        default_text="all cores; half of them if the model runs on the CPU",
         group=RUN,
         metavar="N",
         at_least=1,

@@ -23,7 +23,7 @@ class ConvertOptions:
     out: Path = option(
         name="OUT.beton", help="The file to create.", positional=True, require=require_new_dataset
     )
-    split: Split = option("train", help="Part of the data set.")
+    split: Split = option("train", help="Part of the dataset.")
     max_side: int | None = option(
         None, help="Shrink images whose longer side is above this.", metavar="PX"
     )

@@ -36,7 +36,7 @@ class DemoOptions:
 
 
 def demo(context: typer.Context, options: DemoOptions) -> None:
-    """Do the whole job on Fashion-MNIST: convert, teacher, cache, three students, one table."""
+    """Run the whole path on Fashion-MNIST: convert, teacher, cache, three students, one table."""
     root: Any = context.find_root().command
     run(options.out, options.epochs, lambda line: root.main(line, standalone_mode=False))
 

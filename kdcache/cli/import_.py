@@ -11,7 +11,7 @@ from kdcache.interop.options import ImportOptions
 
 
 def import_logits(options: ImportOptions, output: OutputOptions) -> None:
-    """Make a cache of logits that TinyViT saved: a view per epoch, in the order of the samples."""
+    """Make a cache of logits that TinyViT saved: one view per epoch, in dataset order."""
     start = time.perf_counter()
     with interruptible(options.out) as stop:
         from kdcache.cache.summary import summarise

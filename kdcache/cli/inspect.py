@@ -43,7 +43,7 @@ class InspectOptions:
 
 
 def inspect(options: InspectOptions, output: OutputOptions) -> None:
-    """Describe a cache: what it holds, how complete it is, what the teacher said; or one record."""
+    """Describe a cache: content, completeness, statistics of its records; or show one record."""
     from kdcache.cache.cache import LogitCache
     from kdcache.cache.summary import summarise
 

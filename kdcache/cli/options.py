@@ -68,7 +68,9 @@ def _parameter(one: Described, *, grouped: bool) -> inspect.Parameter:
     if text.positional:
         info: Any = typer.Argument(metavar=one.name, **shared)
     else:
-        info = typer.Option(*_declarations(one), metavar=text.metavar, **shared)
+        # typer would show the type of a flag, <bool>.
+        metavar = "" if _is_flag(one) else text.metavar
+        info = typer.Option(*_declarations(one), metavar=metavar, **shared)
     default = inspect.Parameter.empty if one.default is MISSING else one.default
     kind = one.type
     if get_origin(kind) is tuple:
@@ -79,7 +81,11 @@ def _parameter(one: Described, *, grouped: bool) -> inspect.Parameter:
 
 
 def _declarations(one: Described) -> tuple[str, ...]:
-    if bool not in (one.type, *get_args(one.type)):
+    if not _is_flag(one):
         return (one.name,)
     # One that may be left to something else has both forms.
     return (one.name,) if one.type is bool else (f"{one.name}/--no-{one.name[2:]}",)
+
+
+def _is_flag(one: Described) -> bool:
+    return bool in (one.type, *get_args(one.type))

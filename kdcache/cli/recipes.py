@@ -48,7 +48,7 @@ class RecipesOptions:
         metavar="DATA.beton",
         require=require_dataset,
     )
-    no_measure: bool = option(False, help="Leave out the hours, which take some seconds.")
+    no_measure: bool = option(False, help="Do not measure the time, which takes some seconds.")
     device: str | None = device_option()
 
 

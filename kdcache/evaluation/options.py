@@ -1,4 +1,4 @@
-"""What `kdcache eval` can be told."""
+"""The options of `kdcache eval`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class EvaluateOptions:
     size_px: int | None = option(
         None,
         name="--size",
-        help="Side of a view.",
+        help="Side of the square views.",
         default_text="the model's if it has one, else the images' up to 64, else 224",
         group=VIEWS,
         metavar="PX",
@@ -42,8 +42,8 @@ class EvaluateOptions:
     teacher_size_px: int | None = option(
         None,
         name="--teacher-size",
-        help="Side of the teacher's view.",
-        default_text="the same",
+        help="Side of the teacher's views.",
+        default_text="--size",
         group=VIEWS,
         metavar="PX",
         at_least=1,

@@ -1,4 +1,4 @@
-"""What `kdcache import` can be told."""
+"""The options of `kdcache import`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `kdcache precompute`, `plan` and `verify` can be told."""
+"""The options of `kdcache precompute`, `plan` and `verify`."""
 
 from __future__ import annotations
 
@@ -52,19 +52,19 @@ class RecordOptions:
         group=TEACHER,
         metavar="NAME",
     )
-    num_views: int = option(1, name="--views", help="Views to record.", group=TEACHER, metavar="N")
+    num_views: int = option(1, name="--views", help="Views to store.", group=TEACHER, metavar="N")
     top_k: str | None = option(
         None,
         help="Logits to store per record: the N largest, or 'all'.",
         default_text="16, or all if fewer",
         group=TEACHER,
-        metavar="N",
+        metavar="N or all",
     )
     dtype: ValueType = option("float16", help="Format of a stored logit.", group=TEACHER)
     row_order: RowOrder | None = option(
         None,
-        help="view: to train on the same views; dataset: to train on other views than the "
-        "teacher's, without mixing.",
+        help="Order of the records. view: the student trains on the teacher's views; dataset: on "
+        "other views, without mixing.",
         default_text="the setting's, else view",
         group=TEACHER,
     )

@@ -1,4 +1,4 @@
-"""What `kdcache train` and `kdcache plan` can be told."""
+"""The options of `kdcache train` and `kdcache plan`."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class TrainOptions:
     teacher_size_px: int | None = option(
         None,
         name="--teacher-size",
-        help="Side of an online teacher's view.",
+        help="Side of an online teacher's views.",
         default_text="the student's",
         group=TEACHER,
         metavar="PX",
@@ -113,7 +113,10 @@ class TrainOptions:
         metavar="N",
     )
     optimizer: OptimizerName | None = option(
-        None, help="soap needs pytorch-optimizer.", default_text="adamw", group=OPTIMIZATION
+        None,
+        help="soap needs the package pytorch-optimizer.",
+        default_text="adamw",
+        group=OPTIMIZATION,
     )
     lr: float | None = option(
         None, help="Peak learning rate.", default_text="0.003", group=OPTIMIZATION, metavar="LR"
@@ -144,10 +147,11 @@ class TrainOptions:
     )
     label_weight: float | None = option(
         None,
-        help="Weight of the labels' cross-entropy in the loss, beside the teacher's.",
+        help="Weight W of the labels: (1 - W) times the distillation loss plus W times the "
+        "cross-entropy.",
         default_text="0",
         group=OPTIMIZATION,
-        metavar="FRACTION",
+        metavar="W",
     )
     ema_decay: float | None = option(
         None,
@@ -174,7 +178,11 @@ class TrainOptions:
         metavar="WEIGHTS",
     )
     seed: int | None = option(
-        None, help="Seed of the student's initialisation.", default_text="0", group=RUN, metavar="N"
+        None,
+        help="Seed of the student's initialisation and of dropout.",
+        default_text="0",
+        group=RUN,
+        metavar="N",
     )
     deterministic: bool = option(
         False, help="Identical runs give identical weights; slower.", group=RUN
@@ -247,7 +255,7 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCommand:
-    """All that `kdcache train` can be told."""
+    """All options of `kdcache train`."""
 
     train: TrainOptions
     out: Path = option(help="The run's folder.", group=RUN, metavar="DIR")

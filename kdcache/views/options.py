@@ -24,7 +24,7 @@ class ViewOptions:
     size_px: int | None = option(
         None,
         name="--size",
-        help="Side of a view.",
+        help="Side of the square views.",
         default_text="the model's if it has one, else the images' up to 64, else 224",
         group=VIEWS,
         metavar="PX",
@@ -32,7 +32,8 @@ class ViewOptions:
     crop: Crop | None = option(None, help="Kind of crop.", default_text="inception", group=VIEWS)
     min_scale: float | None = option(
         None,
-        help="Smallest area of a crop; of random and center crops, their area.",
+        help="Smallest area of an inception crop, as a fraction of the image; of random and center "
+        "crops, their area, as a fraction of the largest square.",
         default_text="0.05; random and center 0.766; whole 1",
         group=VIEWS,
         metavar="FRACTION",
@@ -42,7 +43,7 @@ class ViewOptions:
     )
     mixup: float | None = option(
         None,
-        help="Alpha of Beta(alpha, alpha), which pairs are mixed by; 0 turns mixing off.",
+        help="Alpha of the mixing weights, Beta(alpha, alpha); 0: no mixing.",
         default_text="1",
         group=VIEWS,
         metavar="ALPHA",
