@@ -106,6 +106,7 @@ class LogitCache:
         cache = _open(store, ANOTHER_PATH)
         cache.require(spec)
         cache.require_same_rendering(render_digest)
+        cache._finish_growth()
         if spec.num_views > cache.spec.num_views:
             cache.manifest = cache.manifest.grown(spec.num_views)
         return cache
@@ -240,15 +241,28 @@ class LogitCache:
         if self.num_stored_views >= self.spec.num_views:
             return
         self.require_complete()
+        self._grow(self.manifest)
+
+    def _finish_growth(self) -> None:
+        """Finish what a process that was killed, or that has not finished yet, has begun.
+
+        Its arrays may still come: another growth must not begin before they are all there.
+        """
+        if self._stored.grown_views is not None:
+            self._grow(self._stored.grown(self._stored.grown_views))
+            self.manifest = self._stored
+
+    def _grow(self, grown: Manifest) -> None:
         try:
-            self._replace_manifest(self._stored.growing(self.manifest))
-            for key in self.manifest.zarr_json.keys() - {GROUP}:
-                self.store.replace(key, self._stored.zarr_json[key], self.manifest.zarr_json[key])
-            self._replace_manifest(self.manifest)
+            if self._stored.grown_views is None:
+                self._replace_manifest(self._stored.growing(grown))
+            for key in grown.zarr_json.keys() - {GROUP}:
+                self.store.replace(key, self._stored.zarr_json[key], grown.zarr_json[key])
+            self._replace_manifest(grown)
         except StorageConflict:
             # Of several processes that finish the same views, one may be a step ahead.
             self._stored = _open(self.store, ANOTHER_PATH).manifest
-            if self.num_stored_views < self.spec.num_views:
+            if self.num_stored_views < grown.spec.num_views:
                 raise
 
     def _replace_manifest(self, manifest: Manifest) -> None:

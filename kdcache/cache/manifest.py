@@ -35,6 +35,8 @@ class Manifest:
     metadata       what may differ between equal caches: teacher's name, software, device
     render_digest  of some rendered views, where the cache was made; None where it is not known
     zarr_json      every zarr.json, by its key in the store
+    grown_views    while the arrays are being replaced: the views that the cache then has; all are
+                   complete
     """
 
     version: int
@@ -44,6 +46,7 @@ class Manifest:
     metadata: dict[str, Any]
     render_digest: str | None
     zarr_json: dict[str, bytes]
+    grown_views: int | None = None
 
     @staticmethod
     def of(spec: CacheSpec, metadata: dict[str, Any], render_digest: str | None) -> Manifest:
@@ -55,11 +58,13 @@ class Manifest:
     def grown(self, num_views: int) -> Manifest:
         """The same cache with so many views, as the current version writes it."""
         spec = replace(self.spec, num_views=num_views)
-        return _written(replace(self, spec=spec), layouts.resize(self.zarr_json, num_views))
+        found = replace(self, spec=spec, grown_views=None)
+        return _written(found, layouts.resize(self.zarr_json, num_views))
 
     def growing(self, grown: Manifest) -> Manifest:
         """This one while its arrays are being replaced by those of `grown`, one after another."""
-        return _written(self, self.zarr_json, grown.zarr_json)
+        found = replace(self, grown_views=grown.spec.num_views)
+        return _written(found, self.zarr_json, grown.zarr_json)
 
     def encode(self, view: int, start: int, records: Records) -> dict[str, bytes]:
         """The object of each column, for the shard whose first row is `start`."""
@@ -100,6 +105,7 @@ def read_manifest(text: bytes, arrays: Mapping[str, bytes | None]) -> Manifest:
         metadata,
         found["render_digest" if version > 1 else "pixels"],
         zarr_json,
+        found.get("grown_views"),
     )
 
 
@@ -126,7 +132,7 @@ def _written(
         "metadata": manifest.metadata,
     }
     if grown is not None:
-        attributes["grown_arrays"] = _digests(grown)
+        attributes |= {"grown_views": manifest.grown_views, "grown_arrays": _digests(grown)}
     text = layouts.group_json({KEY: attributes})
     own = hashlib.sha256(text).hexdigest()
     text = text.replace(NO_DIGEST.encode(), own.encode())
