@@ -149,7 +149,8 @@ def summarise(cache: LogitCache, labels: NDArray[np.int64] | None = None) -> Sum
 def entry(cache: LogitCache, sample: int, view: int, names: Sequence[str] | None = None) -> Entry:
     """The record of a sample in a view; names are the classes', by default those on the cache.
 
-    Raises UsageError for a sample or view that the cache does not have, CacheIncomplete for a shard.
+    Raises UsageError for a sample or view that the cache does not have, CacheIncomplete for a
+    shard.
     """
     spec = cache.spec
     for what, number, count in (
