@@ -48,11 +48,13 @@ class FolderStore:
     def write_new(self, key: str, data: bytes) -> bool:
         with self._storage_errors("write", key):
             created = files.create_file(self.root / key, data)
+        # A rerun after a kill gives the same bytes again, which is no conflict.
         if not created and self.read(key) != data:
             raise conflict_at(self.url, key)
         return created
 
     def replace(self, key: str, old: bytes, new: bytes) -> None:
+        # Rename replaces whatever is there, so reading and replacing are one step under a lock.
         with self._storage_errors("write", key), files.lock_file(self.root / CREATING):
             held = self.read(key)
             if held == old:

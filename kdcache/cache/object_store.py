@@ -46,6 +46,7 @@ class ObjectStore:
             ours = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
             options["config_kwargs"] = {**S3_CLIENT, **ours}
         try:
+            # Other processes write here too, so no listing may be an old one.
             self._fs, self._prefix = fsspec.core.url_to_fs(
                 self.url, use_listings_cache=False, **options
             )
@@ -57,6 +58,7 @@ class ObjectStore:
             raise StorageError(f"cannot open {self.url}: {error}") from error
         self.conditional = False
         if options:
+            # On top of the client's own attempts.
             self._fs.retries = S3_ROUNDS
             self.conditional = _botocore_version() >= IF_NONE_MATCH_SINCE
 
@@ -78,6 +80,8 @@ class ObjectStore:
     def write_new(self, key: str, data: bytes) -> bool:
         with self._storage_errors("write"):
             for _ in range(PUT_ROUNDS):
+                # First, because a put whose reply was lost is there already: equal bytes are
+                # success.
                 held = self._get(key)
                 if held is not None:
                     break
@@ -106,6 +110,8 @@ class ObjectStore:
                 status = _http_status(error)
                 if status in (EXISTS, CONCURRENT):
                     return False
+                # A server without If-None-Match: from now on the check before the put is all there
+                # is.
                 if status != NOT_IMPLEMENTED:
                     raise
                 self.conditional = False
@@ -158,6 +164,7 @@ class ObjectStore:
             try:
                 self.write_new(key, objects[key])
             except StorageConflict as error:
+                # Another creator's `last` stays: the caller reads it, and compares the specs.
                 if key != last:
                     raise StorageConflict(
                         f"{error}; another process creates this store, or was killed doing so: "

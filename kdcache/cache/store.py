@@ -99,6 +99,7 @@ def write_once(store: Store, objects: dict[str, bytes], last: str) -> None:
     Objects with equal bytes may be there already. Raises StorageConflict where one has other bytes,
     and StorageError; both leave nothing that this call has put.
     """
+    # Before anything is put: where `last` is there, all is, and one read tells a conflict.
     held = store.read(last)
     if held and held != objects[last]:
         raise conflict_at(store.url, last)
@@ -109,6 +110,7 @@ def write_once(store: Store, objects: dict[str, bytes], last: str) -> None:
                 put.append(key)
     except StorageError:
         with contextlib.suppress(StorageError):
+            # Only what this call has put, and `last` first, so that no part of it counts meanwhile.
             for key in reversed(put):
                 store.delete(key)
         raise
