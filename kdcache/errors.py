@@ -83,6 +83,11 @@ class MissingDependency(KDCacheError, ImportError):
     """An optional package is not installed."""
 
 
+def conflict_at(url: str, key: str) -> StorageConflict:
+    """The error of an object that another writer has put with other bytes."""
+    return StorageConflict(f"{url}/{key} is there with other bytes than were to be written")
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown word: the known one that is most like it, if any is."""
     close = get_close_matches(word, list(known), 1)

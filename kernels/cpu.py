@@ -76,6 +76,8 @@ def _tensors(rows):
     """Memory as arrays: z as one vector, so that its rows stay contiguous; absent ones empty."""
     count, width = rows.count, rows.width
     return (
+        # The last row ends at its width: with a whole stride the array would reach beyond the
+        # tensor.
         carray(floats_at(rows.z_at), ((count - 1) * rows.z_stride + width,)),
         carray(floats_at(rows.row_weights_at), (count if rows.row_weights_at else 0,)),
         carray(floats_at(rows.loss_at), (count,)),
@@ -118,6 +120,7 @@ def _teacher(values, tail, left, inverse_t, mode, tempered, log_p, p):
             log_r = np.float64(tail[0]) if tail.size == 1 else log_r
     elif tail.size == 3 and left > 0 and mode != RENORMALISE:
         log_r = _tail_log_mass(tail, left, inverse_t)
+        # The sum of two exponentials relative to the larger one, so that neither overflows.
         high = max(log_r, log_total)
         log_total = high + math.log(math.exp(log_r - high) + math.exp(log_total - high))
         log_r -= log_total
@@ -132,9 +135,11 @@ def _teacher(values, tail, left, inverse_t, mode, tempered, log_p, p):
 @njit
 def _rest(x, e, top, scale):
     """Sum of the classes not named (named ones hold e = -1), relative to their own maximum."""
+    # The tail may lie far below the row's maximum, where its exponentials would all be 0.
     high = F32(-np.inf)
     for j in range(x.size):
         high = maximum(high, x[j]) if e[j] >= 0 else high
+    # A tail of nothing but -inf: a finite maximum keeps the differences from being NaN.
     if high == -np.inf:
         high = top
     for j in range(x.size):
@@ -163,12 +168,14 @@ def _sparse(rows, teacher):
         gap = np.empty(kept, np.float32)
         ek = np.empty(kept, np.float32)
         spare = np.empty(0 if want_gradient else width, np.float32)
+        # Each lane writes its own rows alone, so the number of threads does not change the result.
         for r in range(count * lane // lanes, count * (lane + 1) // lanes):
             x = z[r * stride : r * stride + width]
             e = gradient[r] if want_gradient else spare
             named = class_ids[r]
             wrong = False
             for k in range(kept):
+                # Checked before anything is read by these ids: compiled code checks no bounds.
                 wrong |= named[k] < 0 or named[k] >= width
             if wrong:
                 bad += 1
@@ -178,6 +185,8 @@ def _sparse(rows, teacher):
             )
             live = 0
             for k in range(kept):
+                # An entry of -inf names no class: it pads a record, and its class belongs to the
+                # tail.
                 live += log_p[k] > -np.inf
             left = width - live
             top = largest(x)
@@ -191,6 +200,7 @@ def _sparse(rows, teacher):
 
             total = exponentials(x, top, scale, e)
             for k in range(kept):
+                # Kept, because the named places of `e` are overwritten below.
                 gap[k] = x[named[k]] - top
                 ek[k] = e[named[k]]
             # Everything of the tail is relative to rest_top and rest_sum.
@@ -198,6 +208,8 @@ def _sparse(rows, teacher):
             if mode == BUCKET:
                 for k in range(kept):
                     if log_p[k] > -np.inf:
+                        # Taken out of the sum, not subtracted from it: the difference cancels where
+                        # the tail is small.
                         e[named[k]] = 0.0
                 rest_sum = total_of(e)
                 total = rest_sum
@@ -214,6 +226,8 @@ def _sparse(rows, teacher):
             mass = tail_p
             for k in range(kept):
                 log_q = gap[k] * inverse_t - log_total
+                # A class without mass adds nothing, also where log_q is -inf and the product would
+                # be NaN.
                 kl += p[k] * (log_p[k] - log_q) if p[k] > 0 else 0.0
                 mass += p[k]
             each = 0.0
@@ -231,6 +245,8 @@ def _sparse(rows, teacher):
                     log_rest += math.log(np.float64(rest_sum)) - log_total
                 if tail_p > 0:
                     kl += tail_p * (log_r - log_rest)
+                # (P + r) Q - r, which stays finite as Q goes to 0 where P + r - r / Q does not
+                # (README.md).
                 rest_mass = mass * math.exp(log_rest) - tail_p
 
             weight = coefficient * (row_weights[r] if row_weights.size > 0 else 1.0)
@@ -240,6 +256,7 @@ def _sparse(rows, teacher):
                 s = F32(soft * rest_mass / rest_sum) if rest_sum > 0 else F32(0.0)
                 flat = F32(soft * each)
                 for j in range(width):
+                    # As if no class were named: the named ones are few, and are overwritten next.
                     e[j] = multiply_add(e[j], s, -flat)
                 for k in range(kept):
                     if log_p[k] > -np.inf:
@@ -267,6 +284,8 @@ def _dense(rows, t_at, t_stride):
             total = exponentials(x, top, scale, e)
             y_total = exponentials(y, y_top, scale, p)
             kl = np.float64(cross_of(p, y, y_top, x, top)) / y_total * inverse_t
+            # The cross term is relative to both maxima, because the plain sum cancels where logits
+            # are large; these logarithms are the rest of the KL.
             kl += math.log(np.float64(total)) - math.log(np.float64(y_total))
 
             weight = coefficient * (row_weights[r] if row_weights.size > 0 else 1.0)
@@ -288,6 +307,7 @@ def rows(problem: Problem, coefficient: float, gradient: bool) -> tuple[torch.Te
     gradient_BC = torch.empty((B, C) if gradient else (0, 0))
     if B == 0:
         return loss_B, gradient_BC
+    # torch's setting holds here too, and numba refuses more threads than it started.
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(threads)
     z, row_weights = _rows(problem.student_BC), _flat(problem.row_weights_B)
@@ -309,6 +329,7 @@ def rows(problem: Problem, coefficient: float, gradient: bool) -> tuple[torch.Te
         _dense(students, t.data_ptr(), t.stride(0))
         return loss_B, gradient_BC
     values, tail_values = _flat(problem.values), _flat(problem.tail_values)
+    # One type of ids for all of uint16, int32 and int64: one compiled form.
     class_ids = _flat(problem.class_ids_BK, torch.int64)
     named = _Named(
         kept=values.shape[1],
@@ -338,5 +359,6 @@ def _flat(x: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> torch.T
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """float32, each row in one piece, at least a row's length apart."""
+    # Rows that overlap, as `expand` makes, are copied too: the kernels take a stride of at least C.
     x = x if x.dtype == torch.float32 else x.float()
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()

@@ -95,6 +95,7 @@ def row_kernel(
     HAS_GO: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
+    # int64: a row's offset in elements may pass 2^31.
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     in_R = row < B
     base, off = start_of(row, ZS, VEC)
@@ -102,12 +103,15 @@ def row_kernel(
     col = tl.arange(0, BLOCK)
     z = load_row(z_ptr, base, off, col, in_R, C, VEC)
     t = load_row(t_ptr, t_base, off, col, in_R, C, VEC)
+    # Rows beyond the batch are all -inf; a top of 0 keeps their differences from being NaN.
     top = tl.where(in_R, tl.max(z, axis=1), 0.0)
     t_top = tl.where(in_R, tl.max(t, axis=1), 0.0)
     total = tl.sum(tl.exp2((z - top[:, None]) * scale), axis=1)
     e = tl.exp2((t - t_top[:, None]) * scale)
     t_total = tl.sum(e, axis=1)
+    # Relative to both maxima: the sum of e (t - z) cancels where the logits are large.
     gap = (t - t_top[:, None]) - (z - top[:, None])
+    # A class without teacher mass adds nothing, also where the gap is infinite or NaN.
     cross = tl.sum(tl.where(e > 0, e * gap, 0.0), axis=1)
     kl = cross / t_total * inverse_t + tl.log(total) - tl.log(t_total)
     w, soft = factors(w_ptr, go_ptr, row, in_R, T, coefficient, WEIGHTED, 0, HAS_GO)
@@ -162,6 +166,7 @@ def loop_kernel(
     in_R = row < B
     base, off = start_of(row, ZS, VEC)
     t_base, _ = start_of(row, TS, VEC)
+    # A running maximum for 8 neighbours, which lie in one thread: see `sparse.loop_kernel`.
     GROUPS: tl.constexpr = BLOCK // 8
     m = tl.full([GROUPS], LOW, tl.float32)
     t_m = tl.full([GROUPS], LOW, tl.float32)
@@ -180,6 +185,8 @@ def loop_kernel(
         gap = (t - t_high[:, None]) - (z - high[:, None])
         # sum e (t - z) cancels where both are large, so it too is kept relative to the maxima.
         decay = tl.exp2((t_m - t_high) * scale)
+        # Moving both maxima adds t_d times their difference; there is nothing to move at the first
+        # tile.
         cross = decay * (cross + tl.where(t_d > 0, t_d * ((t_m - t_high) - (m - high)), 0.0))
         cross += tl.sum(tl.where(e > 0, e * gap, 0.0), axis=1)
         t_d = t_d * decay + tl.sum(e, axis=1)

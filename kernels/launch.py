@@ -45,6 +45,8 @@ class Form:
             "scale": LOG2E.value / T,
             "coefficient": coefficient,
         }
+        # Constants of the compilation: Triton gives 16-bit loads for a length that it cannot prove
+        # to be a multiple of 8.
         constants |= {
             "C": z.shape[1],
             "ZS": layout.row_stride(z),
@@ -94,6 +96,7 @@ class Form:
         loss_B = torch.empty(z.shape[0], dtype=torch.float32, device=z.device)
         g = layout.empty_gradient(problem.student_BC)
         if z.shape[0]:
+            # No statistics: the gradient is complete, and the pointer is not read.
             common = tensors | numbers | constants | {"loss_ptr": loss_B, "stats_ptr": loss_B}
             upstream = {"go_ptr": given(expected, loss_B), "HAS_GO": expected is not None}
             outputs = {"g_ptr": g, "GS": g.stride(0), "GRADIENT": True}
@@ -113,6 +116,7 @@ def given(x, other):
 
 
 def launch(kernel, grid, entry, **arguments):
+    # Triton launches on the current device, which need not be the logits' own.
     with torch.cuda.device_of(arguments["z_ptr"]):
         # Triton 3.10 changes the default of FP fusion, and with it the machine code.
         kernel[grid](**arguments, BLOCK=entry.block, num_warps=entry.warps, enable_fp_fusion=True)

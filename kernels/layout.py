@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 LINE_BYTES = 16
+# Elements of 16 bits in a line, the smallest type of a logit.
 MOST_IN_LINE = 8
 STATS = 7  # numbers that a forward leaves for its backward for each row, at most
 

@@ -72,8 +72,10 @@ def loss(
     if chosen == "reference":
         return reference.reduce(reference.rows(problem), reduction)
     mean, whole = reduction == "mean", reduction != "none"
+    # Where none is needed, the CPU form writes no [B, C].
     gradient = torch.is_grad_enabled() and student_BC.requires_grad
     if gradient and not torch.compiler.is_compiling():
+        # The CPU form computes the gradient in the forward pass in any case.
         in_forward = in_forward and chosen == "triton"
         return _Loss.apply(*problem, mean, whole, in_forward, expected_gradient)
     if torch.compiler.is_compiling():
@@ -128,6 +130,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        # create_graph=True: what the kernels compute has no graph of its own.
         if torch.is_grad_enabled():
             raise NotImplementedError("the fused losses have no second derivative: use float64")
         return _gradient(ctx, gradient), *(None,) * (len(Problem._fields) + 3)
@@ -153,12 +156,15 @@ def _gradient(ctx, gradient):
         # Handed over, not shared: the caller may write to it, so a second backward computes anew.
         ctx.left = None
         left = _forward(problem, ctx.mean, True)[1] if left is None else left
+        # Reading a number of the CPU costs nothing, and a factor of 1 needs no pass.
         if gradient.dim() or gradient.item() != 1:
             left.mul_(gradient[:, None] if gradient.dim() else gradient)
         return left.to(problem.student_BC.dtype)
+    # A stride of 0: one number serves all rows.
     gradient_B = gradient if gradient.dim() else gradient.expand(len(problem.student_BC))
     if not ctx.in_forward:
         return _backward(gradient_B, left, problem, ctx.mean)
+    # A second backward: the first one gave its gradient away.
     if left is None:
         return _backward(gradient_B, _forward(problem, ctx.mean, True)[1], problem, ctx.mean)
     from kdcache.kernels.launch import rescale
@@ -196,6 +202,7 @@ def _(student_BC, *arguments):
     B, C = student_BC.shape
     saved = (B, C) if gradient else (0, 0)
     if student_BC.device.type == "cuda":
+        # What the fused forward leaves: the gradient is computed in the backward pass.
         saved = (layout.STATS, B)
     kind = torch.float32
     return student_BC.new_empty(B, dtype=kind), student_BC.new_empty(saved, dtype=kind)

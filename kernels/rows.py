@@ -15,6 +15,7 @@ LOW = tl.constexpr(-1e30)
 @triton.jit
 def start_of(row, STRIDE: tl.constexpr, VEC: tl.constexpr):
     """The first line of each row, and how far into it the row begins."""
+    # Whole lines of 16 bytes are 128-bit accesses; a row may begin anywhere within one.
     first = row * STRIDE
     base = first // VEC * VEC
     return base, (first - base).to(tl.int32)
@@ -23,6 +24,7 @@ def start_of(row, STRIDE: tl.constexpr, VEC: tl.constexpr):
 @triton.jit
 def load_row(ptr, base, off, col, in_R, C: tl.constexpr, VEC: tl.constexpr):
     """float32 [R, N] of whole lines; -inf outside the row."""
+    # The mask is constant over a line, or Triton would split the load into single elements.
     lines = (off + C + VEC - 1) // VEC
     mask = in_R[:, None] & (col[None, :] // VEC < lines[:, None])
     x = tl.load(ptr + base[:, None] + col[None, :], mask=mask, other=float("-inf")).to(tl.float32)
@@ -33,6 +35,7 @@ def load_row(ptr, base, off, col, in_R, C: tl.constexpr, VEC: tl.constexpr):
 @triton.jit
 def store_row(ptr, base, off, col, in_R, g, C: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr):
     """The whole lines of a row. Where rows begin on a line, the gradient is padded to one."""
+    # Lines that two rows share are left to `edges`: each row stores its own elements.
     if PEEL:
         begin, end = (off + VEC - 1) // VEC, (off + C) // VEC
     else:
@@ -92,6 +95,7 @@ def rescale_kernel(
     ratio = tl.load(go_ptr + row * GO_STRIDE).to(tl.float32)
     if HAS_EXPECTED:
         ratio = ratio / tl.load(expected_ptr).to(tl.float32)
+    # Decided here and not on the host, which would have to wait for the device.
     if ratio != 1.0:
         for start in range(0, C, BLOCK):
             col = start + tl.arange(0, BLOCK)

@@ -77,9 +77,11 @@ def _store_named(
     """Over the tail's gradient of the same columns, in the tile that has them."""
     col = idx + off[:, None]
     own = live & (col >= start) & (col < start + BLOCK)
+    # Read again, so that q - p is not formed of a rounded gradient.
     zk = tl.load(z_ptr + row[:, None] * ZS + idx, mask=own, other=float("-inf")).to(tl.float32)
     q = tl.exp2((zk - top[:, None]) * scale) / total[:, None]
     g = soft[:, None] * (q * mass[:, None] - p)
+    # Another thread of the program has stored the tail's gradient at these places.
     tl.debug_barrier()
     tl.store(g_ptr + row[:, None] * GS + idx, g.to(g_ptr.dtype.element_ty), mask=own)
 
@@ -115,6 +117,7 @@ def row_kernel(
     HAS_GO: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
+    # int64: a row's offset in elements may pass 2^31.
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     in_R = row < B
     base, off = start_of(row, ZS, VEC)
@@ -123,18 +126,21 @@ def row_kernel(
     idx, log_p, p, live, log_r, wrong = named_classes(
         val_ptr, idx_ptr, tail_ptr, row, in_R, inverse_t, C, K, BK, TAIL, TAIL_N, TEMPERED
     )
+    # Rows beyond the batch are all -inf; a top of 0 keeps their differences from being NaN.
     top = tl.where(in_R, tl.max(z, axis=1), 0.0)
     zk = tl.load(z_ptr + row[:, None] * ZS + idx, mask=live, other=float("-inf")).to(tl.float32)
     dk = zk - top[:, None]
     gap_sum = tl.zeros_like(top)
     rest = z
     if TAIL == BUCKET:
+        # One histogram for all rows of the program: each row has BLOCK bins of its own.
         bins = tl.arange(0, ROWS)[:, None] * BLOCK + idx + off[:, None]
         named = tl.histogram(
             tl.reshape(bins, [ROWS * BK]), ROWS * BLOCK, mask=tl.reshape(live, [ROWS * BK])
         )
         rest = tl.where(tl.reshape(named, [ROWS, BLOCK]) > 0, float("-inf"), z)
         rest_top = tl.max(rest, axis=1)
+        # No class is left, or all of them are -inf: the differences must not be NaN.
         rest_top = tl.where(rest_top > float("-inf"), rest_top, top)
         e = tl.exp2((rest - rest_top[:, None]) * scale)
         rest_sum = tl.sum(e, axis=1)
@@ -145,12 +151,14 @@ def row_kernel(
         e = tl.exp2((z - top[:, None]) * scale)
         rest_sum = tl.sum(e, axis=1)
         total = rest_sum
+        # Columns that fill the tile are -inf, and this sum is the only one where they would count.
         if TAIL == UNIFORM:
             inside = (col[None, :] >= off[:, None]) & (col[None, :] < off[:, None] + C)
             gap_sum = tl.sum(tl.where(inside, z - top[:, None], 0.0), axis=1)
     kl, rest_mass, each, mass = row_loss(
         log_p, p, live, log_r, dk, rest_top - top, rest_sum, total, gap_sum, inverse_t, C, TAIL
     )
+    # The whole gradient row becomes NaN, not only its loss: a kernel cannot raise an error.
     rest_mass = tl.where(wrong, float("nan"), rest_mass)
     mass = tl.where(wrong, float("nan"), mass)
     w, soft = factors(w_ptr, go_ptr, row, in_R, T, coefficient, WEIGHTED, 0, HAS_GO)
@@ -216,6 +224,8 @@ def loop_kernel(
     idx, log_p, p, live, log_r, wrong = named_classes(
         val_ptr, idx_ptr, tail_ptr, row, in_R, inverse_t, C, K, BK, TAIL, TAIL_N, TEMPERED
     )
+    # A running maximum for 8 neighbours: they are in one thread, so no exchange, and 9/8
+    # exponentials a logit where a maximum for each lane would need 2.
     m = tl.full([BLOCK // 8], LOW, tl.float32)
     d = tl.zeros([BLOCK // 8], tl.float32)
     gaps = tl.zeros([BLOCK // 8], tl.float32)
@@ -235,12 +245,14 @@ def loop_kernel(
         if TAIL == UNIFORM:
             inside = (col >= tl.sum(off, axis=0)) & (col < tl.sum(off, axis=0) + C)
             inside = tl.reshape(inside, [BLOCK // 8, 8])
+            # The sum so far is relative to the old maximum.
             gaps += count * (m - high)
             gaps += tl.sum(tl.where(inside, z - high[:, None], 0.0), axis=1)
             count += tl.sum(inside.to(tl.float32), axis=1)
         m = high
     zk = tl.load(z_ptr + row[:, None] * ZS + idx, mask=live, other=float("-inf")).to(tl.float32)
     rest_top = tl.max(m, axis=0)
+    # From a scalar to [1], the shape of one row that `row_loss` takes.
     top = rest_top + tl.zeros([1], tl.float32)
     if TAIL == BUCKET:
         top = tl.maximum(top, tl.max(zk, axis=1))
@@ -258,6 +270,7 @@ def loop_kernel(
     )
     rest_mass = tl.where(wrong, float("nan"), rest_mass)
     mass = tl.where(wrong, float("nan"), mass)
+    # The upstream gradient is a factor of the backward pass alone; its pointer is not read.
     w, _ = factors(w_ptr, w_ptr, row, in_R, T, coefficient, WEIGHTED, 0, False)
     tl.store(loss_ptr + row, tl.where(wrong, float("nan"), w * (T * T * kl)), mask=in_R)
     _store_stats(stats_ptr, B, row, in_R, top, total, rest_top, rest_sum, rest_mass, each, mass)
@@ -293,6 +306,7 @@ def grad_kernel(
     GO_STRIDE: tl.constexpr,
 ):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    # Tiles are independent here: a row's sums are in its statistics.
     start = tl.program_id(1) * BLOCK
     in_R = row < B
     base, off = start_of(row, ZS, VEC)

@@ -37,6 +37,7 @@ def named_classes(
     log_r = tl.full([row.shape[0]], float("-inf"), tl.float32)
     if (not TEMPERED) or TAIL == RENORMALISE:
         top = tl.max(v, axis=1)
+        # Rows beyond the batch are all -inf, and their differences would be NaN.
         top = tl.where(in_R, top, 0.0)
         log_all = top + tl.log(tl.sum(tl.exp(v - top[:, None]), axis=1))
         if (TAIL_N == 3) and (TAIL != RENORMALISE):
@@ -90,7 +91,9 @@ def row_loss(
     rest_mass = mass
     if TAIL >= UNIFORM:
         left = C - tl.sum(live.to(tl.int32), axis=1)
+        # Where every class is named there is no tail, whatever the record says of it.
         r = tl.where(left > 0, tl.exp(log_r), 0.0)
+        # At least 1, because the quotients below are computed for rows without a tail too.
         n = tl.maximum(left, 1).to(tl.float32)
         mass += r
         rest_mass = mass
@@ -102,5 +105,7 @@ def row_loss(
         else:
             log_rest = rest_gap * inverse_t + tl.log(rest_sum) - log_total
             kl += tl.where(r != 0, r * (log_r - log_rest), 0.0)
+            # (P + r) Q - r, which stays finite as Q goes to 0 where P + r - r / Q does not
+            # (README.md).
             rest_mass = mass * tl.exp(log_rest) - r
     return kl, rest_mass, each, mass

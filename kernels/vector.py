@@ -97,13 +97,16 @@ def _exp2_of(t, n):
     r = multiply_add(r, t, F32(2.4022650695910071233e-1))
     r = multiply_add(r, t, F32(6.9314718055994530942e-1))
     r = multiply_add(r, t, F32(1.0))
+    # The exponent's bits of a float32: bias 127, above 23 bits of the significand.
     return r * _bits_as_float((n + I32(127)) << I32(23))
 
 
 @njit(inline="always")
 def exp2(x):
     """2^x for x <= 0; 0 below -126.5, for -inf and for NaN."""
+    # This comparison makes LEAST of a NaN; callers look for NaN in the maximum.
     y = x if x > F32(LEAST) else F32(LEAST)
+    # Rounds to the nearest for y <= 0, since truncation goes towards 0.
     n = _truncate(y - F32(0.5))
     return _exp2_of(y - F32(n), n)
 
@@ -119,6 +122,7 @@ def exp(x):
 
 @njit
 def largest(x):
+    # No fastmath: the maximum has to keep a NaN, by which its row is recognised.
     top = F32(-np.inf)
     for j in range(x.size):
         top = maximum(top, x[j])

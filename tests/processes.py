@@ -23,7 +23,7 @@ import fsspec
 import torch
 
 from kdcache.cache import layout
-from kdcache.cache.store import ObjectStore
+from kdcache.cache.object_store import ObjectStore
 from kdcache.cli import app
 from kdcache.data.beton import open_dataset
 from kdcache.models import load

@@ -47,7 +47,7 @@ OWNERS = {
     "numba": ["kdcache/data/", "kernels/"],
     "zarr": ["kdcache/cache/compression.py", "kdcache/cache/layout.py"],
     "numcodecs": ["kdcache/cache/layout.py"],
-    "fsspec": ["kdcache/cache/store.py"],
+    "fsspec": ["kdcache/cache/object_store.py"],
     "torchvision": ["kdcache/models/pretrained.py", "kdcache/data/sources/torchvision_datasets.py"],
     "timm": ["kdcache/models/pretrained.py"],
     "pytorch_optimizer": ["kdcache/training/optim.py"],

@@ -16,9 +16,9 @@ import torch
 import zarr
 
 from kdcache.cache import layout as layouts
-from kdcache.cache import store as stores
 from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import Dense, TopK, ValueType
+from kdcache.cache.folder_store import FolderStore
 from kdcache.cache.layout import Layout
 from kdcache.cache.manifest import NO_DIGEST
 from kdcache.cache.records import Records
@@ -156,7 +156,7 @@ def test_a_cache_is_made_in_folders_that_do_not_exist_yet(tmp_path: Path) -> Non
 def test_what_a_killed_creation_left_does_not_matter(tmp_path: Path) -> None:
     """Whichever files it had come to."""
     LogitCache.create(tmp_path / "whole", SPEC, {})
-    names = sorted(stores.FolderStore(tmp_path / "whole").sizes())
+    names = sorted(FolderStore(tmp_path / "whole").sizes())
     for count in range(len(names) - 1):
         left = tmp_path / str(count)
         for name in names[:count]:

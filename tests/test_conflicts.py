@@ -15,9 +15,10 @@ import torch
 
 from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import TopK
+from kdcache.cache.object_store import ObjectStore
 from kdcache.cache.records import Records
 from kdcache.cache.spec import CacheSpec
-from kdcache.cache.store import ObjectStore, Store, open_store
+from kdcache.cache.store import Store, open_store
 from kdcache.errors import StorageConflict, StorageError
 from kdcache.views.spec import ViewSpec
 from tests.servers import losing_replies, serving

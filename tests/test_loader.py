@@ -21,7 +21,7 @@ from ffcv.reader import Reader
 from ffcv.types import HeaderType
 
 from kdcache.batch import Batch
-from kdcache.data import loader as loader_module
+from kdcache.data import passes
 from kdcache.data import render as pixels
 from kdcache.data.beton import Dataset, open_dataset, sidecar_path
 from kdcache.data.loader import Loader
@@ -436,10 +436,10 @@ def test_an_error_in_the_decoder_is_raised_here(
 def test_a_thread_that_dies_in_silence_is_noticed(
     digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdcache.data.loader._Pass.run", lambda self: None)
+    monkeypatch.setattr("kdcache.data.passes.Pass.run", lambda self: None)
     with (
         Loader(digits, MIXED, 10) as loader,
-        pytest.raises(KDCacheError, match="ended without a word"),
+        pytest.raises(KDCacheError, match="exited unexpectedly"),
     ):
         next(loader.batches(0))
 
@@ -617,11 +617,11 @@ def test_torch_keeps_its_threads_and_a_process_may_end_in_a_pass(digits: Dataset
 
 def test_numba_finds_its_byte_array_functions_again(digits: Dataset) -> None:
     """FFCV's own memory manager alters the type of byte arrays for the whole process, like this."""
-    loader_module._BYTES.mutable = False
+    passes._BYTES.mutable = False
     with Loader(digits, PLAIN, 64) as loader:
         next(loader.batches(0))
-    assert loader_module._BYTES.mutable
-    assert loader_module._BYTES is numba.uint8[::1]
+    assert passes._BYTES.mutable
+    assert passes._BYTES is numba.uint8[::1]
 
 
 # --- what the teacher sees beside the student ----------------------------------------------------

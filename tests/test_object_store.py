@@ -19,7 +19,7 @@ import pytest
 import zarr
 
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.store import ObjectStore
+from kdcache.cache.object_store import ObjectStore
 from kdcache.data.beton import Dataset, open_dataset
 from kdcache.data.loader import Loader
 from kdcache.teacher.targets import CachedTargets

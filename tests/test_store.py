@@ -19,8 +19,10 @@ import torch
 
 from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import TopK
+from kdcache.cache.folder_store import FolderStore
+from kdcache.cache.object_store import ObjectStore
 from kdcache.cache.spec import CacheSpec
-from kdcache.cache.store import FolderStore, ObjectStore, open_store
+from kdcache.cache.store import open_store
 from kdcache.cli import app, output
 from kdcache.data.beton import Dataset
 from kdcache.errors import MissingDependency, StorageConflict, StorageError, UsageError

@@ -14,9 +14,9 @@ import torch
 from kdcache.cache import layout
 from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import TopK
+from kdcache.cache.folder_store import FolderStore
 from kdcache.cache.records import Records
 from kdcache.cache.spec import CacheSpec
-from kdcache.cache.store import FolderStore
 from kdcache.cache.verify import Fault, Picked, read, sample
 from kdcache.data.beton import Dataset
 from kdcache.errors import StorageError

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 
 from kdcache.batch import Target, TemperedTarget
@@ -40,7 +39,7 @@ from kdcache.errors import (
     StorageError,
     UsageError,
 )
-from kdcache.losses.distillation import log_probabilities
+from kdcache.losses.distillation import temper
 from kdcache.paths import PathLike
 from kdcache.spec import differences
 from kdcache.views.spec import ViewSpec
@@ -119,6 +118,7 @@ class LogitCache:
     def require(self, spec: CacheSpec) -> None:
         """Raise CacheMismatch, naming each difference, unless records of `spec` belong here."""
         own = replace(self.spec, num_views=spec.num_views)
+        # A cache of version 1 that does not say its precision accepts any.
         if own.precision is None:
             own = replace(own, precision=spec.precision)
         different = differences(spec, own)
@@ -189,6 +189,7 @@ class LogitCache:
 
     def missing(self) -> list[tuple[int, int]]:
         """The (view, shard) pairs of which any object is not in the store, in order."""
+        # One listing, where a size for each object would be a request each in an object store.
         sizes = self.store.sizes()
         names = (*self._names, SEALS)
         return [
@@ -254,6 +255,8 @@ class LogitCache:
 
     def _grow(self, grown: Manifest) -> None:
         try:
+            # Three steps, each of which leaves a cache that can be read: both forms of every array
+            # are right, the arrays are replaced, the number of views is raised.
             if self._stored.grown_views is None:
                 self._replace_manifest(self._stored.growing(grown))
             for key in grown.zarr_json.keys() - {GROUP}:
@@ -309,6 +312,7 @@ class LogitCache:
             objects[name] = data
         seal = objects.pop(SEALS)
         start, stop = self.shard_range(shard)
+        # Before decoding: no byte that is not the one written reaches Zarr's codecs.
         if seal != b"".join(self.manifest.seal(n, view, shard, objects[n]) for n in self._names):
             raise CacheCorrupt(
                 f"{self.url}: view {view} shard {shard} (positions {start} to {stop - 1}) is "
@@ -381,11 +385,7 @@ class LogitCache:
             return target
         T = 1.0 if temperature is None else temperature
         self.spec.codec.require_temperature(T)
-        log_p_BK, log_tail_B = log_probabilities(target, T)
-        class_ids_BK = target.class_ids_BK
-        if class_ids_BK is None:
-            class_ids_BK = torch.arange(target.num_classes).expand_as(log_p_BK)
-        return TemperedTarget(log_p_BK, class_ids_BK, log_tail_B, T, target.num_classes)
+        return temper(target, T)
 
     def stored_bytes(self) -> int:
         """Bytes of the cache's objects."""

@@ -36,4 +36,5 @@ def pipeline(column: Column, chunk_rows: int) -> dict[str, Any]:
     if column.packing == "entropy":
         shuffle, level, block = "noshuffle", 1, {"blocksize": chunk_rows}
     blosc = BloscCodec(cname="zstd", clevel=level, shuffle=shuffle, **block)
+    # The CRC last, over the compressed bytes: Zarr itself checks the shard's index alone.
     return {"filters": filters, "compressors": (blosc, Crc32cCodec())}

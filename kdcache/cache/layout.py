@@ -22,6 +22,7 @@ from kdcache.cache.compression import pipeline
 from kdcache.cache.records import Records
 from kdcache.cache.spec import CacheSpec
 
+# Of records before compression. A cache stores its own sizes, so that these may change.
 CHUNK_BYTES = 1 << 18
 SHARD_BYTES = 1 << 24
 SEAL_BYTES = 32
@@ -40,6 +41,7 @@ class Layout:
     def of(spec: CacheSpec) -> Layout:
         """About 256 KiB of records in a chunk and 16 MiB in a shard, in whole pairs."""
         row = spec.record_bytes
+        # Even from the start, so that no pair of a view lies in two shards.
         chunk = 2
         while chunk < spec.num_samples and chunk * row < CHUNK_BYTES:
             chunk *= 2
@@ -65,6 +67,7 @@ def group_json(attributes: dict[str, Any]) -> bytes:
 
 def metadata(spec: CacheSpec, layout: Layout, attributes: dict[str, Any]) -> dict[str, bytes]:
     """The zarr.json of the group, under GROUP, and of each array."""
+    # In memory: Zarr's own writing does not fsync, and gives no bytes to hash.
     store = MemoryStore()
     group = zarr.create_group(store, attributes=attributes)
     columns = spec.codec.columns(spec.num_classes)
@@ -76,6 +79,7 @@ def metadata(spec: CacheSpec, layout: Layout, attributes: dict[str, Any]) -> dic
             chunks=(1, layout.chunk_rows, column.width),
             shards=(1, layout.shard_rows, column.width),
             dtype=column.dtype,
+            # What rows without a shard read as; decoding refuses it.
             fill_value=np.iinfo(column.dtype).max if kind == "u" else np.nan,
             **pipeline(column, layout.chunk_rows),
         )
@@ -84,6 +88,7 @@ def metadata(spec: CacheSpec, layout: Layout, attributes: dict[str, Any]) -> dic
         shape=(spec.num_views, layout.shards(spec.num_samples), len(columns), SEAL_BYTES),
         chunks=(1, 1, len(columns), SEAL_BYTES),
         dtype=np.uint8,
+        # Digests are random bytes, which do not compress.
         compressors=None,
     )
     return _bytes_of(store)
@@ -93,6 +98,7 @@ def resize(zarr_json: dict[str, bytes], num_views: int) -> dict[str, bytes]:
     """Every zarr.json, of the arrays for so many views; all else that they say stays."""
     store = _store(zarr_json)
     for _, array in zarr.open_group(store, mode="r+").arrays():
+        # Resized, not made anew: what the stored metadata says of codecs has to stay.
         array.resize((num_views, *array.shape[1:]))
     return _bytes_of(store)
 

@@ -23,6 +23,7 @@ from kdcache.cache.spec import CACHE_VERSION, CacheSpec
 from kdcache.spec import digest, require_version
 
 KEY = "kdcache"
+# Stands in the place of the digest while it is computed: as long, so that nothing else moves.
 NO_DIGEST = "0" * 64
 
 
@@ -87,11 +88,13 @@ def read_manifest(text: bytes, arrays: Mapping[str, bytes | None]) -> Manifest:
     found = json.loads(text)["attributes"][KEY]
     version = require_version("caches", found["spec"]["version"], CACHE_VERSION)
     own = found["digest"].encode()
+    # Over the stored text and not over parsed JSON, so that a changed byte anywhere is noticed.
     if hashlib.sha256(text.replace(own, NO_DIGEST.encode())).hexdigest().encode() != own:
         raise ValueError("its digest is not that of its contents")
     zarr_json = {GROUP: text}
     for name, expected in found["arrays"].items():
         key, data = f"{name}/{GROUP}", arrays[name]
+        # While views are added, an array's zarr.json is the old one or the new one.
         known = (expected, found.get("grown_arrays", {}).get(name))
         if data is None or hashlib.sha256(data).hexdigest() not in known:
             raise ValueError(f"{key} is {'missing' if data is None else 'not what was written'}")
@@ -99,6 +102,7 @@ def read_manifest(text: bytes, arrays: Mapping[str, bytes | None]) -> Manifest:
     metadata = found["metadata" if version > 1 else "info"]
     return Manifest(
         version,
+        # The stored one, which keys the checksums, and not one computed from a newer spec.
         found["identity"] if version > 1 else digest(found["spec"]),
         CacheSpec.from_json(found["spec"], metadata),
         Layout(**found["layout"]),

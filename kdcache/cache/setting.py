@@ -46,6 +46,7 @@ def cached_view_spec(
         return setting_name(view), view
     serves = cache_setting_name(cache)
     if serves != CUSTOM:
+        # Options that contradict the cache's setting make it a custom run, which is no error here.
         with contextlib.suppress(UsageError, CacheMismatch):
             return cached_view_spec(get_setting(serves), cache, url, given, natural_size_px)
     view = make_view_spec({"mixup": 0, **given}, natural_size_px)
@@ -70,6 +71,7 @@ def require_setting(
         )
     expected = setting.cache_view_spec(student, size_px=seen.size_px if resized else None)
     if setting.row_order == "dataset":
+        # In dataset order a record belongs to a sample, whatever the seed of the student's crops.
         expected = replace(expected, seed=seen.seed)
     different = differences(expected, seen)
     if different:

@@ -87,6 +87,7 @@ class CacheSpec:
     def identity(self) -> str:
         """16 hex digits over all that decides a record: everything but the number of views."""
         found = self.to_json()
+        # A cache may get more views, and its checksums must stay valid.
         del found["num_views"]
         return digest(found)
 
@@ -96,6 +97,7 @@ class CacheSpec:
 
     def to_json(self) -> dict[str, Any]:
         found = {"version": CACHE_VERSION, **spec_to_json(self), "codec": codec_to_json(self.codec)}
+        # It has no default, so a reader must find the field.
         if self.view_spec is None:
             found["view_spec"] = None
         return found

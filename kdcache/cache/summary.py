@@ -149,7 +149,8 @@ def summarise(cache: LogitCache, labels: NDArray[np.int64] | None = None) -> Sum
 def entry(cache: LogitCache, sample: int, view: int, names: Sequence[str] | None = None) -> Entry:
     """The record of a sample in a view; names are the classes', by default those on the cache.
 
-    Raises UsageError for a sample or view that the cache does not have, CacheIncomplete for a shard.
+    Raises UsageError for a sample or view that the cache does not have, CacheIncomplete for a
+    shard.
     """
     spec = cache.spec
     for what, number, count in (
@@ -249,10 +250,12 @@ class _Named:
 
     def figures(self, spec: CacheSpec) -> NDArray[np.float64]:
         """Entropy, largest probability and tail mass [3, B]."""
+        # entr gives 0 for a probability of 0, where p log p is NaN.
         entropy_B = torch.special.entr(self.log_p_BK.exp()).sum(1)
         mass_B = torch.zeros_like(entropy_B)
         if self.log_tail_B is not None:
             mass_B = self.log_tail_B.exp()
+            # The tail is taken as evenly spread: each of its classes has 1 / left of its mass.
             left = float(np.log(spec.num_classes - self.log_p_BK.shape[1]))
             entropy_B = entropy_B - mass_B * (self.log_tail_B - left)
         largest_B = self.log_p_BK.amax(1).exp()
@@ -301,5 +304,6 @@ def _hits(
     order = view_order(spec.view_spec, view, spec.num_samples)
     own_B = first_B == labels[order[rows_B]]
     mixed_B = pair_mix_weights(spec.view_spec, view, rows_B, spec.num_samples) > 0
+    # The last of an odd count has no partner; its weight of 0 leaves it out below.
     partner_labels_B = order[np.minimum(rows_B ^ 1, spec.num_samples - 1)]
     return np.stack([own_B, ~own_B & mixed_B & (first_B == labels[partner_labels_B])])

@@ -49,12 +49,14 @@ def sample(spec: CacheSpec, count: int) -> dict[int, I64]:
 
     Where views are mixed they are whole pairs, of which the last of a view may lack its partner.
     """
+    # The teacher saw mixed images, for which the loader needs both of a pair.
     unit = 2 if spec.view_spec is not None and spec.view_spec.mixup else 1
     per_view = -(-spec.num_samples // unit)
     whole = spec.num_views * per_view
     taken = min(-(-count // unit), whole)
     # One from each of `taken` equal stretches of the cache.
     edges = np.arange(taken + 1) * whole // taken
+    # The seed is the cache's identity, so that each check of it takes the same rows.
     word = draw(int(spec.identity, 16), 0, np.arange(taken), Purpose.VERIFY)[0]
     units = edges[:-1] + below(word, np.diff(edges)).astype(np.int64)
     found = {}
@@ -110,6 +112,7 @@ def _read_shard(cache: LogitCache, view: int, shard: int) -> Records | Fault:
     except CacheCorrupt:
         return Fault(view, shard, "damaged", "it is not what was written at this place")
     except StorageError as error:
+        # Never deleted: the store may give the same object at the next try.
         return Fault(view, shard, "unreadable", str(error))
     try:
         cache.decode(records)

@@ -38,6 +38,7 @@ from kdcache.views.spec import SMALL_PX
 
 FIELDS = {"image": RGBImageField(), "label": IntField()}
 METADATA = get_metadata_type(list(FIELDS.values()))
+# FFCV's default. A payload lies within one page.
 PAGE_BYTES = 8 << 20
 SIDECAR_VERSION = 1
 
@@ -89,6 +90,7 @@ def open_dataset(path: PathLike) -> Dataset:
     try:
         sidecar = json.loads(sidecar_path(path).read_text())
         version = require_version("sidecars", sidecar["version"], SIDECAR_VERSION)
+        # The file has kept the names of its first version.
         class_names = tuple(map(str, sidecar["classes"]))
         checksums = np.frombuffer(base64.b64decode(sidecar["checksums"]), np.uint32)
         content_hash = sidecar["fingerprint"]
@@ -140,8 +142,10 @@ def _read_tables(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
         raise DatasetCorrupt(
             f"{path} has other fields than an image and a label: make it with `kdcache convert`"
         )
+    # FFCV's writer fills this in last, and its reader opens a file without it.
     if table_start == 0:
         raise DatasetCorrupt(f"{path} was never finished: convert the images again")
+    # FFCV also opens a file whose end is missing, and gives other pixels for what is gone.
     wanted = table_start + samples * ALLOC_TABLE_TYPE.itemsize
     if size != wanted:
         raise DatasetCorrupt(
@@ -167,5 +171,7 @@ def content_hash_of(
     image = metadata["f0"]
     columns = (checksums, table["size"], image["mode"], image["height"], image["width"])
     for column in (*columns, metadata["f1"]):
+        # One type and byte order for all columns, so that the hash does not depend on the tables'
+        # own.
         h.update(np.ascontiguousarray(column).astype("<i8").tobytes())
     return h.hexdigest()[:16]

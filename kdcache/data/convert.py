@@ -100,10 +100,10 @@ def convert(
                 yield future.result(), source.labels[i]
             except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
                 unknown = isinstance(error, PIL.UnidentifiedImageError)
-                line = f"{source.name(i)}: {'Pillow knows no such format' if unknown else error}"
+                line = f"{source.name(i)}: {'unsupported image format' if unknown else error}"
                 if on_error == "fail":
                     raise UsageError(
-                        f"cannot read {line}; mend or remove it, or use --on-error skip"
+                        f"cannot read {line}; repair or remove it, or use --on-error skip"
                     ) from error
                 skipped.append(line)
 
@@ -151,6 +151,8 @@ def _encode_ahead(
     """Futures of job(0), job(1) ... in order, a bounded number of them ahead of need."""
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
+        # In order, so that equal sources give equal bytes for any number of workers; and bounded,
+        # as encoded images wait in memory until they are written.
         running: deque[tuple[int, Future[_Payload]]] = deque()
         try:
             for i in range(count):
@@ -168,6 +170,7 @@ def _encode(image: Image, max_side_px: int | None, quality: int) -> _Payload:
         original = image.read_bytes()
         with PIL.Image.open(io.BytesIO(original)) as opened:
             fits = max_side_px is None or max(opened.size) <= max_side_px
+            # 0x0112 is EXIF's orientation, by which FFCV's decoder does not turn an image.
             upright = opened.getexif().get(0x0112, 1) == 1
             plain = opened.format == "JPEG" and opened.mode in ("RGB", "L")
             if plain and fits and upright and _ffcv_decodes(original, *opened.size):
@@ -252,6 +255,7 @@ def _write_beton(
         metadata, table, checksums = metadata[:n], table[:n], checksums[:n]
         file.seek(end)
         file.write(table.tobytes())
+        # The header last: a file without the table's address counts as never finished.
         header = np.zeros(1, HeaderType)
         header[0] = (CURRENT_VERSION, len(FIELDS), PAGE_BYTES, n, end)
         file.seek(0)

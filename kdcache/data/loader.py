@@ -13,11 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import queue
-import sys
-import threading
 from collections.abc import Generator, Iterator
-from typing import Any
 
 import numba
 import numpy as np
@@ -27,18 +23,14 @@ from numpy.typing import NDArray
 from kdcache.batch import Batch
 from kdcache.data import render
 from kdcache.data.beton import Dataset
-from kdcache.data.ffcv import Compiler, EpochIterator, Graph, Operation, PipelineSpec, Reader
+from kdcache.data.passes import Engine, Pass
 from kdcache.data.prefetch import prefetch_to_device, to_device
-from kdcache.errors import DatasetCorrupt, KDCacheError, UsageError
+from kdcache.errors import DatasetCorrupt, UsageError
 from kdcache.views.mixing import mix_pairs, pair_mix_weights
 from kdcache.views.order import view_order, view_tokens
 from kdcache.views.spec import ViewSpec
 
-BATCHES_AHEAD = 2
 PROBED = 16  # positions of a view that stand for all of its pixels
-# Numba has one object for this type while it is held. A loader of FFCV's own in this process sets
-# it to constant (see _Memory); ours set it back.
-_BYTES = numba.uint8[::1]
 
 
 class Loader:
@@ -96,15 +88,16 @@ class Loader:
         stride = 2 * batch_size if spec.mixup and batch_size % 2 else batch_size
         self._seen = [spec, teacher_view_spec] if teacher_view_spec else [spec]
         self._engines = [
-            _Engine(
+            Engine(
                 dataset,
+                # FFCV allocates whole batches, so none is larger than the data.
                 min(stride, len(dataset) + len(dataset) % 2),
                 self.workers,
                 {"image": render.ViewDecoder(seen, self.workers), "label": render.LabelDecoder()},
             )
             for seen in self._seen
         ]
-        self._passes: set[_Pass] = set()
+        self._passes: set[Pass] = set()
 
     def __len__(self) -> int:
         """Batches of a view."""
@@ -145,6 +138,7 @@ class Loader:
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < samples:
             raise UsageError(f"positions must lie in 0 to {samples - 1}")
         left = len(wanted)
+        # One more, for a partner that is decoded but not given out.
         weights = np.zeros(left + 1, np.int16)
         if self.spec.mixup:
             wanted = _whole_pairs(wanted, samples)
@@ -154,10 +148,10 @@ class Loader:
         # A token names view and sample, and each engine renders it by its own spec: the passes show
         # the same samples, whatever order the teacher's seed would give them.
         tokens = view_tokens(view, order[wanted])
-        running: list[_Pass] = []
+        running: list[Pass] = []
         try:
             for engine in self._engines:
-                running.append(_Pass(engine, tokens))
+                running.append(Pass(engine, tokens))
                 self._passes.add(running[-1])
             for outputs in zip(*running, strict=True):
                 count = len(outputs[0][0])
@@ -167,6 +161,7 @@ class Loader:
                 yield from self._cut(whole, left)
                 left -= count
         finally:
+            # Also when the caller leaves early, which closes this generator.
             for one in running:
                 one.close()
             self._passes.difference_update(running)
@@ -211,11 +206,15 @@ class Loader:
     ) -> torch.Tensor:
         """Rendered rows as mixed images [B, 3, H, W] on the device."""
         images, checksums, status = render.split_rows(rows, size_px)
+        # Before mixing, which would spread a damaged sample's pixels to its partner.
         self._check(samples, checksums, status)
         if self.device.type == "cpu":
+            # One pass that also copies, out of memory that FFCV writes again.
             images_BHWC = torch.from_numpy(render.mix_rows(images, weights))
         else:
             images_BHWC = mix_pairs(to_device(images, self.device), mix_weights_B)
+        # Only the strides change: the batch is channels-last in memory, as the networks' weights
+        # are.
         return images_BHWC.permute(0, 3, 1, 2)
 
     def _cut(self, batch: Batch, rows: int) -> Iterator[Batch]:
@@ -275,122 +274,3 @@ def _whole_pairs(positions: NDArray[np.int64], num_samples: int) -> NDArray[np.i
     if (paired[::2] % 2).any() or (paired[1::2] != paired[::2] + 1).any():
         raise UsageError("with mixing, positions must be whole pairs (2j, 2j + 1)")
     return positions
-
-
-class _Memory:
-    """The mapped file and where its payloads lie, as FFCV's passes ask for them.
-
-    FFCV's own manager builds tables of Python objects that nobody reads (600 MB for ImageNet), and
-    declares numba's type of byte arrays constant for the whole process, after which numba no
-    longer finds the functions that it compiled for that type.
-    """
-
-    def __init__(self, reader: Reader) -> None:
-        table = np.sort(reader.alloc_table, order="ptr")
-        pointers, sizes = np.ascontiguousarray(table["ptr"]), np.ascontiguousarray(table["size"])
-        self.state = np.memmap(reader.file_name, np.uint8, "r"), pointers, sizes
-
-    def schedule_epoch(self, batches: object) -> _Memory:
-        return self
-
-    def start_batch(self, number: int) -> None: ...
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-class _Engine:
-    """What FFCV's passes need of a loader, without the loader.
-
-    FFCV's own would compile each decoder for each loader, for a second, and set torch's number of
-    threads. Ours call a compiled kernel themselves, so they stay plain Python.
-    """
-
-    def __init__(
-        self, dataset: Dataset, batch_size: int, workers: int, decoders: dict[str, Operation]
-    ) -> None:
-        _BYTES.mutable = True
-        self.reader = Reader(str(dataset.path))
-        self.memory_manager = _Memory(self.reader)
-        self.batch_size = batch_size
-        self.batches_ahead = BATCHES_AHEAD
-        self.num_workers = workers
-        handlers = self.reader.handlers
-        numbers = {name: number for number, name in enumerate(handlers)}
-        specs = {name: PipelineSpec(name, decoders[name], []) for name in handlers}
-        self.graph = Graph(specs, handlers, numbers, self.reader.metadata, None)
-        Compiler.set_enabled(False)
-        try:
-            _, code = self.graph.collect_requirements()
-            self.code = self.graph.codegen_all(code)
-        finally:
-            Compiler.set_enabled(True)
-
-
-class _Pass(EpochIterator):
-    """One run over some tokens, in FFCV's own thread.
-
-    FFCV's iterator hangs when its pipeline raises or when it is read past its end, and leaks its
-    thread when it is left early; this one raises, stops, and can be closed.
-    """
-
-    closed: bool
-    ended = False
-
-    def run(self) -> None:
-        try:
-            numba.set_num_threads(self.loader.num_workers)
-            for number, tokens in enumerate(self.iter_ixes):
-                slot = number % (self.loader.batches_ahead + 2)
-                self._put(self.run_pipeline(number, tokens, slot, None))
-                if self.terminate_event.is_set():
-                    return
-            self._put(None)
-        except BaseException as error:  # it must reach the thread that waits, whatever it is
-            self._put(error)
-
-    def _put(self, item: object) -> None:
-        while not self.terminate_event.is_set():
-            try:
-                self.output_queue.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                pass
-
-    def __next__(self) -> tuple[Any, Any]:
-        item = None if self.ended else self._take()
-        if isinstance(item, tuple):
-            rows, labels = item
-            return rows, labels
-        self.ended = True
-        self.close()
-        if item is None:
-            raise StopIteration
-        if isinstance(item, KDCacheError):
-            raise item
-        raise KDCacheError(f"FFCV's pipeline failed: {item!r}") from item
-
-    def _take(self) -> tuple[Any, Any] | BaseException | None:
-        """The next batch, None at the end, or the error that ended the thread."""
-        while not self.terminate_event.is_set():
-            running = self.is_alive()
-            try:
-                item: tuple[Any, Any] | BaseException | None = self.output_queue.get(timeout=0.5)
-                return item
-            except queue.Empty:
-                # The last item may have come between the wait and the end of the thread.
-                if not running:
-                    return RuntimeError("its thread ended without a word")
-        return KDCacheError("the loader was closed while a pass was under way")
-
-    def close(self) -> None:
-        """End the thread; a reader that still waits gets an error, not a short pass."""
-        self.terminate_event.set()
-        # While the interpreter ends, a thread stands still for good: it cannot be waited for.
-        alone = threading.current_thread() is self or sys.is_finalizing()
-        if self.is_alive() and not alone:
-            self.join()
-        if not self.closed:
-            self.closed = True
-            self.memory_context.__exit__(None, None, None)

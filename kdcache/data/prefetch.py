@@ -56,5 +56,7 @@ def _handed_over(batch: Batch, made: Any, device: torch.device) -> Batch:
     current.wait_event(made)
     for value in vars(batch).values():
         if isinstance(value, torch.Tensor):
+            # Else the allocator would give this memory to a later batch of the copying stream while
+            # the training stream still reads it.
             value.record_stream(current)
     return batch

@@ -56,6 +56,7 @@ SETTINGS = np.dtype(
 )
 
 _libffcv = ctypes.CDLL(libffcv.__file__)
+# zlib's own function: `convert` took the checksums with Python's zlib, which calls the same one.
 _libz = ctypes.CDLL("libz.so.1")
 # Names for LLVM's table, which the whole process shares: the prefix keeps them apart from others.
 for _name, _function in (
@@ -87,6 +88,7 @@ _jit = njit(nogil=True, error_model="numpy", cache=True)
 @_jit
 def draw_one(seed, view, index, purpose, attempt):
     """`rng.draw` for one index."""
+    # Cast first: numba makes float64 of a uint64 with an int64.
     seed, index = np.uint64(seed), np.uint64(index)
     c0, c1 = index & _LOW, (index >> _32) | (np.uint64(purpose) << _16)
     c2, c3 = np.uint64(view), np.uint64(attempt)
@@ -109,6 +111,8 @@ def crop_box_one(settings, view, sample, height, width):
         for attempt in range(CROP_ATTEMPTS):
             r0, r1, r2, r3 = draw_one(seed, view, sample, _CROP, attempt)
             share = min_scale + np.float64(r0) * 2.0**-32 * (1 - min_scale)
+            # The operations and their order are those of `views/crops.py`, so that both round
+            # alike.
             area = np.float64(h_image * w_image) * share
             ratio = ratios[(r1 * np.uint64(len(ratios))) >> _32]
             w = np.int64(np.floor(np.sqrt(area * ratio) + 0.5))
@@ -155,17 +159,21 @@ def _put(four_bytes, value):
 def _render(token, image, trailer, scratch, metadata, memory, pointers, sizes, settings):
     """Decode, crop, resize and mirror one sample into `image`; the status of the attempt."""
     sample, view = token & _MASK, token >> _SHIFT
+    # Compiled code checks no bounds: FFCV hangs or crashes on an index beyond the table.
     if sample >= np.uint64(len(metadata)):
         return BAD_SAMPLE
     entry = metadata[sample]
     height, width, start = np.int64(entry["height"]), np.int64(entry["width"]), entry["data_ptr"]
+    # The metadata has a payload's address and not its size, which is in the allocation table.
     k = np.searchsorted(pointers, start)
     if k >= len(pointers) or pointers[k] != start or start + sizes[k] > np.uint64(len(memory)):
         return BAD_POINTER
     payload = memory[start : start + sizes[k]]
+    # Many damaged JPEGs decode without an error; their checksum differs.
     _put(trailer[:4], _crc32(np.uint64(0), payload.ctypes.data, np.uint32(len(payload))))
     source = payload.ctypes.data
     if entry["mode"] == JPEG_MODE:
+        # The decoder writes as many pixels as it is told: never beyond this lane's scratch.
         if 3 * height * width > len(scratch):
             return BAD_POINTER
         source = scratch.ctypes.data
@@ -193,6 +201,7 @@ def _render(token, image, trailer, scratch, metadata, memory, pointers, sizes, s
         image.shape[0],
         image.shape[1],
     )
+    # The highest bit of the draw, as in `flip_draws`.
     if settings["flip"] and draw_one(settings["seed"], view, sample, _FLIP, 0)[0] >> _31 != 0:
         _mirror(image)
     return OK
@@ -211,6 +220,7 @@ def render_rows(tokens, rows, metadata, memory, pointers, sizes, settings_1):
         for i in range(first, len(tokens), lanes):
             image = rows[i, :pixels].reshape(size, size, 3)
             trailer = rows[i, pixels:]
+            # Rows are used again: an early return must not leave the status of the sample before.
             trailer[:] = 0
             status = _render(
                 tokens[i],
@@ -232,6 +242,7 @@ def _mix(images, weights, out):
         partner = i ^ 1
         if weights[i] == 0 or partner >= len(images):
             partner = i
+        # 16 bits are enough, as the weight is at most 128: 128 * 255 + 127 is the largest value.
         w = np.int16(weights[i])
         for y in range(images.shape[1]):
             own, other, row = images[i, y], images[partner, y], out[i, y]
@@ -312,6 +323,7 @@ class ViewDecoder(Operation):
         return after, AllocationQuery(shape, dtype)
 
     def generate_code(self) -> Any:
+        # Raw pixels are resized from the mapped file itself, so only JPEGs need scratch.
         entries = self.metadata[self.metadata["mode"] == JPEG_MODE]
         sides = entries["height"].astype(np.int64) * entries["width"]
         settings = settings_of(

@@ -240,6 +240,15 @@ def log_probabilities(
     return log_p_BK, log_tail_B
 
 
+def temper(target: Target, temperature: float) -> TemperedTarget:
+    """A target at T; of a dense target, every class is named."""
+    log_p_BK, log_tail_B = log_probabilities(target, temperature)
+    class_ids_BK = target.class_ids_BK
+    if class_ids_BK is None:
+        class_ids_BK = torch.arange(target.num_classes).expand_as(log_p_BK)
+    return TemperedTarget(log_p_BK, class_ids_BK, log_tail_B, temperature, target.num_classes)
+
+
 def check_temperature(temperature: float, *, sparse: bool) -> None:
     """Raise UsageError for a temperature at which targets (sparse: with a tail) are not defined."""
     if not temperature > 0:

@@ -56,6 +56,7 @@ def choose_codec(num_classes: int, top_k: int | None, dtype: ValueType = "float1
         return dense
     sparse = TopK(top_k, dtype)
     sparse.require_classes(num_classes)
+    # A top-k record names its classes, so from some k on the dense one is smaller, and it is exact.
     smaller = record_bytes(sparse, num_classes) < record_bytes(dense, num_classes)
     return sparse if smaller else dense
 

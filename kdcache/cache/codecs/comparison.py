@@ -36,6 +36,8 @@ def compare_logits(
     relative_BC = live_BC - live_BC.amax(1, keepdim=True)
     arithmetic_B1 = allowance.largest_B[:, None]
 
+    # By how much the recomputed logit of the record's class is below the largest: a near tie may
+    # swap the two.
     lag_B1 = -relative_BC.gather(1, target.top_class()[:, None])
     agrees_B1 = lag_B1 <= arithmetic_B1 + codec.error_bound(lag_B1)
 
@@ -55,7 +57,9 @@ def compare_logits(
         stored_BK = torch.cat([stored_BK, _tail_numbers(target.tail_B3.double(), left)], 1)
         rounding_BK = live_BK.abs()
         if dtype != "uint8":  # the others store the log-sum-exp
+            # Rounding is relative to the number that is stored, which is larger by log(left).
             rounding_BK[:, -3] += math.log(left)
+    # Saturated logits are compared with what the codec can hold.
     limit = values.gap_limit(dtype)
     gap_BK = (stored_BK - live_BK.clamp(min=-limit, max=limit)).abs()
     allowed_BK = arithmetic_B1 + codec.error_bound(rounding_BK) + LEAST_KL

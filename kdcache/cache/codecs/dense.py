@@ -52,6 +52,7 @@ class Dense:
     def decode(self, records: Records, num_classes: int) -> Target:
         logits = torch.from_numpy(np.ascontiguousarray(records.columns["logits"]))
         logits = -values.codes_to_gaps(logits) if self.dtype == "uint8" else logits.float()
+        # Rows that were never written hold the fill value, and so have no 0.
         values.require_largest(logits.amax(1))
         return Target(logits, None, None, num_classes)
 

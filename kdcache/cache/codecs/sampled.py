@@ -77,6 +77,7 @@ class Sampled:
 
     def encode(self, logits_BC: torch.Tensor, rows: Rows) -> Records:
         """Class ids in rising order; unused slots have the count 0."""
+        # float64: a draw has 53 bits, more than a float32 sum over C classes can tell apart.
         p_BC = torch.softmax(logits_BC.double() / self.temperature, 1)
         u_Bn = torch.from_numpy(_uniform(rows, self.num_draws)).to(p_BC.device)
         cumulative_BC = p_BC.cumsum(1)
@@ -104,6 +105,7 @@ class Sampled:
                 f"a record does not hold {self.num_draws} draws: it is uninitialised"
             )
         class_ids = class_ids_of(records.columns["classes"], num_classes)
+        # An unused slot becomes -inf, which names no class.
         log_p_BK = (counts / self.num_draws).log()
         return TemperedTarget(log_p_BK, class_ids, None, self.temperature, num_classes)
 
@@ -150,6 +152,7 @@ class Sampled:
 def _uniform(rows: Rows, num_draws: int) -> NDArray[np.float64]:
     """[B, n] in [0, 1), of 53 random bits each: a Philox block gives two."""
     out = np.empty((len(rows.row_ids), num_draws))
+    # 53 bits of the two words: the significand of a float64 (as in NumPy's random doubles).
     for i in range(0, num_draws, 2):
         words = draw(rows.seed, rows.view, rows.row_ids, Purpose.TARGET, attempt=i // 2)
         for j in range(min(2, num_draws - i)):

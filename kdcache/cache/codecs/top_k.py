@@ -76,8 +76,11 @@ class TopK:
         return self.k
 
     def encode(self, logits_BC: torch.Tensor, rows: Rows | None = None) -> Records:
+        # Relative to the largest: the absolute level of logits means nothing, and costs float16 its
+        # precision.
         z = logits_BC.float()
         relative = z - z.amax(1, keepdim=True)
+        # One more than is kept: the largest of the tail, to which its exponentials are relative.
         top, order = relative.topk(self.k + 1, dim=1)
         kept, class_ids, next_B1 = top[:, : self.k], order[:, : self.k], top[:, self.k :]
         left = z.shape[1] - self.k
@@ -111,6 +114,7 @@ class TopK:
         logits = torch.from_numpy(np.ascontiguousarray(records.columns["logits"]))
         tail = torch.from_numpy(np.ascontiguousarray(records.columns["tail"]))
         class_ids = class_ids_of(records.columns["classes"], num_classes)
+        # Before steps become codes: the first step is that of the largest logit, 0 in either form.
         values.require_largest(logits[:, 0])
         if self.dtype == "uint8":
             logits, tail = _from_steps(logits, tail, num_classes - logits.shape[1])
@@ -147,6 +151,7 @@ def _to_steps(
     # may break that.
     tail_gaps = torch.stack([math.log(left) - at_one, -mean], 1).clamp(min=0)
     gaps = torch.cat([values.gaps_to_codes(-kept_BK), values.gaps_to_codes(tail_gaps)], 1)
+    # Rounding may put a lower number above the one before; steps are unsigned.
     stairs = gaps.cummax(1).values
     steps = stairs.diff(dim=1, prepend=stairs[:, :1])
     deviation = values.gaps_to_codes(variance.clamp(min=0).sqrt())
@@ -158,6 +163,7 @@ def _from_steps(
     steps_BK: torch.Tensor, tail_B3: torch.Tensor, left: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The reverse. Raises CacheCorrupt for a staircase that ends below the last code."""
+    # The sum of a damaged record's steps does not fit into a byte.
     codes_BK = steps_BK.cumsum(1, dtype=torch.int32)
     tail_B2 = codes_BK[:, -1:] + tail_B3[:, :2].cumsum(1, dtype=torch.int32)
     if tail_B2.numel() and int(tail_B2[:, 1].max()) > MAX_CODE:

@@ -19,6 +19,7 @@ from kdcache.choices import ValueType as ValueType
 from kdcache.errors import CacheCorrupt
 from kdcache.spec import require
 
+# In nats: a class this far below the largest has a probability of at most e^-64.
 GAP_LIMIT = 64.0
 MAX_CODE = 255
 _GAPS = torch.tensor([GAP_LIMIT * (q / MAX_CODE) ** 2 for q in range(MAX_CODE + 1)])
@@ -34,6 +35,8 @@ def error_bound(gaps: torch.Tensor, dtype: ValueType) -> torch.Tensor:
     """The largest error of stored logits, by their gap below the largest, in nats."""
     if dtype == "float32":
         return torch.zeros_like(gaps)
+    # Half a unit in the last place of float16, and half of its least number; for uint8, half a
+    # step.
     return gaps * 2**-11 + 2**-25 if dtype == "float16" else gaps.sqrt() / 31.8 + 0.0008
 
 
@@ -44,6 +47,7 @@ def gap_limit(dtype: ValueType) -> float:
 
 def gaps_to_codes(gaps: torch.Tensor) -> torch.Tensor:
     """int16, 0 to MAX_CODE."""
+    # + 0.5 and the truncation of `to` round to the nearest code.
     return (gaps / GAP_LIMIT).sqrt().mul(MAX_CODE).add(0.5).clamp(max=MAX_CODE).to(torch.int16)
 
 
@@ -56,6 +60,7 @@ def to_array(values: torch.Tensor, dtype: ValueType) -> NDArray[Any]:
     """Contiguous, in the type that is stored."""
     array = values.cpu().numpy()
     if dtype == "float16":
+        # Beyond float16's range a cast gives infinity, which is no logit.
         array = array.clip(-gap_limit(dtype), gap_limit(dtype))
     return np.ascontiguousarray(array.astype(dtype))
 
