@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike
 from kdcache.batch import Target, TemperedTarget
 from kdcache.cache import layout as layouts
 from kdcache.cache.layout import GROUP, SEALS
-from kdcache.cache.manifest import KEY, Manifest, array_names, read_manifest
+from kdcache.cache.manifest import Manifest, load_manifest
 from kdcache.cache.records import Records
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.store import Store, open_store, write_once
@@ -102,7 +102,7 @@ class LogitCache:
             if foreign and store.read(GROUP) is None:
                 raise UsageError(f"{store.url} exists and is not a cache; {ANOTHER_PATH}")
             store.create(objects, last=GROUP)
-        cache = _open(store, ANOTHER_PATH)
+        cache = LogitCache(store, load_manifest(store, ANOTHER_PATH))
         cache.require(spec)
         cache.require_same_rendering(render_digest)
         cache._finish_growth()
@@ -113,7 +113,8 @@ class LogitCache:
     @staticmethod
     def open(url: PathLike) -> LogitCache:
         """The cache at a path or URL. Raises UsageError for none, CacheCorrupt for damage."""
-        return _open(open_store(url), WHAT_IS_A_CACHE)
+        store = open_store(url)
+        return LogitCache(store, load_manifest(store, WHAT_IS_A_CACHE))
 
     def require(self, spec: CacheSpec) -> None:
         """Raise CacheMismatch, naming each difference, unless records of `spec` belong here."""
@@ -264,7 +265,7 @@ class LogitCache:
             self._replace_manifest(grown)
         except StorageConflict:
             # Of several processes that finish the same views, one may be a step ahead.
-            self._stored = _open(self.store, ANOTHER_PATH).manifest
+            self._stored = load_manifest(self.store, ANOTHER_PATH)
             if self.num_stored_views < grown.spec.num_views:
                 raise
 
@@ -390,25 +391,3 @@ class LogitCache:
     def stored_bytes(self) -> int:
         """Bytes of the cache's objects."""
         return sum(self.store.sizes().values())
-
-
-def _open(store: Store, remedy: str) -> LogitCache:
-    """`LogitCache.open`; the remedy is for something else at the place."""
-    foreign = f"{store.url} exists and is not a cache; {remedy}"
-    text = store.read(GROUP)
-    if text is None:
-        if store.sizes() or Path(store.url).is_file():
-            raise UsageError(foreign)
-        raise UsageError(f"no cache at {store.url}: make one with `kdcache precompute`")
-    try:
-        arrays = {name: store.read(f"{name}/{GROUP}") for name in array_names(text)}
-        return LogitCache(store, read_manifest(text, arrays))
-    except UsageError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
-        if store.read(GROUP) != text:  # views were added between reading it and the arrays
-            return _open(store, remedy)
-        if KEY.encode() not in text:
-            raise UsageError(foreign) from None
-        line = f"the manifest of {store.url} is damaged ({error}): recreate the cache"
-        raise CacheCorrupt(line) from error

@@ -14,12 +14,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from kdcache.cache import layout as layouts
 from kdcache.cache.layout import GROUP, Layout
 from kdcache.cache.records import Records
 from kdcache.cache.spec import CACHE_VERSION, CacheSpec
+from kdcache.cache.store import Store
+from kdcache.errors import CacheCorrupt, UsageError
 from kdcache.spec import digest, require_version
 
 KEY = "kdcache"
@@ -77,6 +80,33 @@ class Manifest:
         return hashlib.sha256(place + data).digest()
 
 
+def load_manifest(store: Store, remedy: str) -> Manifest:
+    """The manifest of the cache in a store.
+
+    remedy   what to do where something else is in the store: the end of that error
+
+    Raises UsageError where there is no cache, CacheCorrupt for a damaged manifest, StorageError.
+    """
+    foreign = f"{store.url} exists and is not a cache; {remedy}"
+    text = store.read(GROUP)
+    if text is None:
+        if store.sizes() or Path(store.url).is_file():
+            raise UsageError(foreign)
+        raise UsageError(f"no cache at {store.url}: make one with `kdcache precompute`")
+    try:
+        arrays = {name: store.read(f"{name}/{GROUP}") for name in _array_names(text)}
+        return read_manifest(text, arrays)
+    except UsageError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
+        if store.read(GROUP) != text:  # views were added between reading it and the arrays
+            return load_manifest(store, remedy)
+        if KEY.encode() not in text:
+            raise UsageError(foreign) from None
+        line = f"the manifest of {store.url} is damaged ({error}): recreate the cache"
+        raise CacheCorrupt(line) from error
+
+
 def read_manifest(text: bytes, arrays: Mapping[str, bytes | None]) -> Manifest:
     """The manifest of any version.
 
@@ -113,7 +143,7 @@ def read_manifest(text: bytes, arrays: Mapping[str, bytes | None]) -> Manifest:
     )
 
 
-def array_names(text: bytes) -> list[str]:
+def _array_names(text: bytes) -> list[str]:
     """The arrays that a group's zarr.json names. Raises ValueError and its like for another one."""
     return list(json.loads(text)["attributes"][KEY]["arrays"])
 
@@ -126,7 +156,7 @@ def _written(
     zarr_json   of each array, by its key
     grown       what will replace these; until it has, either is right
     """
-    attributes = {
+    attributes: dict[str, Any] = {
         "digest": NO_DIGEST,
         "identity": manifest.identity,
         "spec": manifest.spec.to_json(),

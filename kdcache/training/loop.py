@@ -140,10 +140,8 @@ def train(
                 with state.ema.applied():
                     with clock.paused():
                         evaluation = _evaluate(run, process_group, options.workers)
-                    is_best, best_top1 = (
-                        evaluation.top1 > best_top1,
-                        max(evaluation.top1, best_top1),
-                    )
+                    is_best = evaluation.top1 > best_top1
+                    best_top1 = max(best_top1, evaluation.top1)
                     if folder:
                         folder.log({"step": state.step, "evaluation": asdict(evaluation)})
                         if is_best and options.eval_every:
