@@ -25,7 +25,7 @@ class TrainingRun:
     val                images to evaluate on
     reference_teacher  the teacher that an evaluation compares the student with; it sees images of
                        reference_size_px; None: of the student's size
-    cache              digest of the spec of the cache that targets come from
+    cache              identity of the cache that targets come from
     teacher            content hash of the live teacher
     class_names        where they are not the dataset's
     metadata           goes into run.json as it is
