@@ -40,7 +40,11 @@ class Batch:
     teacher_images_BCHW: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The batch with its tensors on a device. Lightning and accelerate call this."""
+        """The batch with its tensors on a device.
+
+        non_blocking   taken because Lightning and accelerate give it; a copy out of pinned memory
+                       to a GPU never blocks
+        """
         tensors = {n: x for n, x in vars(self).items() if isinstance(x, torch.Tensor)}
         moved: dict[str, Any] = {name: move(x, device) for name, x in tensors.items()}
         return replace(self, **moved)
@@ -75,6 +79,7 @@ class Target:
         return _top_class(self.logits_BK, self.class_ids_BK)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Target:
+        """The target with its tensors on a device; `non_blocking` is as in `Batch.to`."""
         classes, tail = self.class_ids_BK, self.tail_B3
         return Target(
             move(self.logits_BK, device),
@@ -106,6 +111,7 @@ class TemperedTarget:
         return _top_class(self.log_p_BK, self.class_ids_BK)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> TemperedTarget:
+        """The target with its tensors on a device; `non_blocking` is as in `Batch.to`."""
         tail = self.log_tail_B
         return TemperedTarget(
             move(self.log_p_BK, device),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import builtins
+import inspect
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +23,14 @@ from kdcache import (
     Loader,
     ViewSpec,
     distillation_loss,
+    errors,
     load_student,
     load_teacher,
     make_cache_spec,
     open_dataset,
     precompute,
 )
+from kdcache.cache.codecs import RecordCodec
 from kdcache.data.beton import Dataset
 from kdcache.errors import CacheIncomplete, CacheMismatch, UsageError
 from tests.conftest import TEACHER, synthetic_cache
@@ -39,6 +46,42 @@ def test_every_public_name_can_be_imported_and_says_what_it_is() -> None:
     assert set(kdcache.__all__) <= set(dir(kdcache))
     with pytest.raises(AttributeError, match="nothing"):
         _ = kdcache.nothing
+
+
+def _documented() -> Iterator[tuple[str, Callable[..., Any], str]]:
+    """(name, function, docstrings that may explain its parameters) of all public callables."""
+    for name in kdcache.__all__:
+        thing = getattr(kdcache, name)
+        yield name, thing, thing.__doc__ or ""
+        if not inspect.isclass(thing):
+            continue
+        for method, function in vars(thing).items():
+            function = getattr(function, "__func__", function)
+            # A record codec's methods are explained once, in the protocol.
+            of_protocol = hasattr(thing, "encode") and hasattr(RecordCodec, method)
+            if inspect.isfunction(function) and not method.startswith("_") and not of_protocol:
+                about = f"{function.__doc__} {thing.__doc__}" if function.__doc__ else ""
+                yield f"{name}.{method}", function, about
+
+
+def test_every_parameter_of_a_public_function_is_explained() -> None:
+    missing = []
+    for name, function, about in _documented():
+        parameters = set(inspect.signature(function).parameters) - {"self", "cls"}
+        missing += [f"{name}: {p}" for p in sorted(parameters) if not re.search(rf"\b{p}\b", about)]
+        missing += [f"{name} has no docstring"] * (not about)
+    assert missing == []
+
+
+def test_every_error_that_a_docstring_names_exists() -> None:
+    root = Path(kdcache.__file__).parent
+    known = {n for n, x in (vars(errors) | vars(builtins)).items() if inspect.isclass(x)}
+    named = set()
+    for path in (*root.rglob("*.py"), *(root.parent / "kernels").rglob("*.py")):
+        for sentence in re.findall(r"Raises\s[^.;]*", path.read_text()):
+            named |= set(re.findall(r"\b[A-Z][a-z]+[A-Z]\w+", sentence))
+    assert {"CacheCorrupt", "UsageError"} <= named
+    assert named - known - set(kdcache.__all__) == {"TinyViT"}
 
 
 def test_importing_the_package_loads_nothing() -> None:

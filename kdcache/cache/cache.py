@@ -45,13 +45,15 @@ from kdcache.spec import differences
 from kdcache.views.spec import ViewSpec
 
 ANOTHER_PATH = "choose another path"
-WHAT_IS_A_CACHE = "a cache is the folder that `kdcache precompute --out` or `kdcache import` made"
 
 
 class LogitCache:
     """A cache that exists. Make one with `create`, or `open` it.
 
-    manifest   what is stored about it; its spec, while views are being added, with these
+    store        where its objects are
+    manifest     what is stored about it; its spec, while views are being added, with these
+    url          of its methods: a folder, or s3://bucket/prefix and whatever else fsspec supports
+    view, shard  of its methods: numbers from 0; a shard is a run of rows of one view
     """
 
     def __init__(self, store: Store, manifest: Manifest) -> None:
@@ -114,7 +116,7 @@ class LogitCache:
     def open(url: PathLike) -> LogitCache:
         """The cache at a path or URL. Raises UsageError for none, CacheCorrupt for damage."""
         store = open_store(url)
-        return LogitCache(store, load_manifest(store, WHAT_IS_A_CACHE))
+        return LogitCache(store, load_manifest(store))
 
     def require(self, spec: CacheSpec) -> None:
         """Raise CacheMismatch, naming each difference, unless records of `spec` belong here."""
@@ -130,7 +132,10 @@ class LogitCache:
             )
 
     def require_same_rendering(self, render_digest: str | None) -> None:
-        """Raise CacheMismatch if views are rendered otherwise here than where it was made."""
+        """Raise CacheMismatch if views are rendered otherwise here than where it was made.
+
+        render_digest   of some views as rendered here; None: nothing is compared
+        """
         own = self.render_digest
         if render_digest and own and render_digest != own:
             raise CacheMismatch(
@@ -144,8 +149,10 @@ class LogitCache:
     ) -> None:
         """Raise CacheMismatch unless the cache is of this data and, in view order, of these views.
 
-        resized   the views may have another size: the student's boxes, pairs and order are still
-                  the teacher's
+        dataset_hash  of the data in use: `Dataset.content_hash`
+        view_spec     of the views in use; None for an imported cache's
+        resized       the views may have another size: the student's boxes, pairs and order are
+                      still the teacher's
         """
         if self.spec.dataset_hash != dataset_hash:
             raise CacheMismatch(
@@ -181,6 +188,7 @@ class LogitCache:
         return start, min(start + self.manifest.layout.shard_rows, self.spec.num_samples)
 
     def num_rows(self, shard: int) -> int:
+        """Rows of a shard; the last one of a view may have fewer."""
         start, stop = self.shard_range(shard)
         return stop - start
 
@@ -198,6 +206,7 @@ class LogitCache:
         ]
 
     def require_complete(self) -> None:
+        """Raise CacheIncomplete, naming the first shard that is missing, unless all are there."""
         missing = self.missing()
         if missing:
             view, shard = missing[0]
@@ -246,10 +255,7 @@ class LogitCache:
         self._grow(self.manifest)
 
     def _finish_growth(self) -> None:
-        """Finish what a process that was killed, or that has not finished yet, has begun.
-
-        Its arrays may still come: another growth must not begin before they are all there.
-        """
+        """Finish a growth that has begun: its arrays must all be there before another begins."""
         if self._stored.grown_views is not None:
             self._grow(self._stored.grown(self._stored.grown_views))
             self.manifest = self._stored
@@ -294,6 +300,7 @@ class LogitCache:
         return True
 
     def unlock_shard(self, view: int, shard: int) -> None:
+        """Let other processes write the shard."""
         self.store.unlock_shard(view * self.shards_per_view + shard)
 
     def read_shard(self, view: int, shard: int) -> Records:

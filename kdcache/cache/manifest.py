@@ -28,6 +28,7 @@ from kdcache.spec import digest, require_version
 KEY = "kdcache"
 # Stands in the place of the digest while it is computed: as long, so that nothing else moves.
 NO_DIGEST = "0" * 64
+WHAT_IS_A_CACHE = "a cache is the folder that `kdcache precompute --out` or `kdcache import` made"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Manifest:
         return hashlib.sha256(place + data).digest()
 
 
-def load_manifest(store: Store, remedy: str) -> Manifest:
+def load_manifest(store: Store, remedy: str = WHAT_IS_A_CACHE) -> Manifest:
     """The manifest of the cache in a store.
 
     remedy   what to do where something else is in the store: the end of that error

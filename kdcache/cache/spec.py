@@ -92,10 +92,14 @@ class CacheSpec:
         return digest(found)
 
     def rows(self, view: int, row_ids: Any) -> Rows:
-        """These rows of a view, as a record codec is told of them."""
+        """Rows of a view, in the form that record codecs take.
+
+        row_ids   int64 [B]: positions of the view, or sample ids where rows are in dataset order
+        """
         return Rows(self.view_spec.seed if self.view_spec else 0, view, row_ids)
 
     def to_json(self) -> dict[str, Any]:
+        """The version, and the fields that differ from its defaults."""
         found = {"version": CACHE_VERSION, **spec_to_json(self), "codec": codec_to_json(self.codec)}
         # It has no default, so a reader must find the field.
         if self.view_spec is None:
@@ -106,6 +110,7 @@ class CacheSpec:
     def from_json(cls, value: Mapping[str, Any], metadata: Mapping[str, Any]) -> CacheSpec:
         """The spec that any version of kdcache wrote.
 
+        value      what `to_json` gave
         metadata   of the manifest, which holds what version 1 had not in its spec
 
         Raises UsageError for a later version's.

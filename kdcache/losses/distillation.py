@@ -39,6 +39,9 @@ def distillation_loss(
 ) -> torch.Tensor:
     """(1 - a) T^2 KL(target || softmax(logits / T)) + a CE(labels, softmax(logits)), reduced.
 
+    logits_BC            the student's, [B, C], of any floating type
+    target               of the teacher, for the same rows; a TemperedTarget only at its own T
+    temperature          T (Hinton et al. 2015, arXiv 1503.02531, section 2, with its factor T^2)
     tail                 what is assumed of the classes that a target does not name:
                          bucket, uniform, renormalise or none (`kernels/README.md`)
     label_weight         a, from 0 to 1
@@ -89,7 +92,10 @@ def distillation_losses(
 
 
 class DistillationLoss(nn.Module):
-    """`distillation_loss` with its options fixed: loss(logits, target, labels, row_weights)."""
+    """`distillation_loss` with its options fixed: loss(logits, target, labels, row_weights).
+
+    temperature, tail, label_weight, reduction, gradient_in_forward   as there
+    """
 
     def __init__(
         self,
@@ -114,6 +120,8 @@ class DistillationLoss(nn.Module):
         labels: torch.Tensor | None = None,
         row_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """The loss of `logits_BC` to `target`; `labels`, `row_weights` and what is raised are as in
+        `distillation_loss`."""
         return distillation_loss(
             logits_BC,
             target,
@@ -127,6 +135,7 @@ class DistillationLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """What `repr` of the module shows."""
         return f"temperature={self.temperature}, tail={self.tail}, label_weight={self.label_weight}"
 
 

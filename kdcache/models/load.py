@@ -96,6 +96,7 @@ def load_student(
                  python:package.module:factory, or the folder of a finished run
     num_classes  C; None only for a run, which has its own
     size_px      side of the views that it will get, in pixels
+    device       where its parameters are put
 
     Raises UsageError for an unknown name, or a network that does not give [B, C] logits.
     """
@@ -139,6 +140,7 @@ def load_teacher(
                  pretrained weights
     num_classes  C; None: as many as the teachers have
     size_px      side of the views that it will get, in pixels
+    device       where its parameters are put
     precision    of its forward passes, by autocast
 
     Raises UsageError without a name, where class counts differ, and for what `load_student` does.

@@ -47,7 +47,10 @@ def make_cache_spec(
     row_order: RowOrder = "view",
     num_averaged_views: int = 0,
 ) -> CacheSpec:
-    """The spec of a cache of this teacher's logits; the parameters are those of `CacheSpec`."""
+    """The spec of a cache of this teacher's logits for a dataset.
+
+    view_spec, codec, num_views, row_order, num_averaged_views   as in `CacheSpec`
+    """
     return CacheSpec(
         num_views=num_views,
         num_samples=len(dataset),
@@ -78,6 +81,8 @@ def precompute(
     """Make, finish or extend the cache of `spec` at `out`.
 
     A cache that is there with fewer views than `spec` gets the others.
+
+    dataset, teacher   those that `spec` was made of
 
     batch_size    images in a forward pass of the teacher
     workers       threads that decode; None: half of the cores for a teacher on the CPU, else all

@@ -94,10 +94,12 @@ def train(
     """Train the student in place; what run.json holds. At the end the student has the weights that
     the run gives: with `ema_decay` their moving average.
 
-    out      the run's folder; None: train in memory and write nothing
-    stop     called after each step: the number of a signal that ends the run early, or 0
-    report   called in every process before the first step, with the step that the run resumes
-             from or 0, and after each step; what it raises ends the training
+    out            the run's folder; None: train in memory and write nothing
+    process_group  of a run under torchrun
+    options        what is written and when
+    stop           called after each step: the number of a signal that ends the run early, or 0
+    report         called in every process before the first step, with the step that the run
+                   resumes from or 0, and after each step; what it raises ends the training
 
     A finished run in `out` is read and returned. Raises Stopped after a signal, with a checkpoint
     saved; NonFinite where the loss or a weight is NaN or infinite; UsageError where spec, data and

@@ -59,5 +59,6 @@ class TrainingRun:
         )
 
     def make_loss(self) -> Loss:
+        """`loss`, or the distillation loss that the spec defines."""
         spec = self.spec
         return self.loss or Distillation(spec.temperature, label_weight=spec.label_weight)

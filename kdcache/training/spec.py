@@ -35,12 +35,14 @@ _RENAMED_IN_2 = {
 class TrainSpec:
     """What decides a run besides its data, its student and its teacher.
 
+    mode                where targets come from: labels, cached or online
     view_spec           what the student sees
     teacher_view_spec   what a live teacher sees; None: the student's own pixels
     epochs              passes through the data
     batch_size          images in a step, of all processes together
     lr                  peak learning rate
     weight_decay        decoupled: times the learning rate, as in AdamW
+    optimizer           one of OptimizerName
     momentum            of SGD
     warmup              length of the linear warm-up: a fraction of all steps if below 1, else a
                         number of steps
@@ -120,11 +122,15 @@ class TrainSpec:
         return digest(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
+        """The version, and the fields that differ from its defaults."""
         return {"version": TRAIN_VERSION, **spec_to_json(self)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TrainSpec:
-        """The spec that any version of kdcache wrote. Raises UsageError for a later one's."""
+        """The spec whose `to_json` in any version gave `value`.
+
+        Raises UsageError for one of a later version.
+        """
         found = dict(value)
         if require_version("runs", found.pop("version", 1), TRAIN_VERSION) == 1:
             found = {_RENAMED_IN_2.get(name, name): x for name, x in found.items()}

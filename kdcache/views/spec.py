@@ -68,6 +68,7 @@ class ViewSpec:
         return digest(self.to_json())
 
     def describe(self) -> str:
+        """A phrase for people."""
         scale = f"{self.min_scale:g} to 1" if self.crop == "inception" else f"{self.min_scale:g}"
         flip = "flip" if self.flip else "no flip"
         mixup = f"mixup {self.mixup:g}" if self.mixup else "no mixup"
@@ -75,6 +76,7 @@ class ViewSpec:
         return f"{self.size_px} px, {crop}, {flip}, {mixup}, seed {self.seed}"
 
     def to_json(self) -> dict[str, Any]:
+        """The version, and the fields that differ from its defaults."""
         found = {**spec_to_json(self), "version": self.version}
         if self.transforms:
             found["transforms"] = [transform_to_json(t) for t in self.transforms]
@@ -82,7 +84,10 @@ class ViewSpec:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ViewSpec:
-        """The spec that any version of kdcache wrote. Raises UsageError for a later one's."""
+        """The spec whose `to_json` in any version gave `value`.
+
+        Raises UsageError for one of a later version.
+        """
         require_version("views", value["version"], VIEW_VERSION)
         found = {_RENAMED.get(name, name): x for name, x in value.items()}
         require_known_fields(cls, found, "the view spec")

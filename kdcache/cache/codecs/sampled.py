@@ -115,7 +115,7 @@ class Sampled:
     def compare(
         self, records: Records, live_BC: torch.Tensor, allowance: Allowance, rows: Rows
     ) -> RowErrors:
-        """Errors e of the logits move a boundary between two classes by at most e / 2."""
+        # Errors e of the logits move a boundary between two classes by at most e / 2.
         distance_Bn = self.distances(records, live_BC, rows)
         largest_B = allowance.largest_B / self.temperature / 2 + LEAST_DISTANCE
         typical_B = allowance.typical_B / self.temperature / 2 + LEAST_DISTANCE
@@ -128,7 +128,9 @@ class Sampled:
         )
 
     def distances(self, records: Records, logits_BC: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """How far each draw [B, n] lies from its class in the cumulative softmax(logits / T).
+        """How far each draw [B, n] lies from its class in the cumulative softmax(logits_BC / T).
+
+        rows   those that the records are of: their draws are made again
 
         0 for a draw that these logits give again; small for one that rounding has moved across the
         boundary between two classes; at most 1. The records are such that `decode` takes them.

@@ -98,7 +98,12 @@ class TopK:
         tail_B3: torch.Tensor,
         num_classes: int,
     ) -> Records:
-        """Records of given logits, falling from 0, of their classes, and of the tail's summary."""
+        """Records of logits that are known already.
+
+        logits_BK     of the K classes, falling from 0
+        class_ids_BK  their classes, of num_classes
+        tail_B3       of the others, minus the same largest logit: log-sum-exp, mean, variance
+        """
         if self.dtype == "uint8":
             logits_BK, tail_B3 = _to_steps(logits_BK, tail_B3, num_classes - self.k)
         ids = class_ids_BK.cpu().numpy().astype(values.class_id_dtype(num_classes))

@@ -25,6 +25,8 @@ SOURCES: dict[str, Callable[[str, Split], Source]] = {
 def open_source(name: str, split: Split = "train") -> Source:
     """The source called `name`: one of `SOURCES`, or a folder of class folders.
 
+    split   which part of it, where it has parts
+
     Raises UsageError where there is none, and what opening it raises.
     """
     kind, _, argument = name.partition(":")
