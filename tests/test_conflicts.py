@@ -15,6 +15,7 @@ import torch
 
 from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import TopK
+from kdcache.cache.folder_store import FolderStore
 from kdcache.cache.object_store import ObjectStore
 from kdcache.cache.records import Records
 from kdcache.cache.spec import CacheSpec
@@ -330,3 +331,92 @@ def test_an_old_client_would_drop_the_condition(
     monkeypatch.setattr(botocore, "__version__", version)
     assert open_store("s3://bucket/t").conditional == conditional
     assert not open_store("memory://bucket/t").conditional
+
+
+# --- objects that are replaced: the manifest of a cache that grows ------------------------------
+
+
+def test_an_object_is_replaced_where_it_is_the_expected_one(url: str) -> None:
+    store = open_store(url)
+    assert store.write_new("a/b", b"old")
+    store.replace("a/b", b"old", b"new")
+    assert store.read("a/b") == b"new"
+    store.replace("a/b", b"old", b"new")  # as after a lost reply
+    assert store.read("a/b") == b"new"
+    with pytest.raises(StorageConflict, match="a/b is there with other bytes"):
+        store.replace("a/b", b"old", b"other")
+    assert objects(store) == {"a/b": b"new"}
+
+
+def test_the_server_decides_between_two_replacements(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another writer's put falls between the look at the object and the put."""
+    store, other = open_store(f"s3://{bucket}/t"), open_store(f"s3://{bucket}/t")
+    assert isinstance(store, ObjectStore)
+    assert store.write_new("a", b"old")
+    get, gets = store._get, iter(range(1000))
+
+    def outrun(key: str) -> bytes | None:
+        held = get(key)
+        if next(gets) == 0:
+            other.replace(key, b"old", b"theirs")
+        return held
+
+    monkeypatch.setattr(store, "_get", outrun)
+    with pytest.raises(StorageConflict, match="a is there with other bytes"):
+        store.replace("a", b"old", b"ours")
+    assert store.read("a") == b"theirs"
+
+
+def grow(url: str, num_views: int) -> LogitCache:
+    cache = LogitCache.create(url, replace(SPEC, num_views=num_views), {})
+    for view, shard in cache.missing():
+        cache.write(view, shard, answers(view))
+    cache.add_views()
+    return cache
+
+
+def replacements(monkeypatch: pytest.MonkeyPatch, action: Callable[[int], None]) -> None:
+    """Call `action(number)` before each replacement of an object in any store."""
+    numbers = iter(range(1000))
+    for kind in (FolderStore, ObjectStore):
+
+        def counted(store: Any, key: str, old: bytes, new: bytes, real: Any = kind.replace) -> None:
+            action(next(numbers))
+            real(store, key, old, new)
+
+        monkeypatch.setattr(kind, "replace", counted)
+
+
+REPLACED = OBJECTS + 2  # each array's zarr.json, and before and after them the group's
+
+
+@pytest.mark.parametrize("number", range(REPLACED))
+def test_a_cache_that_grows_is_the_old_one_or_the_new_one(
+    url: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen by a reader before each step, and when the writer is killed there."""
+    grow(url, 1)
+    before = objects(open_store(url))
+    seen: list[int] = []
+
+    def look(current: int) -> None:
+        reader = LogitCache.open(url)
+        assert reader.missing() == []
+        seen.append(sum(len(records) for _, _, records in reader) // SPEC.num_samples)
+        if current == number:
+            kill()
+
+    with monkeypatch.context() as patch:
+        replacements(patch, look)
+        with pytest.raises(Killed):
+            grow(url, 3)
+    assert seen == [1] * (number + 1)
+    assert LogitCache.open(url).num_stored_views == 1
+    assert grow(url, 3).num_stored_views == 3
+    after = objects(open_store(url))
+    assert after == objects(grow(str(tmp_path / "at once"), 3).store)
+    assert {key: after[key] for key in before if "/c/" in key} == {
+        key: data for key, data in before.items() if "/c/" in key
+    }

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from kdcache.cache import verify
 from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import Dense, Sampled, TopK
 from kdcache.cache.spec import CACHE_VERSION, CacheSpec
@@ -135,6 +136,39 @@ def test_caches_of_version_1_are_as_they_were() -> None:
         if ".zarr/" in name:
             found.update(f"{name} {hashlib.sha256(data).hexdigest()}\n".encode())
     assert found.hexdigest() == VERSION_1
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in CACHES if path.stem != "average"],  # which has one view
+    ids=lambda p: f"{p.parent.name}-{p.stem}",
+)
+def test_a_cache_of_each_version_grows(path: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(path, tmp_path / "t")
+    before, old = contents(copy), LogitCache.open(copy)
+    new = replace(old.spec, num_views=VIEWS + 1)
+    cache = LogitCache.create(copy, new, {"teacher": "golden"})
+    for view, shard in cache.missing():
+        rows = new.rows(view, np.arange(SAMPLES))
+        cache.write(view, shard, new.codec.encode(logits()[1], rows))
+    cache.add_views()
+    grown = LogitCache.open(copy)
+    assert grown.spec == new
+    assert grown.manifest.version == CACHE_VERSION
+    assert grown.manifest.identity == old.manifest.identity
+    assert verify.read(grown, {}) == ([], [])
+    after = contents(copy)
+    assert {name: after[name] for name in before if "/c/" in name} == {
+        name: data for name, data in before.items() if "/c/" in name
+    }
+    if not isinstance(new.codec, Sampled):  # the draws of another view are others
+        for name, column in grown[VIEWS].columns.items():
+            np.testing.assert_array_equal(column, grown[1].columns[name])
+    T = 2.0
+    classes, log_p, _ = reader()(copy, VIEWS, T)
+    found = grown.target(VIEWS, np.arange(SAMPLES), T)
+    np.testing.assert_allclose(found.log_p_BK, log_p, rtol=1e-5, atol=1e-5)
+    assert classes is None or (found.class_ids_BK.numpy() == classes).all()
 
 
 def test_there_is_a_golden_cache_of_each_kind_and_version() -> None:

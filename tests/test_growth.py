@@ -8,19 +8,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from kdcache.cache import layout, verify
 from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import TopK
 from kdcache.cache.layout import GROUP
 from kdcache.cache.store import Store
 from kdcache.data.beton import Dataset
-from kdcache.errors import CacheIncomplete
+from kdcache.data.loader import Loader
+from kdcache.errors import CacheIncomplete, CacheMismatch
 from kdcache.models import load
 from kdcache.models.classifier import Classifier
+from kdcache.teacher.precompute import precompute
+from kdcache.teacher.targets import CachedTargets
 from tests.conftest import TEACHER, subset
 from tests.growth import (
     NEW,
     OLD,
+    VIEW,
     Killed,
     before_writes,
     columns,
@@ -123,6 +129,42 @@ def test_fewer_views_than_are_there_change_nothing(
         assert record(data, teacher, url, 4).spec.num_views == NEW
     assert keys == []
     assert objects(url) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("precision", {"precision": "bfloat16"}),
+        ("teacher_hash", {"teacher_hash": "0" * 16}),
+        ("seed", {"view_spec": replace(VIEW, seed=4)}),
+        ("codec", {"codec": TopK(4, "float32")}),
+        ("dataset_hash", {"dataset_hash": "0" * 16}),
+    ],
+)
+def test_views_of_another_cache_are_refused(
+    name: str, change: dict[str, Any], url: Path, data: Dataset, teacher: Classifier
+) -> None:
+    before = objects(url)
+    spec = replace(spec_of(data, teacher, NEW), **change)
+    with pytest.raises(CacheMismatch, match=name):
+        precompute(data, teacher, spec, url, batch_size=16, workers=1)
+    assert objects(url) == before
+
+
+def test_a_training_that_reads_meanwhile_is_not_disturbed(
+    url: Path, data: Dataset, teacher: Classifier, whole: LogitCache
+) -> None:
+    reader = LogitCache.open(url)
+    targets = CachedTargets(reader, data.content_hash, VIEW)
+    with Loader(data, VIEW, 16, workers=1) as loader:
+        first = [targets(batch) for batch in loader.batches(0)]
+        record(data, teacher, url, NEW)
+        later = [targets(batch) for view in (0, 1, 2) for batch in loader.batches(view)]
+    assert reader.num_stored_views == reader.spec.num_views == OLD
+    for a, b in zip(first, later, strict=False):
+        assert torch.equal(a.logits_BK, b.logits_BK)  # type: ignore[union-attr]
+    expected = torch.cat([whole.decode(whole[view]).logits_BK for view in range(OLD)])  # type: ignore[union-attr]
+    assert torch.equal(torch.cat([t.logits_BK for t in later]), expected)  # type: ignore[union-attr]
 
 
 # --- kills ------------------------------------------------------------------------------------
