@@ -17,6 +17,7 @@ from torch import nn
 from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import Dense, RecordCodec, Sampled, TopK, ValueType, choose_codec
 from kdcache.cache.spec import CacheSpec
+from kdcache.cache.store import Store
 from kdcache.cli import app
 from kdcache.data.beton import Dataset, open_dataset
 from kdcache.data.convert import convert
@@ -44,6 +45,12 @@ def digits_test(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """41 JPEGs (an odd count) of many sizes and shapes, cut from scikit-learn's two photos."""
     return convert(photo_source(), tmp_path_factory.mktemp("data") / "p.beton")[0]
+
+
+def overwrite(store: Store, key: str, data: bytes) -> None:
+    """Damage an object."""
+    store.delete(key)
+    assert store.write_new(key, data)
 
 
 def photo_source() -> Source:

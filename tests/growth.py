@@ -21,7 +21,7 @@ from tests.conftest import cache_spec
 
 VIEW = ViewSpec(8, min_scale=0.5, seed=3)
 OLD, NEW = 3, 6
-WRITES = ("write_new", "replace", "write")
+WRITES = ("write_new", "replace")
 
 
 class Killed(BaseException):

@@ -29,7 +29,7 @@ from kdcache.errors import MissingDependency, StorageConflict, StorageError, Usa
 from kdcache.files import write_file
 from kdcache.views.spec import ViewSpec
 from tests import processes
-from tests.conftest import TEACHER
+from tests.conftest import TEACHER, overwrite
 from tests.processes import Job, contents
 
 SPEC = CacheSpec(2, 50, 30, TopK(4), "data", "teacher", ViewSpec(8))
@@ -268,16 +268,16 @@ def test_a_killed_creation_in_an_object_store_is_done_again() -> None:
     whole = LogitCache.create("memory://bucket/not-killed", SPEC, {}).store.read("logits/zarr.json")
     assert whole is not None
     store = open_store("memory://bucket/killed")
-    store.write("logits/zarr.json", whole)
+    overwrite(store, "logits/zarr.json", whole)
     with pytest.raises(UsageError, match="exists and is not a cache"):
         LogitCache.open(store.url)
     assert LogitCache.create(store.url, SPEC, {}).spec == SPEC
     store = open_store("memory://bucket/another")
-    store.write("logits/zarr.json", b"{")
+    overwrite(store, "logits/zarr.json", b"{")
     with pytest.raises(StorageConflict, match="remove what is there, or choose another path"):
         LogitCache.create(store.url, SPEC, {})
     assert store.sizes() == {"logits/zarr.json": 1}
-    open_store("memory://bucket/other").write("thesis.txt", b"two years of work")
+    open_store("memory://bucket/other").write_new("thesis.txt", b"two years of work")
     with pytest.raises(UsageError, match="exists and is not a cache"):
         LogitCache.create("memory://bucket/other", SPEC, {})
 

@@ -22,7 +22,7 @@ from kdcache.models.classifier import Classifier
 from kdcache.teacher.precompute import precompute
 from kdcache.teacher.targets import AverageTargets, CachedTargets, LabelTargets, OnlineTargets
 from kdcache.views.spec import ViewSpec
-from tests.conftest import TEACHER, cache_spec, synthetic_cache
+from tests.conftest import TEACHER, cache_spec, overwrite, synthetic_cache
 
 VIEWS, SAMPLES, CLASSES = 3, 150, 30
 
@@ -115,7 +115,7 @@ def test_an_incomplete_cache_is_refused_at_once(recording: LogitCache) -> None:
 
 def test_a_damaged_shard_is_an_error_where_it_is_needed(recording: LogitCache) -> None:
     key = layout.key("logits", 2, 0)
-    recording.store.write(key, (recording.store.read(key) or b"")[:-1] + b"?")
+    overwrite(recording.store, key, (recording.store.read(key) or b"")[:-1] + b"?")
     targets = CachedTargets(recording, recording.spec.dataset_hash, recording.spec.view_spec)
     targets(batch_of(0, np.arange(10)))
     with pytest.raises(CacheCorrupt, match=r"view 2 shard 0 \(positions 0 to \d+\) is damaged"):

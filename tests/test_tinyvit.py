@@ -25,7 +25,7 @@ from kdcache.models import load
 from kdcache.teacher.precompute import precompute
 from kdcache.views.order import view_order
 from kdcache.views.spec import ViewSpec
-from tests.conftest import TEACHER, Result, cache_spec, codec_for, synthetic_cache
+from tests.conftest import TEACHER, Result, cache_spec, codec_for, overwrite, synthetic_cache
 
 STUDENT = "python:tests.conftest:convolutional_student"
 PLAIN = ViewSpec(8, mixup=0)
@@ -206,7 +206,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     cache = synthetic_cache(tmp_path / "t", torch.zeros(2, 50, 5), top_k=2, view=PLAIN)
     key = layout.key("logits", 1, 0)
     data = cache.store.read(key) or b""
-    cache.store.write(key, data[:-1] + bytes([data[-1] ^ 1]))
+    overwrite(cache.store, key, data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(Exception, match="view 1 shard 0"):
         tinyvit.export(cache, tmp_path / "out", 2)
     assert [p.name for p in tmp_path.iterdir()] == ["t"]

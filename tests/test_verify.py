@@ -21,7 +21,7 @@ from kdcache.cache.verify import Fault, Picked, read, sample
 from kdcache.data.beton import Dataset
 from kdcache.errors import StorageError
 from kdcache.views.spec import ViewSpec
-from tests.conftest import TEACHER, Result, synthetic_cache
+from tests.conftest import TEACHER, Result, overwrite, synthetic_cache
 
 Run = Callable[..., Result]
 CODEC = TopK(2, "float32")
@@ -281,7 +281,7 @@ def test_a_cache_in_an_object_store(kdcache: Run, small_shards: None) -> None:
     url = "memory://verified/t.zarr"
     made = synthetic_cache(url, torch.randn(2, 20, 6), top_k=2)  # type: ignore[arg-type]
     assert kdcache("verify", url).code == 0
-    made.store.write(layout.key("tail", 1, 1), b"?" * 50)
+    overwrite(made.store, layout.key("tail", 1, 1), b"?" * 50)
     result = kdcache("verify", url, "--delete-damaged")
     assert (result.code, result.err) == (1, "")
     assert "view 1 shard 1 is damaged, and now deleted" in result.out

@@ -41,10 +41,6 @@ class FolderStore:
             except (FileNotFoundError, NotADirectoryError):
                 return 0
 
-    def write(self, key: str, data: bytes) -> None:
-        with self._storage_errors("write", key):
-            files.write_file(self.root / key, data)
-
     def write_new(self, key: str, data: bytes) -> bool:
         with self._storage_errors("write", key):
             created = files.create_file(self.root / key, data)

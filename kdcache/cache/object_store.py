@@ -73,10 +73,6 @@ class ObjectStore:
             except FileNotFoundError:
                 return 0
 
-    def write(self, key: str, data: bytes) -> None:
-        with self._storage_errors("write"):
-            self._fs.pipe_file(f"{self._prefix}/{key}", data)
-
     def write_new(self, key: str, data: bytes) -> bool:
         with self._storage_errors("write"):
             for _ in range(PUT_ROUNDS):

@@ -1,7 +1,7 @@
 """Where a cache's objects are stored: bytes by key, in a folder or in an object store.
 
 In: a path or a URL. Out: a `Store`. Invariants: an object is there whole or not at all; what
-`write` or `write_new` has returned from is not lost in a power cut; `write_new` never changes an
+`write_new` or `replace` has returned from is not lost in a power cut; `write_new` never changes an
 object that is there.
 
 Two writers with equal bytes may write the same objects. Where their bytes differ, one of them gets
@@ -45,9 +45,6 @@ class Store(Protocol):
 
     def size(self, key: str) -> int:
         """Bytes of an object; 0 where there is none."""
-
-    def write(self, key: str, data: bytes) -> None:
-        """Put or replace an object: durably, and whole or not at all."""
 
     def write_new(self, key: str, data: bytes) -> bool:
         """Put an object where there is none: durably, and whole or not at all.
