@@ -1,4 +1,4 @@
-"""Caches of other kinds, from teacher to student: sample order, averages, draws."""
+"""Caches of other kinds, from teacher to student: dataset order, averages, draws."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def live(dataset: Dataset, teacher: Classifier, view: int) -> torch.Tensor:
-    """The teacher's logits [N, C] for a view, in sample order."""
+    """The teacher's logits [N, C] for a view, in dataset order."""
     out = torch.zeros(len(dataset), 10)
     with Loader(dataset, VIEW, 100) as loader, torch.inference_mode():
         for batch in loader.batches(view):
@@ -120,9 +120,9 @@ def test_what_does_not_go_together(
 ) -> None:
     spec = cache_spec(digits_test, teacher, VIEW, dtype="float32", row_order="dataset")
     cache = precompute(digits_test, teacher, spec, tmp_path / "t")
-    with pytest.raises(UsageError, match="is in sample order: it goes with FixedTargets"):
+    with pytest.raises(UsageError, match="is in dataset order: use FixedTargets"):
         CachedTargets(cache, digits_test.content_hash, VIEW)
-    with pytest.raises(UsageError, match="answers single images: train with --mixup 0"):
+    with pytest.raises(UsageError, match="holds records of single images: train with --mixup 0"):
         FixedTargets(cache, digits_test.content_hash, ViewSpec(8))
     with pytest.raises(Exception, match="was made from other data"):
         FixedTargets(cache, digits.content_hash, VIEW)
@@ -200,7 +200,10 @@ def test_refusals_are_one_line(kdcache: Run, digits_test: Dataset, tmp_path: Pat
         return trained(kdcache, digits_test, tmp_path / "r", *options)
 
     for result, words in (
-        (train(*cache["average"], "--mixup", 1), "answers single images: train with --mixup 0"),
+        (
+            train(*cache["average"], "--mixup", 1),
+            "holds records of single images: train with --mixup 0",
+        ),
         (train(*cache["draws"]), "holds draws at T = 2: train with --temperature 2"),
         (kdcache("precompute", *line, "--average-views", 2, "--mixup", 1), "it needs --mixup 0"),
         (

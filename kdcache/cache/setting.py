@@ -51,7 +51,7 @@ def cached_view_spec(
             return cached_view_spec(get_setting(serves), cache, url, given, natural_size_px)
     view = make_view_spec({"mixup": 0, **given}, natural_size_px)
     if view.mixup:
-        raise UsageError(f"{url} answers single images: train with --mixup 0")
+        raise UsageError(f"{url} holds records of single images: train with --mixup 0")
     return CUSTOM, view
 
 

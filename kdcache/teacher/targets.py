@@ -25,7 +25,7 @@ from kdcache.views.spec import ViewSpec
 
 
 class OnlineTargets:
-    """Runs the teacher on what the batch has for it. On the CPU a call raises NonFinite."""
+    """Runs the teacher on the batch's images for it. On the CPU a call raises NonFinite."""
 
     def __init__(self, teacher: Teacher) -> None:
         self.teacher = teacher
@@ -36,10 +36,10 @@ class OnlineTargets:
 
 
 class AverageTargets:
-    """Runs the teacher on views 0 ... average - 1 of each sample, and averages its probabilities.
+    """Runs the teacher on the first views of each sample, and averages its probabilities.
 
     The paper's fix/ic_ens, live: as many forward passes for each image of each epoch. A cache with
-    `average` costs them once, and its answers are these.
+    averaged views costs them once, and gives these targets.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class CachedTargets:
         self, cache: LogitCache, content_hash: str, view: ViewSpec, *, resized: bool = False
     ) -> None:
         if cache.spec.row_order != "view":
-            raise UsageError(f"{cache.url} is in sample order: it goes with FixedTargets")
+            raise UsageError(f"{cache.url} is in dataset order: use FixedTargets")
         cache.require_compatible(content_hash, view, resized=resized)
         cache.require_complete()
         self.cache = cache
@@ -98,6 +98,7 @@ class CachedTargets:
         rows = self.cache.manifest.layout.shard_rows
         numbers = batch.positions_B // rows
         wanted = [(batch.view, int(s)) for s in np.unique(numbers)]
+        # The shards in use and the next one; all others are dropped here.
         keys = [*wanted, self._after(wanted[-1])]
         self._shards = {key: self._shards.get(key) or self._start(key) for key in keys}
         start = time.perf_counter()
@@ -106,6 +107,7 @@ class CachedTargets:
         parts = [found[s][batch.positions_B[numbers == s] - s * rows] for _, s in wanted]
         records = Records.concatenate(parts)
         if (np.diff(numbers) < 0).any():
+            # The parts are in order of shards: back into the batch's.
             records = records[np.argsort(np.argsort(numbers, kind="stable"))]
         return _decoded(self.cache, batch, records)
 
@@ -120,7 +122,7 @@ class CachedTargets:
 
 
 class FixedTargets:
-    """Reads a cache in sample order: the answer to a sample, whatever view of it the student sees.
+    """Reads a cache in dataset order: the record of a sample, whatever view of it the student sees.
 
     Epoch v of training gets view v of the cache (modulo its views): with one view this is the
     paper's fixed teacher, with more its independent noise. A view of the cache is held in memory.
@@ -130,7 +132,7 @@ class FixedTargets:
 
     def __init__(self, cache: LogitCache, content_hash: str, view: ViewSpec) -> None:
         if view.mixup:
-            raise UsageError(f"{cache.url} answers single images: train with --mixup 0")
+            raise UsageError(f"{cache.url} holds records of single images: train with --mixup 0")
         cache.require_compatible(content_hash, view)
         cache.require_complete()
         self.cache = cache

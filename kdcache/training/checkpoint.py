@@ -65,6 +65,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
+    # Over the tensors too: safetensors itself has no checksum.
     h = hashlib.sha256(text.encode())
     for key, tensor in sorted(tensors.items()):
         h.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -79,6 +80,7 @@ def _packed(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"t": key}
     if isinstance(value, dict):
+        # Pairs: an optimizer's state has integer keys, and those of JSON objects are strings.
         return {"d": [[_packed(k, tensors), _packed(v, tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
         name = "l" if isinstance(value, list) else "u"

@@ -144,6 +144,7 @@ class ProcessGroup:
 
     def all_reduce_sums(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The sums over all processes, by name."""
+        # In one order everywhere: processes match each other's reductions by their order.
         return {name: self.all_reduce_sum(values[name].contiguous()) for name in sorted(values)}
 
     def all_reduce_min(self, values: torch.Tensor) -> torch.Tensor:
@@ -164,6 +165,7 @@ class ProcessGroup:
             work, reduced = self._pending
             work.wait()
             largest = int(reduced)
+        # On the CPU, where gloo reduces it: no step waits for a GPU.
         values = torch.tensor(value)
         work = distributed.all_reduce(values, distributed.ReduceOp.MAX, async_op=True)
         self._pending = work, values

@@ -41,7 +41,7 @@ def warmup_steps(spec: TrainSpec, steps: int) -> int:
     if spec.warmup >= steps:
         raise UsageError(
             f"a warm-up of {spec.warmup:g} steps does not fit into the run's {steps}: give more "
-            "epochs, or a warmup below 1, which is a share of them"
+            "epochs, or a warmup below 1, which is a fraction of them"
         )
     return round(spec.warmup)
 
@@ -70,6 +70,7 @@ def make_optimizer(student: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer
     if spec.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=spec.lr, fused=fused)
     # torch's SGD would add the decay to the gradient, and so to the momentum.
+    # Under another name, then: torch would apply what is called weight_decay itself.
     decayed = [{"params": g["params"], "shrink": g["weight_decay"]} for g in groups]
     sgd = torch.optim.SGD(decayed, lr=spec.lr, momentum=spec.momentum, fused=fused)
     sgd.register_step_pre_hook(apply_weight_decay)

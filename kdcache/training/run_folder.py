@@ -142,6 +142,7 @@ class RunFolder:
 
     def _load(self, path: Path) -> dict[str, Any]:
         content = checkpoint.load(path)
+        # Each checkpoint has the run's identity too: it may have been copied from another run.
         different = _different(self.identity, content["run"])
         if different:
             raise UsageError(
@@ -214,6 +215,7 @@ class RunFolder:
     def save(self, state: dict[str, Any]) -> None:
         """Save a checkpoint and delete the oldest ones. Raises StorageError; all earlier ones are
         then unchanged."""
+        # The log first: a resumed run cuts it back to the checkpoint, so it must reach that far.
         with self._writing_log() as log:
             os.fsync(log.fileno())
         path = checkpoint_path(self.folder, state["step"])
@@ -233,6 +235,7 @@ class RunFolder:
     def finish(self, record: dict[str, Any], student: Classifier) -> None:
         """Write weights and run.json, and delete the checkpoints."""
         write_result(self.folder, record, student)
+        # Only now: until run.json is there, a rerun resumes from them.
         self._remove_checkpoints()
 
     def _remove_checkpoints(self) -> None:

@@ -55,6 +55,7 @@ class State:
     def require_finite(self, process_group: ProcessGroup) -> None:
         """Raise NonFinite where a loss since the last log line, or a weight, is not finite."""
         self.meter.require_finite(process_group)
+        # One transfer to the host, not one for each weight.
         if not bool(torch.stack([w.isfinite().all() for w in self.params]).all()):
             raise NonFinite(f"step {self.step} made a weight NaN or infinite: lower --lr")
 
@@ -110,6 +111,7 @@ class Meter:
             )
 
     def state_dict(self, process_group: ProcessGroup) -> dict[str, Any]:
+        # The mean of all processes, as the main process alone writes it. A clone: the sums go on.
         sums = process_group.all_reduce_sum(self._sums.clone()) / process_group.size
         return {"sums": sums, "steps": self.steps}
 

@@ -105,9 +105,11 @@ class SyncedBatchNorm(nn.Module):
         x = x.to(torch.promote_types(dtype, torch.float32))
         dims, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
         count = x.numel() // x.shape[1] * distributed.get_world_size()
+        # The mean first: E[x^2] - E[x]^2 cancels where the mean is large.
         mean_C: torch.Tensor = _Sum.apply(x.sum(dims)) / count
         centred = x - mean_C.view(shape)
         variance_C: torch.Tensor = _Sum.apply(centred.square().sum(dims)) / count
+        # The running variance is the unbiased one, as in PyTorch's layers.
         self._remember(mean_C.detach(), variance_C.detach() * count / (count - 1))
         scale_C = (variance_C + self.eps).rsqrt()
         if self.weight is not None:
@@ -140,6 +142,7 @@ class _Sum(Function):
 
 
 def _summed(x: torch.Tensor) -> torch.Tensor:
+    # all_reduce works in place, and on contiguous memory.
     x = x.clone(memory_format=torch.contiguous_format)
     distributed.all_reduce(x)
     return x

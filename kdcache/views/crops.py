@@ -35,6 +35,7 @@ def crop_boxes(
         return _inception_boxes(spec, view, s, h_image, w_image)
     if spec.crop == "whole":
         return np.stack([np.zeros_like(h_image), np.zeros_like(w_image), h_image, w_image], 1)
+    # floor(x + 0.5) rounds halves up; np.round would take them to even numbers.
     side = np.floor(np.sqrt(spec.min_scale) * np.minimum(h_image, w_image) + 0.5).astype(np.int64)
     side = np.maximum(side, 1)
     if spec.crop == "center":
@@ -55,6 +56,7 @@ def _inception_boxes(spec: ViewSpec, view: int, s: U64, h_image: I64, w_image: I
         ratio = ratios[below(r1, TABLE_ENTRIES).astype(np.int64)]
         w = np.floor(np.sqrt(area * ratio) + 0.5).astype(np.int64)
         h = np.floor(np.sqrt(area / ratio) + 0.5).astype(np.int64)
+        # The words depend on the attempt's number, so it does not matter who needs this attempt.
         hit = todo & (w >= 1) & (w <= w_image) & (h >= 1) & (h <= h_image)
         top = below(r2, np.where(hit, h_image - h + 1, 1)).astype(np.int64)
         left = below(r3, np.where(hit, w_image - w + 1, 1)).astype(np.int64)

@@ -41,6 +41,7 @@ def pair_mix_weights(
     """
     p = np.asarray(positions, np.int64)
     table = mix_weight_table(spec.mixup)
+    # By the pair's number in the view, not in a batch: any batch size gives the same weights.
     word = draw(spec.seed, view, p >> 1, Purpose.MIX)[0]
     weight = table[below(word, TABLE_ENTRIES).astype(np.int64)]
     return np.where(p ^ 1 < num_samples, weight, 0).astype(np.int16)

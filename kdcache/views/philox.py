@@ -6,7 +6,7 @@ bits of its own in the counter, so no two draws can coincide: seed 1 view 0 is n
     key      seed, low and high 32 bits
     counter  index low | index high (8 bits) + purpose << 16 | view | attempt
 
-`pixels.py` has the same function compiled for one index at a time; tests compare the two.
+`data/render.py` has the same function compiled for one index at a time; tests compare the two.
 """
 
 from __future__ import annotations
@@ -71,4 +71,5 @@ def draw(
 
 def below(word: U64, bound: ArrayLike) -> U64:
     """A 32-bit word scaled to [0, bound) by multiplication and shift, in integers."""
+    # Some values are more likely than others by at most bound / 2^32, which no image shows.
     return (word * np.asarray(bound, np.uint64)) >> _32
