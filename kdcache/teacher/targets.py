@@ -32,6 +32,7 @@ class OnlineTargets:
         self._wait = teacher.device.type == "cpu"
 
     def __call__(self, batch: Batch) -> Target:
+        # On the CPU the check waits for nothing, and it names the sample.
         return dense_target(teacher_logits(self.teacher, batch, wait=self._wait))
 
 
@@ -98,6 +99,7 @@ class CachedTargets:
         rows = self.cache.manifest.layout.shard_rows
         numbers = batch.positions_B // rows
         wanted = [(batch.view, int(s)) for s in np.unique(numbers)]
+        # The next shard is read while this one trains; all others are forgotten.
         keys = [*wanted, self._after(wanted[-1])]
         self._shards = {key: self._shards.get(key) or self._start(key) for key in keys}
         start = time.perf_counter()
@@ -105,6 +107,7 @@ class CachedTargets:
         self.waited_s += time.perf_counter() - start
         parts = [found[s][batch.positions_B[numbers == s] - s * rows] for _, s in wanted]
         records = Records.concatenate(parts)
+        # Records come shard by shard; positions that do not rise get their own order back.
         if (np.diff(numbers) < 0).any():
             records = records[np.argsort(np.argsort(numbers, kind="stable"))]
         return _decoded(self.cache, batch, records)
@@ -116,6 +119,7 @@ class CachedTargets:
         view, shard = key
         if shard + 1 < self.cache.shards_per_view:
             return view, shard + 1
+        # The next epoch's first shard, which for the last view is the first view's.
         return (view + 1) % self.cache.spec.num_views, 0
 
 

@@ -67,6 +67,7 @@ def load(path: Path) -> dict[str, Any]:
 def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
     h = hashlib.sha256(text.encode())
     for key, tensor in sorted(tensors.items()):
+        # Type and shape too: equal bytes may be other numbers.
         h.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         h.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
@@ -79,6 +80,7 @@ def _packed(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"t": key}
     if isinstance(value, dict):
+        # Pairs, not a JSON object: an optimizer's keys are numbers, which JSON would make text.
         return {"d": [[_packed(k, tensors), _packed(v, tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
         name = "l" if isinstance(value, list) else "u"

@@ -50,6 +50,7 @@ class ProcessGroup:
         if self.device.type == "cuda":
             _require_gpus()
             torch.cuda.set_device(self.device)
+            # Both: requests to save and stop are numbers of the host, which need no GPU.
             backend = "cpu:gloo,cuda:nccl"
         try:
             distributed.init_process_group(backend)
@@ -120,6 +121,8 @@ class ProcessGroup:
 
     def shard(self, batches: range, batch_size: int) -> NDArray[np.int64]:
         """The positions of a view that this process takes of these batches, in order."""
+        # Each process takes a run of every batch, not of the view: a step then has the same images
+        # for any number of processes.
         positions = np.arange(batches.start * batch_size, batches.stop * batch_size)
         shards = positions.reshape(len(batches), self.size, batch_size // self.size)
         return shards[:, self.rank].reshape(-1)
@@ -144,6 +147,7 @@ class ProcessGroup:
 
     def all_reduce_sums(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The sums over all processes, by name."""
+        # By name, so that all processes reduce in the same order.
         return {name: self.all_reduce_sum(values[name].contiguous()) for name in sorted(values)}
 
     def all_reduce_min(self, values: torch.Tensor) -> torch.Tensor:
@@ -197,6 +201,7 @@ def is_peer_failure(error: BaseException | None) -> bool:
     """PyTorch raises such an error where another process has ended."""
     if not isinstance(error, RuntimeError) or isinstance(error, KDCacheError):
         return False
+    # gloo's errors are RuntimeErrors without a type of their own.
     return "gloo" in str(error) or isinstance(error, distributed.DistError)
 
 

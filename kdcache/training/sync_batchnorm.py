@@ -54,6 +54,7 @@ def _own(layer: _BatchNorm) -> nn.Module:
 def _native(layer: _BatchNorm) -> nn.Module:
     convert = nn.SyncBatchNorm.convert_sync_batchnorm
     native: nn.Module = convert(layer)  # type: ignore[no-untyped-call]
+    # `convert_sync_batchnorm` keeps timm's children (dropout, activation) and does not run them.
     if list(native.children()):
         native.register_forward_hook(lambda layer, inputs, output: _through(layer, output))
     return native
@@ -105,9 +106,11 @@ class SyncedBatchNorm(nn.Module):
         x = x.to(torch.promote_types(dtype, torch.float32))
         dims, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
         count = x.numel() // x.shape[1] * distributed.get_world_size()
+        # Two sums, the second of centred squares: the mean of squares minus a square cancels.
         mean_C: torch.Tensor = _Sum.apply(x.sum(dims)) / count
         centred = x - mean_C.view(shape)
         variance_C: torch.Tensor = _Sum.apply(centred.square().sum(dims)) / count
+        # Running variances are unbiased, as in torch; normalisation uses the biased one.
         self._remember(mean_C.detach(), variance_C.detach() * count / (count - 1))
         scale_C = (variance_C + self.eps).rsqrt()
         if self.weight is not None:
@@ -119,6 +122,7 @@ class SyncedBatchNorm(nn.Module):
 
     def _remember(self, mean_C: torch.Tensor, variance_C: torch.Tensor) -> None:
         self.num_batches_tracked.add_(1)
+        # A momentum of None means a cumulative average, as in torch.
         share = self.momentum
         if share is None:
             share = 1 / float(self.num_batches_tracked)
@@ -140,6 +144,7 @@ class _Sum(Function):
 
 
 def _summed(x: torch.Tensor) -> torch.Tensor:
+    # all_reduce works in place, and autograd may still need the input.
     x = x.clone(memory_format=torch.contiguous_format)
     distributed.all_reduce(x)
     return x

@@ -2,8 +2,8 @@
 
 In: a ViewSpec and integers. Out: integers. What stays true: nothing here depends on batch size,
 workers, processes, platform or history; `tests/test_views.py` pins golden values, which may change
-only together with the view spec's version. This is the definition; `pixels.py` holds the compiled
-form that the loader runs, and tests compare the two.
+only together with the view spec's version. This is the definition; `data/render.py` holds the
+compiled form that the loader runs, and tests compare the two.
 
 Cost: an order is a sort, about 10 ms for 60,000 samples and 1 s for 1.28 million; all else is
 linear in the number of indices given.
@@ -30,7 +30,9 @@ def view_order(spec: ViewSpec, view: int, num_samples: int) -> I64:
 @lru_cache(maxsize=2)  # precompute asks once for each shard of a view
 def _order(seed: int, view: int, num_samples: int) -> I64:
     high, low, _, _ = draw(seed, view, np.arange(num_samples), Purpose.ORDER)
+    # A sort by 64-bit draws: position and sample follow from the draws alone, in any library.
     found = np.argsort((high << np.uint64(32)) | low, kind="stable").astype(np.int64)
+    # The cache gives the same array to every caller.
     found.flags.writeable = False
     return found
 
