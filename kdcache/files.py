@@ -35,6 +35,7 @@ def partial_path(path: Path) -> Path:
 def make_folder(path: Path) -> None:
     """Make a folder and its parents, each durably, where they are missing."""
     if not path.is_dir():
+        # From the top: a folder counts as made once its entry in its parent is synced.
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
         sync_folder(path.parent)
@@ -55,8 +56,10 @@ def create_file(path: Path, data: bytes) -> bool:
         return False
     partial = partial_path(path)
     with lock_file(partial) as descriptor:
+        # Again under the lock: another process may have written it in the meantime.
         if path.exists():
             return False
+        # A killed process may have left bytes here.
         os.ftruncate(descriptor, 0)
         with open(descriptor, "wb", closefd=False) as file:
             file.write(data)
@@ -74,6 +77,7 @@ def replace_file(path: Path) -> Iterator[Path]:
         make_folder(path.parent)
         yield partial
         commit_file(partial, path)
+    # Also for Ctrl-C: a partial file would take the space of a whole one.
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -82,6 +86,7 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 def commit_file(partial: Path, path: Path) -> None:
     """Rename a whole file to `path`, so that a power cut leaves the old file there or the new."""
+    # The bytes before the name, or a power cut could leave the name with none of them.
     sync_file(partial)
     _rename(partial, path)
 
@@ -114,6 +119,7 @@ def save_tensors(
     path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Write a safetensors file with the mode of any new file: the library's own is 0600."""
+    # Made here first, so that the process's umask decides its mode.
     path.touch()
     mode = path.stat().st_mode
     try:
@@ -128,6 +134,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
+    # A new name is in the folder's own data, which is synced apart from the file's.
     _sync(path, os.O_RDONLY)
 
 

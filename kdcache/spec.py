@@ -37,6 +37,7 @@ def require(ok: bool, field: str, expected: str, found: object) -> None:
 def spec_to_json(spec: Any) -> dict[str, Any]:
     """The fields of a dataclass that differ from their defaults; specs in it by their `to_json`."""
     values = ((field, getattr(spec, field.name)) for field in fields(spec))
+    # Defaults are left out, so that a new field changes no older spec's digest.
     return {f.name: _to_json(f, v) for f, v in values if f.default is MISSING or v != f.default}
 
 
@@ -58,6 +59,7 @@ def require_known_fields(cls: type, value: Mapping[str, Any], what: str) -> None
 
 def require_version(what: str, found: object, newest: int) -> int:
     """The version, checked to be one that this kdcache reads. Raises UsageError for another."""
+    # type and not isinstance: True is an int in Python.
     if type(found) is not int or not 1 <= found <= newest:
         raise UsageError(
             f"this kdcache reads {what} of versions 1 to {newest}, found version {found!r}: "

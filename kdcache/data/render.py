@@ -5,7 +5,7 @@ Out: one row of bytes for each token: the pixels of the view, then a trailer wit
 stored payload and a status. A damaged sample thus reports itself in the row that it would have
 spoiled, without any state shared between threads.
 
-What stays true: draws and boxes equal those of `views.py` bit for bit (tests compare them).
+What stays true: draws and boxes equal those of `views/` bit for bit (tests compare them).
 
 Cost: one scratch image for each lane, whatever the batch size. Kernels compile once and are cached
 on disk, so they take everything as arguments, call C through named symbols (a ctypes pointer would
@@ -87,7 +87,7 @@ _jit = njit(nogil=True, error_model="numpy", cache=True)
 
 @_jit
 def draw_one(seed, view, index, purpose, attempt):
-    """`rng.draw` for one index."""
+    """`philox.draw` for one index."""
     # Cast first: numba makes float64 of a uint64 with an int64.
     seed, index = np.uint64(seed), np.uint64(index)
     c0, c1 = index & _LOW, (index >> _32) | (np.uint64(purpose) << _16)
@@ -104,7 +104,7 @@ def draw_one(seed, view, index, purpose, attempt):
 
 @_jit
 def crop_box_one(settings, view, sample, height, width):
-    """`views.crop_boxes` for one sample: top, left, height, width."""
+    """`crops.crop_boxes` for one sample: top, left, height, width."""
     seed, min_scale, ratios = settings["seed"], settings["min_scale"], settings["ratios"]
     h_image, w_image = np.int64(height), np.int64(width)
     if settings["crop"] == INCEPTION:
@@ -252,7 +252,7 @@ def _mix(images, weights, out):
 
 
 def mix_rows(images: NDArray[np.uint8], weights: NDArray[np.int16]) -> NDArray[np.uint8]:
-    """`views.mix_pairs` of [B, H, W, 3] on the CPU, in one pass that also copies: a new array.
+    """`mixing.mix_pairs` of [B, H, W, 3] on the CPU, in one pass that also copies: a new array.
 
     One thread: the loader's and torch's already share the cores.
     """

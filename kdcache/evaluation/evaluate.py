@@ -152,6 +152,7 @@ def _sums_of_batch(
     features, logits_BC = (
         model.features(images_BCHW) if teacher is not None else (None, model(images_BCHW))
     )
+    # The batch of a part without samples has a row that does not count.
     logits_BC = logits_BC[:used].float()
     sums = accuracy_sums(logits_BC, batch.labels_B[:used])
     bad = {"model": ~logits_BC.isfinite().all(1)}

@@ -22,9 +22,11 @@ def accuracy_sums(logits_BC: torch.Tensor, labels_B: torch.Tensor) -> Sums:
     A sample is in bin b where its confidence, the largest probability, is in (b, b + 1] / BINS
     (Guo et al. 2017, section 2).
     """
+    # float64, because a sum may be over a million samples.
     logits_BC = logits_BC.double()
     hits_BK = _best(logits_BC, 5) == labels_B[:, None]
     confidence_B = logits_BC.softmax(1).amax(1)
+    # Bins are open below, so a confidence on an edge belongs to the lower bin.
     bin_B = (confidence_B * BINS).ceil().clamp(1, BINS) - 1
     in_bin_BN = (bin_B[:, None] == torch.arange(BINS, device=bin_B.device)).double()
     ones_B = torch.ones_like(confidence_B)

@@ -81,6 +81,7 @@ def export(
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"{out} exists; choose another folder")
+    # Beside its place and renamed at the end, so that a folder is there whole or not at all.
     partial, written = out.with_name(f"{out.name}.partial-{os.getpid()}"), 0
     try:
         for view in range(cache.spec.num_views):
@@ -115,6 +116,7 @@ def _exported(cache: LogitCache, view: int, top_k: int) -> Iterator[tuple[NDArra
     for shard in range(cache.shards_per_view):
         mine = samples[slice(*cache.shard_range(shard))]
         rows = np.zeros(len(mine), record_dtype(top_k))
+        # 31 bits: TinyViT's field is an int32, and a seed is not negative.
         rows["seed"] = draw(seed, view, mine, Purpose.SEED)[0] >> np.uint64(1)
         target = cache.decode(cache.read_shard(view, shard))
         assert isinstance(target, Target)
@@ -154,7 +156,7 @@ def import_cache(
     out: PathLike,
     progress: Progress = lambda rows: None,
 ) -> LogitCache:
-    """Make or finish the cache of `spec` at `out`. Raises what `Cache` does."""
+    """Make or finish the cache of `spec` at `out`. Raises what `LogitCache` does."""
     numbers = [epoch.number for epoch in saved.epochs]
     metadata = {
         "teacher": f"TinyViT's saved logits, top {saved.top_k}",
@@ -171,6 +173,7 @@ def import_cache(
         if not cache.lock_shard(view, shard):
             raise UsageError(f"another process writes to {out}: let it finish, or stop it")
         wanted = range(len(saved.epochs)) if spec.num_averaged_views else range(view, view + 1)
+        # Only the epochs of this shard: a map takes 4 bytes for each sample.
         rows_of = {e: rows_of[e] for e in wanted if e in rows_of}
         for e in wanted:
             if e not in rows_of:
@@ -221,6 +224,7 @@ def _averaged(epochs: Iterator[Rows], spec: CacheSpec) -> Records:
     total: Any = 0
     for rows in epochs:
         p_BC = _spread(*_named(rows, spec.num_classes), spec.num_classes)
+        # Each epoch has the same weight, whatever float16 has made of its sum.
         total = total + p_BC / p_BC.sum(1, keepdims=True)
     mean_BC = torch.from_numpy(total / spec.num_averaged_views)
     return spec.codec.encode(mean_BC.log(), spec.rows(0, np.arange(len(mean_BC))))
@@ -235,6 +239,7 @@ def _named(
     of float16's least number. Nor do the others get more than if each had as much as the last one
     named: what looks like more is rounding of the first.
     """
+    # Stable: numbers that float16 has made equal keep TinyViT's order.
     falling = np.argsort(-rows["values"], 1, kind="stable")
     p_BK = np.take_along_axis(rows["values"], falling, 1).astype(np.float64)
     rest_B = 1 - p_BK.sum(1)

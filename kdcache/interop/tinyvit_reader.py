@@ -112,6 +112,7 @@ def open_saved(
         rows_of(epoch, places, dataset.path)
         for keys, values, count in zip(epoch.keys, epoch.values, epoch.counts, strict=True):
             h.update(f"{epoch.number} {keys.name} {count} {top_k}\n".encode())
+            # The teacher is not here: a digest of its records stands for that of its parameters.
             h.update(keys.read_bytes())
             for start in range(0, count, CHECKED_ROWS):
                 rows = min(CHECKED_ROWS, count - start)
@@ -145,6 +146,7 @@ def rows_of(epoch: Epoch, places: dict[str, int], data: Path) -> NDArray[np.int3
         rows_N[samples[new]] = first + np.flatnonzero(new)
         repeats += int((~new).sum())
         first += count
+    # Padding repeats fewer than two samples a rank; more is a file of another run.
     if repeats >= 2 * len(epoch.keys):
         raise UsageError(
             f"{folder} answers {repeats} samples twice, in different ranks' files, where padding "
@@ -224,6 +226,7 @@ def _count(path: Path, dtype: np.dtype[Any], top_k: int) -> int:
 
 
 def _samples(path: Path, places: dict[str, int], data: Path) -> NDArray[np.int64]:
+    # A damaged byte becomes a key that names no sample, and its line is reported.
     text = path.read_text(errors="replace")
     if text and not text.endswith("\n"):
         raise UsageError(f"{path} is truncated: its last line has no end; copy the epoch again")

@@ -221,6 +221,7 @@ def _check(
         raise UsageError(f"{name} must be {wanted}, not {x.dtype}")
     if x.device != logits_BC.device:
         raise UsageError(f"{name} is on {x.device}, the student's logits on {logits_BC.device}")
+    # The kernels give a gradient to the student's logits alone.
     if x.requires_grad:
         raise UsageError(f"{name} requires a gradient, and gets none: detach it")
 

@@ -65,6 +65,8 @@ class Distillation:
         loss = distillation_loss(logits_BC, target, temperature=self.temperature, tail=self.tail)
         if self.label_weight:
             labels = label_target(batch, logits_BC.shape[1])
+            # Two calls of the fused loss: the labels are mixed as the pixels, so they are a target
+            # with up to two classes.
             loss = torch.lerp(loss, distillation_loss(logits_BC, labels), self.label_weight)
         return loss
 

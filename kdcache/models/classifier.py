@@ -39,6 +39,7 @@ class Classifier(nn.Module):
         self.name = name
         self.precision: Precision = "float32"
         self.num_classes = 0
+        # Not persistent: a weights file has the network's own keys alone.
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -59,6 +60,7 @@ class Classifier(nn.Module):
         precision: Precision,
         network: Callable[[torch.Tensor], object],
     ) -> torch.Tensor:
+        # Outside autocast, in float32: pixels are normalised alike in every precision.
         x = images_BCHW.float().div_(255).sub_(self.mean).div_(self.std)
         dtype = getattr(torch, precision)
         with torch.autocast(x.device.type, dtype, enabled=precision != "float32"):
@@ -97,6 +99,7 @@ class Classifier(nn.Module):
         if not last or _head_width(last[0][0]) != logits_BC.shape[1]:
             return None, logits_BC
         layer, x = last[0]
+        # A classifying 1x1 convolution gets a map: its channels go last, its places are averaged.
         if isinstance(layer, nn.Conv2d):
             x = x.movedim(1, -1)
         return x.reshape(len(x), -1, x.shape[-1]).mean(1), logits_BC
@@ -105,6 +108,7 @@ class Classifier(nn.Module):
         """16 hex digits over normalisation and every weight's name, type, shape and bytes."""
         h = hashlib.sha256()
         norm = [self.mean.flatten().tolist(), self.std.flatten().tolist()]
+        # The same weights behind another normalisation are another function.
         h.update(json.dumps(norm).encode())
         for key, weight in sorted(self.network.state_dict().items()):
             h.update(f"{key} {weight.dtype} {tuple(weight.shape)}\n".encode())
@@ -153,6 +157,7 @@ class Ensemble(nn.Module):
         answers = [m.answer(images_BCHW, self.precision).float() for m in self._members()]
         # A logit of -inf would vanish in the mean.
         kept = [torch.where(z.isfinite(), z.log_softmax(1), torch.nan) for z in answers]
+        # The mean of probabilities in logarithms: those of unlikely classes would underflow.
         log_p_BC = torch.logsumexp(torch.stack(kept), 0) - math.log(len(kept))
         return log_p_BC.clamp(min=LEAST_LOG_P)
 
@@ -161,7 +166,7 @@ class Ensemble(nn.Module):
         return None, self(images_BCHW)
 
     def content_hash(self) -> str:
-        """16 hex digits over the members' fingerprints, in order."""
+        """16 hex digits over the members' content hashes, in order."""
         return digest([member.content_hash() for member in self._members()])
 
     def _members(self) -> list[Classifier]:

@@ -72,7 +72,9 @@ def load_model(
         raise UsageError(f"no such folder: {name}; a model is {FORMS}")
     else:
         raise UsageError(f"unknown model {name!r}: a model is {FORMS}")
+    # channels_last: the layout of the loader's batches.
     model = build().to(torch.device(device)).to(memory_format=torch.channels_last)
+    # At once, so that a wrong size or class count is one line before anything long begins.
     _check_output(model, num_classes, size_px, device)
     if role == "teacher":
         model.eval().requires_grad_(False)
@@ -171,6 +173,8 @@ def _from_run(folder: Path, role: Role) -> Classifier:
         model.network.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UsageError(f"{folder / WEIGHTS_FILE} is damaged: {first_line(error)}") from error
+    # Beyond damage: a factory whose normalisation has changed makes another network of these
+    # weights.
     if model.content_hash() != record["weights"]:
         raise UsageError(
             f"{folder / WEIGHTS_FILE} is damaged: these weights, with the normalisation of "
@@ -190,7 +194,7 @@ def _from_own(name: str, role: Role, num_classes: int | None) -> Classifier:
             f"kdcache:{name} has no trained weights: train it with `kdcache train --mode labels` "
             "and give the run's folder"
         )
-    assert num_classes is not None  # of a student, as `load` has checked
+    assert num_classes is not None  # of a student, as `load_model` has checked
     return Classifier(resnet.build(name, num_classes), f"kdcache:{name}", OWN_MEAN, OWN_STD)
 
 
@@ -239,6 +243,7 @@ def _check_output(
     model: Classifier, num_classes: int | None, size_px: int, device: torch.device | str
 ) -> None:
     training = model.training
+    # In training mode, batch normalisation may fail on the probe's single image.
     model.eval()
     try:
         with torch.inference_mode():

@@ -37,6 +37,7 @@ def from_torchvision(name: str, role: Role, num_classes: int | None) -> Classifi
         if name in _AUXILIARY:
             mean = std = _INCEPTION_NORM
             options = {"aux_logits": False, "init_weights": role == "student"}
+        # These have a position embedding for one size, 224 by default.
         if name.startswith("vit_"):
             options = {"image_size": _fixed_size(weights)}
         count = num_classes
@@ -69,6 +70,7 @@ def from_timm(name: str, role: Role, num_classes: int | None) -> Classifier:
     timm = _timm()
     try:
         if role == "teacher":
+            # Checked before create_model, which would fetch the weights first.
             config = timm.models.get_pretrained_cfg(name)
             if config:
                 require_classes(f"timm:{name}", config.num_classes, num_classes)

@@ -45,6 +45,7 @@ def load_initial_weights(student: Classifier, source: str) -> list[str]:
     for key in fresh:
         del weights[key]
     optional = {*fresh, *counters} - weights.keys()
+    # Before anything is loaded: load_state_dict changes what fits before it raises.
     _require_fit(student, weights, optional, where)
     student.network.load_state_dict(weights, strict=not optional)
     return fresh

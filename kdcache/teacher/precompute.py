@@ -110,6 +110,7 @@ def precompute(
         "setting": cache_setting_name(spec),
         "unlabeled": class_names is not None,
     }
+    # Before the first record: a cache of another JPEG decoder's pixels is refused at once.
     digest = render_digest(dataset, spec.view_spec)
     cache = LogitCache.create(out, spec, metadata, digest)
     on_start(cache)
@@ -117,8 +118,10 @@ def precompute(
     loader = Loader(dataset, spec.view_spec, batch_size, workers=workers, device=teacher.device)
     whole = False
     try:
+        # One writer, so that at most one shard waits beside the one that is being made.
         with loader, ThreadPoolExecutor(1, "kdcache-writer") as writer:
             while True:
+                # Looked up anew each round: other processes finish shards meanwhile.
                 missing = cache.missing()
                 todo = [place for place in missing if place in mine]
                 done = sum(cache.num_rows(s) for _, s in mine) - sum(
@@ -133,6 +136,7 @@ def precompute(
         if whole:
             cache.add_views()
     finally:
+        # Lock files stay while the work is not whole: another process may hold a byte of them.
         cache.store.release_locks(whole)
     return cache
 
@@ -177,6 +181,8 @@ def _record(
             cache.unlock_shard(view, shard)
             continue
         parts: list[Records] = []
+        # Batches begin at the shard's first row, so that its bytes do not depend on what ran
+        # before.
         positions = np.arange(*cache.shard_range(shard))
         for rows_B, logits_BC in iter_teacher_logits(loader, teacher, cache.spec, view, positions):
             parts.append(cache.spec.codec.encode(logits_BC, cache.spec.rows(view, rows_B)))
@@ -234,7 +240,9 @@ def mean_teacher_log_probabilities(
     total = torch.zeros((), dtype=torch.float64, device=loader.device)
     for view in range(num_averaged_views):
         logits_BC = _logits_of_samples(loader, teacher, view, samples, wait=wait)
+        # float64: the sum may be over a thousand views.
         total = total + torch.softmax(logits_BC.double(), 1)
+    # A probability of 0 would be -inf, which is no logit.
     return (total / num_averaged_views).log().clamp_(min=LEAST_LOG_P)
 
 
@@ -242,6 +250,7 @@ def _logits_of_samples(
     loader: Loader, teacher: Teacher, view: int, samples: NDArray[np.int64], *, wait: bool = True
 ) -> torch.Tensor:
     """The teacher's logits [B, C] for a view of these samples, in their order."""
+    # The loader counts in positions of a view; which sample is where differs by view.
     places = view_positions(loader.spec, view, len(loader.dataset))[samples]
     batches = loader.batches(view, places)
     return torch.cat([teacher_logits(teacher, batch, wait=wait) for batch in batches])

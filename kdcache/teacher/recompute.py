@@ -121,6 +121,7 @@ def recompute(
     """
     spec = cache.spec
     assert spec.view_spec is not None
+    # The views of another number of samples have another order.
     if len(dataset) != spec.num_samples:
         raise UsageError(
             f"{dataset.path} has {len(dataset)} samples, {cache.url} was made from "

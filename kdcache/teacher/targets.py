@@ -32,6 +32,7 @@ class OnlineTargets:
         self._wait = teacher.device.type == "cpu"
 
     def __call__(self, batch: Batch) -> Target:
+        # On the CPU the check waits for nothing, and it names the sample.
         return dense_target(teacher_logits(self.teacher, batch, wait=self._wait))
 
 
@@ -106,6 +107,7 @@ class CachedTargets:
         self.waited_s += time.perf_counter() - start
         parts = [found[s][batch.positions_B[numbers == s] - s * rows] for _, s in wanted]
         records = Records.concatenate(parts)
+        # Records come shard by shard; positions that do not rise get their own order back.
         if (np.diff(numbers) < 0).any():
             # The parts are in order of shards: back into the batch's.
             records = records[np.argsort(np.argsort(numbers, kind="stable"))]
@@ -118,6 +120,7 @@ class CachedTargets:
         view, shard = key
         if shard + 1 < self.cache.shards_per_view:
             return view, shard + 1
+        # The next epoch's first shard, which for the last view is the first view's.
         return (view + 1) % self.cache.spec.num_views, 0
 
 

@@ -68,6 +68,7 @@ def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
     # Over the tensors too: safetensors itself has no checksum.
     h = hashlib.sha256(text.encode())
     for key, tensor in sorted(tensors.items()):
+        # Type and shape too: equal bytes may be other numbers.
         h.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         h.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()

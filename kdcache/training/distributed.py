@@ -50,6 +50,7 @@ class ProcessGroup:
         if self.device.type == "cuda":
             _require_gpus()
             torch.cuda.set_device(self.device)
+            # Both: requests to save and stop are numbers of the host, which need no GPU.
             backend = "cpu:gloo,cuda:nccl"
         try:
             distributed.init_process_group(backend)
@@ -120,6 +121,8 @@ class ProcessGroup:
 
     def shard(self, batches: range, batch_size: int) -> NDArray[np.int64]:
         """The positions of a view that this process takes of these batches, in order."""
+        # Each process takes a run of every batch, not of the view: a step then has the same images
+        # for any number of processes.
         positions = np.arange(batches.start * batch_size, batches.stop * batch_size)
         shards = positions.reshape(len(batches), self.size, batch_size // self.size)
         return shards[:, self.rank].reshape(-1)
@@ -199,6 +202,7 @@ def is_peer_failure(error: BaseException | None) -> bool:
     """PyTorch raises such an error where another process has ended."""
     if not isinstance(error, RuntimeError) or isinstance(error, KDCacheError):
         return False
+    # gloo's errors are RuntimeErrors without a type of their own.
     return "gloo" in str(error) or isinstance(error, distributed.DistError)
 
 

@@ -56,10 +56,12 @@ def load_training_run(options: TrainOptions, *, workers: int | None = None) -> T
     warmup_steps(
         spec, count_steps(spec, len(dataset))[1]
     )  # refuses one that is longer than the run
+    # Before the student is made: its initial weights come from torch's seed.
     set_determinism(spec)
     student, fresh = _load_student(options, name, num_classes, spec.view_spec.size_px)
     val = open_dataset(options.val) if options.val else None
     class_names = _class_names(options, dataset, val, num_classes)
+    # In the other modes it serves evaluation alone, and is no part of the run's identity.
     live = teacher if options.mode == "online" else None
     return TrainingRun(
         spec,
@@ -83,6 +85,7 @@ def loader_threads(workers: int | None) -> int | None:
     processes = current_process().local_world_size
     if workers is not None or processes == 1:
         return workers
+    # The cores that this process may use, which a container or a job may limit.
     return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
@@ -123,6 +126,7 @@ def _load_student(
     )
     keys = load_initial_weights(student, options.init) if options.init else []
     if options.compile_student:
+        # In place: the names of the weights, and so the files of a run, stay the same.
         student.network.compile()
     return student, tuple(f"{key} of {name} is initialised randomly" for key in keys)
 
@@ -245,6 +249,7 @@ def _targets(
     resized = "size_px" in options.view.given()
     source = targets.CachedTargets(cache, dataset.content_hash, spec.view_spec, resized=resized)
     assert cache.spec.view_spec is not None
+    # Over the cache's own views: with a student of another size, the pixels differ by design.
     cache.require_same_rendering(render_digest(dataset, cache.spec.view_spec))
     return source
 

@@ -118,6 +118,7 @@ def train(
         )
     with contextlib.ExitStack() as stack:
         stack.enter_context(folder or contextlib.nullcontext())
+        # One value for all processes: one that trained on would wait for those that have returned.
         if out is not None and process_group.broadcast(int(run_folder.is_finished(Path(out)))):
             return read_run_json(Path(out))
         loss = run.make_loss()
@@ -140,12 +141,14 @@ def train(
             # checkpoint, which comes first so that a long evaluation loses no training.
             if _is_evaluated(run, options, state.step, num_steps):
                 with state.ema.applied():
+                    # A run's seconds are those of its training.
                     with clock.paused():
                         evaluation = _evaluate(run, process_group, options.workers)
                     is_best = evaluation.top1 > best_top1
                     best_top1 = max(best_top1, evaluation.top1)
                     if folder:
                         folder.log({"step": state.step, "evaluation": asdict(evaluation)})
+                        # With one evaluation, at the end, the best weights are the final ones.
                         if is_best and options.eval_every:
                             folder.save_best(_run_json(run, evaluation, clock.seconds), student)
             if state.step == num_steps:
@@ -160,6 +163,7 @@ def train(
             # Log.
             metrics = None
             if state.step % options.log_every == 0 or is_last:
+                # The step recorded a bad loss on the device; only here the host reads it.
                 state.meter.require_finite(process_group)
                 mean_loss, agreement, images = state.meter.pop_means(process_group)
                 rate, logged_s = images / (clock.seconds - logged_s), clock.seconds
@@ -171,6 +175,8 @@ def train(
 
             # Checkpoint.
             time_is_up = _has_passed(options.checkpoint_minutes, since=saved_at)
+            # A signal may reach one process, and a timer expire in one: all act on the largest
+            # request, and one step later, when it has arrived without a wait.
             wanted = process_group.all_reduce_max_async(max(stop(), SAVE * time_is_up))
             if (
                 wanted
@@ -178,6 +184,7 @@ def train(
                 or _is_multiple(state.step, options.checkpoint_every)
                 or _is_evaluated(run, options, state.step, num_steps)
             ):
+                # Before the state is saved: no checkpoint holds NaN.
                 state.require_finite(process_group)
                 values = state.state_dict(process_group)
                 if folder:
@@ -222,9 +229,11 @@ def iter_batches(
     num_batches, _ = count_steps(spec, len(loader.dataset))
     first_epoch, first_batch = divmod(start, num_batches)
     for epoch in range(first_epoch, spec.epochs):
+        # A cache with fewer views than there are epochs is played again from its first view.
         view = epoch % spec.num_views if spec.num_views else epoch
         left = range(first_batch if epoch == first_epoch else 0, num_batches)
         batches = loader.batches(view, process_group.shard(left, spec.batch_size))
+        # The rank is part of the draw, as each process draws for its own images.
         low, high, _, _ = draw(
             spec.seed, epoch, list(left), Purpose.STEP, attempt=process_group.rank
         )
@@ -248,8 +257,10 @@ def set_determinism(spec: TrainSpec) -> None:
     """Seed torch; with `deterministic` also one thread and deterministic algorithms."""
     torch.manual_seed(spec.seed)
     if spec.deterministic:
+        # cuBLAS is deterministic only with a fixed workspace; torch refuses to go on without one.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # A sum is divided among the threads, so their number decides how it is rounded.
         torch.set_num_threads(1)
 
 
@@ -304,6 +315,8 @@ def _load_checkpoint(
     step = process_group.broadcast(content["step"] if content else 0)
     if step == 0:
         return {}
+    # The main process has read it already; the others take the same step, not what is newest to
+    # them.
     if content is None:
         path = run_folder.checkpoint_path(Path(out), step)
         if not path.exists():

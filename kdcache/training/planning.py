@@ -120,6 +120,7 @@ def record_some(
             rows += len(rows_B)
             seconds = time.perf_counter() - start
             if batch == WARM_BATCHES or (batch > WARM_BATCHES and seconds > BLOCK_S):
+                # The first block is the warm-up, whose time is not one of the rates.
                 rates += [seconds / rows] * (batch > WARM_BATCHES)
                 rows, start = 0, time.perf_counter()
             if len(rates) == BLOCKS:
@@ -169,6 +170,7 @@ def make_plan(spec: CacheSpec, recording: Recording) -> Plan:
         size / records,
         places * (arrays + 1) + len(zarr_json),
         places,
+        # Packing runs in a thread of its own beside the teacher: the slower of the two decides.
         max(records * recording.seconds / 3600, packing),
         packing,
     )
@@ -187,6 +189,7 @@ def train_some(
     """Train the student for some seconds with a live teacher and with a cache, in turns. Raises
     what `loop.train` raises."""
     assert spec.view_spec is not None
+    # The schedule must not end while time is measured.
     endless = TrainSpec(
         "cached",
         spec.view_spec,
@@ -211,6 +214,7 @@ def train_some(
         for targets in (online, cached):
             for _ in range(WARM_BATCHES):
                 step(targets)
+        # A GPU's steps are queued: without waiting, the first block would hold the warm-up's.
         _synchronize(student.device)
         for _ in range(BLOCKS):
             online_s.append(_seconds_per_call(partial(step, online), student.device))
@@ -219,6 +223,7 @@ def train_some(
     # other load on the machine disturbs equally.
     teacher_s = statistics.median(o - c for o, c in zip(online_s, cached_s, strict=True))
     step_s = statistics.median(cached_s)
+    # Noise may make a fast teacher cost less than nothing.
     return Steps(max(0.0, step_s + teacher_s) / batch_size, step_s / batch_size)
 
 

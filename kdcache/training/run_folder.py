@@ -122,6 +122,7 @@ class RunFolder:
     def _open(self, tensorboard: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
+            # Before anything in the folder is read or removed: it may be another process's.
             self._lock = lock_folder(self.folder)
         except BlockingIOError:
             self._is_new = False  # the files there belong to the other process
@@ -129,12 +130,15 @@ class RunFolder:
                 f"another process trains in {self.folder}: wait for it, or choose another --out"
             ) from None
         if self._is_new:
+            # First of all files, so that whatever is in the folder later can be told from another
+            # run's.
             _write_json(self.folder / SPEC_FILE, self.identity.to_json())
         for part in (self.folder, self.folder / CHECKPOINTS, self.folder / BEST):
             remove_abandoned(part)
         for newest in checkpoints(self.folder)[-1:]:
             self.resumed = self._load(newest)
         step = self.resumed["step"] if self.resumed else 0
+        # The steps after the checkpoint are made again, and logged again.
         self._cut_log(step)
         self._log = (self.folder / LOG_FILE).open("a")
         if tensorboard:
@@ -148,6 +152,7 @@ class RunFolder:
             raise UsageError(
                 f"{path} is a checkpoint of a different run ({different}): {checkpoint.REMEDY}"
             )
+        # A file that was renamed would be resumed from at another step.
         if content["step"] != int(path.stem):
             raise CheckpointCorrupt(
                 f"{path} is a checkpoint of step {content['step']}: {checkpoint.REMEDY}"
@@ -197,6 +202,8 @@ class RunFolder:
         for line in path.read_text(errors="replace").splitlines(keepends=True):
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 record = json.loads(line)
+                # An evaluation comes after its step's checkpoint, and is made again by a resumed
+                # run.
                 if record["step"] + ("evaluation" in record) <= step:
                     lines.append(line)
         write_file(path, "".join(lines).encode())
@@ -217,9 +224,11 @@ class RunFolder:
         then unchanged."""
         # The log first: a resumed run cuts it back to the checkpoint, so it must reach that far.
         with self._writing_log() as log:
+            # The log first: a checkpoint of a step must not outlive the log lines before it.
             os.fsync(log.fileno())
         path = checkpoint_path(self.folder, state["step"])
         checkpoint.save(path, {**state, "run": self.identity.to_json()})
+        # Only once the new one is durable.
         for old in checkpoints(self.folder)[: -self.max_checkpoints]:
             old.unlink(missing_ok=True)
 
@@ -253,6 +262,7 @@ def _open_tensorboard(folder: Path, step: int) -> Any:
         raise MissingDependency(
             "TensorBoard is not installed: pip install 'kdcache[tensorboard]'"
         ) from error
+    # TensorBoard cannot cut its files, but hides what was logged after this step.
     return SummaryWriter(folder, purge_step=step + 1)
 
 
@@ -293,6 +303,7 @@ def make_run_json(
 def write_result(folder: Path, record: dict[str, Any], student: Classifier) -> None:
     """The student's weights, then run.json, which makes the folder a finished run's."""
     try:
+        # Weights first: run.json is what makes the folder a finished run's.
         with replace_file(folder / load.WEIGHTS_FILE) as partial:
             save_weights(student, partial)
         _write_json(folder / RUN_FILE, record)

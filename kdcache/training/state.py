@@ -26,6 +26,7 @@ class State:
         self.params = list(student.parameters())
         self.optimizer = make_optimizer(student, spec)
         device = student.device
+        # Only float16 has so small a range that gradients vanish without a scaled loss.
         self.scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "float16")
         self.ema = EMA(student, spec.ema_decay)
         self.step = 0
@@ -73,6 +74,8 @@ class Meter:
     """Sums since the last log line, on the student's device."""
 
     def __init__(self, device: torch.device) -> None:
+        # On the device and in float64: a step transfers no value, and a run may log after many
+        # steps.
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
         # The first step whose loss is not finite; infinity while there is none.
         self._first_bad_step = torch.full((), torch.inf, dtype=torch.float64, device=device)
@@ -89,6 +92,8 @@ class Meter:
         agreed_B = logits_BC.detach().argmax(1) == target.top_class()
         self._sums += torch.stack([loss.double(), agreed_B.double().mean()])
         bad = self._first_bad_step
+        # Decided on the device, so that the host waits for no step, and still the error names the
+        # step.
         self._first_bad_step = torch.where(loss.isfinite(), bad, bad.clamp(max=step))
         self.steps += 1
         self.images += len(logits_BC)

@@ -27,12 +27,16 @@ def train_step(
     with record_function("loss"):
         value = loss(logits_BC, target, batch)
     with record_function("backward"):
+        # None rather than 0: the backward pass then writes a gradient, and has none to add to.
         state.optimizer.zero_grad(set_to_none=True)
         state.scaler.scale(value).backward()  # type: ignore[no-untyped-call]
     with record_function("optimizer"):
+        # The norm is clipped at its true size, not multiplied by the loss scale.
         state.scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(state.params, GRADIENT_NORM)
         for group in state.optimizer.param_groups:
+            # Set at each step, as the rate is a function of the step's number and no state of a
+            # scheduler.
             group["lr"] = lr
         state.scaler.step(state.optimizer)
         state.scaler.update()

@@ -54,6 +54,7 @@ def _own(layer: _BatchNorm) -> nn.Module:
 def _native(layer: _BatchNorm) -> nn.Module:
     convert = nn.SyncBatchNorm.convert_sync_batchnorm
     native: nn.Module = convert(layer)  # type: ignore[no-untyped-call]
+    # `convert_sync_batchnorm` keeps timm's children (dropout, activation) and does not run them.
     if list(native.children()):
         native.register_forward_hook(lambda layer, inputs, output: _through(layer, output))
     return native
@@ -121,6 +122,7 @@ class SyncedBatchNorm(nn.Module):
 
     def _remember(self, mean_C: torch.Tensor, variance_C: torch.Tensor) -> None:
         self.num_batches_tracked.add_(1)
+        # A momentum of None means a cumulative average, as in torch.
         share = self.momentum
         if share is None:
             share = 1 / float(self.num_batches_tracked)

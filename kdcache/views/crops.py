@@ -11,7 +11,7 @@ from kdcache.views.philox import I64, U64, Purpose, below, draw
 from kdcache.views.spec import ViewSpec
 
 TABLE_ENTRIES = 1024
-CROP_ATTEMPTS = 10
+CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop, like the range of aspect ratios
 
 
 @lru_cache(maxsize=1)
@@ -52,6 +52,8 @@ def _inception_boxes(spec: ViewSpec, view: int, s: U64, h_image: I64, w_image: I
     for attempt in range(CROP_ATTEMPTS):
         r0, r1, r2, r3 = draw(spec.seed, view, s, Purpose.CROP, attempt)
         share = spec.min_scale + r0.astype(np.float64) * 2.0**-32 * (1 - spec.min_scale)
+        # Multiplication, division, square root and rounding alone: IEEE 754 makes these exact, and
+        # so the box is the same on every platform.
         area = (h_image * w_image).astype(np.float64) * share
         ratio = ratios[below(r1, TABLE_ENTRIES).astype(np.int64)]
         w = np.floor(np.sqrt(area * ratio) + 0.5).astype(np.int64)
@@ -61,6 +63,7 @@ def _inception_boxes(spec: ViewSpec, view: int, s: U64, h_image: I64, w_image: I
         top = below(r2, np.where(hit, h_image - h + 1, 1)).astype(np.int64)
         left = below(r3, np.where(hit, w_image - w + 1, 1)).astype(np.int64)
         boxes[hit] = np.stack([top, left, h, w], 1)[hit]
+        # Every attempt is drawn for every sample, but the first one that fits counts.
         todo &= ~hit
     # No attempt fitted: the largest central box whose aspect ratio is allowed.
     w = np.minimum(w_image, np.floor(h_image * ratios[-1] + 0.5).astype(np.int64))

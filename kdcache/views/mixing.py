@@ -27,6 +27,7 @@ def mix_weight_table(alpha: float) -> NDArray[np.int64]:
     if alpha == 0:
         return np.zeros(TABLE_ENTRIES, np.int64)
     q = (np.arange(TABLE_ENTRIES) + 0.5) / TABLE_ENTRIES
+    # q / 2: the lower half of a symmetric distribution is that of min(b, 1 - b).
     quantiles: NDArray[np.float64] = betaincinv(alpha, alpha, q / 2)
     return np.round(quantiles * MIX_UNIT).astype(np.int64)
 
@@ -44,6 +45,7 @@ def pair_mix_weights(
     # By the pair's number in the view, not in a batch: any batch size gives the same weights.
     word = draw(spec.seed, view, p >> 1, Purpose.MIX)[0]
     weight = table[below(word, TABLE_ENTRIES).astype(np.int64)]
+    # The last of an odd count stays as it is.
     return np.where(p ^ 1 < num_samples, weight, 0).astype(np.int16)
 
 

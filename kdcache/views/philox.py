@@ -19,10 +19,12 @@ from numpy.typing import ArrayLike, NDArray
 I64 = NDArray[np.int64]
 U64 = NDArray[np.uint64]
 
+# The constants of the paper's reference implementation (Random123).
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
+# A token of 64 bits names a view and a sample: 2^40 samples, 2^24 views.
 SAMPLE_BITS = 40
 VIEW_BITS = 64 - SAMPLE_BITS
 
@@ -56,6 +58,7 @@ def philox(counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: int)
             (p0 >> _32) ^ c3 ^ np.uint64(k1),
             p0 & _LOW,
         )
+        # Masked, as the arithmetic of 32-bit words is done in Python's integers.
         k0, k1 = (k0 + WEYL[0]) & 0xFFFFFFFF, (k1 + WEYL[1]) & 0xFFFFFFFF
     return c0, c1, c2, c3
 
