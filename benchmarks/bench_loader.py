@@ -31,7 +31,8 @@ from torchvision.transforms import v2
 from benchmarks import harness
 from kdcache.data import beton as datasets
 from kdcache.data.convert import convert
-from kdcache.data.loader import BATCHES_AHEAD, Loader
+from kdcache.data.loader import Loader
+from kdcache.data.passes import BATCHES_AHEAD
 from kdcache.data.render import row_bytes
 from kdcache.data.sources import Source, open_source
 from kdcache.views.spec import ViewSpec

@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from kdcache.data import loader
+from kdcache.data import passes
 from kdcache.teacher.targets import CachedTargets
 
 RANGES = ("load", "target", "forward", "loss", "backward", "optimizer")
@@ -64,16 +64,16 @@ def measure(
 
 def traced(run: Callable[[], object], device: torch.device) -> list[Event]:
     """The events of a Chrome trace, with the loader's waits as ranges called wait."""
-    take = loader._Pass._take
+    take = passes.Pass._take
 
-    def timed(self: loader._Pass) -> object:
+    def timed(self: passes.Pass) -> object:
         with record_function("wait"):
             return take(self)
 
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with mock.patch.object(loader._Pass, "_take", timed), profile(activities=activities) as found:
+    with mock.patch.object(passes.Pass, "_take", timed), profile(activities=activities) as found:
         run()
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "trace.json"

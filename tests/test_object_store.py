@@ -140,7 +140,8 @@ def test_a_killed_writer_is_finished_by_the_same_command(
         while True:
             lives += 1
             process = job.start()
-            process.join(dice.uniform(0.05, 1))
+            # Longer with each life: on a busy machine, a start alone may take more than a second.
+            process.join(dice.uniform(0.05, 1) * (1 + lives / 4))
             process.kill()
             code = processes.ended(process)
             if code == 0:

@@ -13,7 +13,7 @@ StorageConflict, if both use `write_once`:
    success, so a rerun after a kill goes on and a put whose reply was lost can be sent again. Other
    bytes are a conflict.
 3. So a writer that gets to the last object has found each of the others as its own, and no other
-   writer changes them afterwards. Only a delete can: see `Cache.lock_shard`.
+   writer changes them afterwards. Only a delete can: see `LogitCache.lock_shard`.
 
 `lock_shard` keeps two writers of one machine (or of one NFS) from computing the same shard. An
 object store, and a file system without locks, have no such lock: give each writer its own part.

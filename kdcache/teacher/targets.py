@@ -107,7 +107,6 @@ class CachedTargets:
         self.waited_s += time.perf_counter() - start
         parts = [found[s][batch.positions_B[numbers == s] - s * rows] for _, s in wanted]
         records = Records.concatenate(parts)
-        # Records come shard by shard; positions that do not rise get their own order back.
         if (np.diff(numbers) < 0).any():
             # The parts are in order of shards: back into the batch's.
             records = records[np.argsort(np.argsort(numbers, kind="stable"))]

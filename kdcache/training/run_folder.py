@@ -224,7 +224,6 @@ class RunFolder:
         then unchanged."""
         # The log first: a resumed run cuts it back to the checkpoint, so it must reach that far.
         with self._writing_log() as log:
-            # The log first: a checkpoint of a step must not outlive the log lines before it.
             os.fsync(log.fileno())
         path = checkpoint_path(self.folder, state["step"])
         checkpoint.save(path, {**state, "run": self.identity.to_json()})
