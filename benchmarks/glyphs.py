@@ -44,7 +44,7 @@ from kdcache.data.sources import Source
 from kdcache.evaluation.evaluate import evaluate
 from kdcache.models import load
 from kdcache.models.classifier import Classifier
-from kdcache.teacher.precompute import teacher_logits
+from kdcache.teacher.logits import teacher_logits
 from kdcache.teacher.targets import LabelTargets
 from kdcache.training.loop import Progress, train
 from kdcache.training.options import RunOptions

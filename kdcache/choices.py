@@ -8,7 +8,11 @@ Split = Literal["train", "test"]
 OnError = Literal["fail", "skip"]
 Crop = Literal["inception", "random", "center", "whole"]
 RowOrder = Literal["view", "dataset"]
+RecordName = Literal["auto", "dense", "transformed", "top-k", "draws"]
 ValueType = Literal["float32", "float16", "uint8"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Mode = Literal["labels", "online", "cached"]
 OptimizerName = Literal["adamw", "sgd", "soap"]
+
+# Defaults that an option and a spec share.
+CALIBRATION_RECORDS = 4096

@@ -44,7 +44,7 @@ PUBLIC = "kdcache.__init__"
 # Files, or folders, that may import a library, wherever in them.
 OWNERS = {
     "ffcv": ["kdcache/data/ffcv.py"],
-    "numba": ["kdcache/data/", "kernels/"],
+    "numba": ["kdcache/data/", "kdcache/cache/rans.py", "kernels/"],
     "zarr": ["kdcache/cache/compression.py", "kdcache/cache/layout.py"],
     "numcodecs": ["kdcache/cache/layout.py"],
     "fsspec": ["kdcache/cache/object_store.py"],

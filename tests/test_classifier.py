@@ -19,7 +19,7 @@ from kdcache.errors import NonFinite, UsageError
 from kdcache.losses.distillation import distillation_loss
 from kdcache.models import load
 from kdcache.models.classifier import LEAST_LOG_P, Classifier, Ensemble, teacher_of
-from kdcache.teacher.precompute import teacher_logits
+from kdcache.teacher.logits import teacher_logits
 from kdcache.views.spec import evaluation_view_spec
 from tests.conftest import TEACHER
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kdcache.cache import layout
-from kdcache.cache.codecs import TopK
+from kdcache.cache.codecs import TopK, bind
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
 from kdcache.models import load
@@ -50,7 +50,9 @@ def test_the_cache_is_as_large_as_planned(
     options = KINDS[kind]
     views = 1 if "num_averaged_views" in options else 3
     spec = cache_spec(digits, teacher, ViewSpec(8, mixup=0), num_views=views, **options)
-    recording = planning.record_some(digits, teacher, spec, batch_size=128, workers=1)
+    recording = planning.record_some(
+        digits, teacher, spec, bind(spec.codec), batch_size=128, workers=1
+    )
     found = planning.make_plan(spec, recording)
     cache = precompute(digits, teacher, spec, tmp_path / "t", batch_size=128)
     sizes = {key: n for key, n in cache.store.sizes().items() if not key.startswith(".")}
@@ -69,7 +71,9 @@ def test_bytes_come_from_whole_chunks_where_a_shard_is_large(
     monkeypatch.setattr(layout, "CHUNK_BYTES", 1024)
     monkeypatch.setattr(layout, "SHARD_BYTES", 4096)
     spec = cache_spec(digits, teacher, ViewSpec(8), num_views=2, top_k=2)
-    recording = planning.record_some(digits, teacher, spec, batch_size=200, workers=1)
+    recording = planning.record_some(
+        digits, teacher, spec, bind(spec.codec), batch_size=200, workers=1
+    )
     assert len(recording.records) < 1500
     found = planning.make_plan(spec, recording)
     cache = precompute(digits, teacher, spec, tmp_path / "t")
@@ -83,7 +87,7 @@ def test_hours_are_those_of_every_pass_of_the_teacher(
     passes: list[int] = []  # each takes a second
     teacher.register_forward_hook(lambda *_: passes.append(1))
     monkeypatch.setattr(planning.time, "perf_counter", lambda: float(len(passes)))
-    monkeypatch.setattr(planning, "_pack", lambda records, spec: (0.0, 1.0))
+    monkeypatch.setattr(layout, "pack", lambda spec, records: (len(records), 1.0))
     for num_averaged_views in (0, 2, 200):
         spec = cache_spec(
             digits,
@@ -93,8 +97,15 @@ def test_hours_are_those_of_every_pass_of_the_teacher(
             row_order="dataset",
             num_averaged_views=num_averaged_views,
         )
-        recording = planning.record_some(digits, teacher, spec, batch_size=125, workers=1)
+        recording = planning.record_some(
+            digits, teacher, spec, bind(spec.codec), batch_size=125, workers=1
+        )
         assert recording.seconds == pytest.approx((num_averaged_views or 1) / 125)
+
+
+def record_some(data: Dataset, teacher: Classifier, spec: CacheSpec, batch_size: int) -> Recording:
+    coder = bind(spec.codec)
+    return planning.record_some(data, teacher, spec, coder, batch_size=batch_size, workers=1)
 
 
 def of(spec: CacheSpec, seconds: float, packed_s: float = 0.0) -> Recording:

@@ -23,7 +23,7 @@ from kdcache.errors import CacheMismatch, NonFinite, StorageError, UsageError
 from kdcache.files import create_file
 from kdcache.models import load
 from kdcache.models.classifier import Classifier
-from kdcache.teacher import precompute as recording
+from kdcache.teacher import logits as live
 from kdcache.teacher.precompute import precompute
 from kdcache.views.spec import ViewSpec
 from tests import processes
@@ -89,7 +89,7 @@ def test_a_second_run_does_nothing(
     def refuse(*_: object) -> torch.Tensor:
         raise AssertionError("the teacher was asked")
 
-    monkeypatch.setattr(recording, "teacher_logits", refuse)
+    monkeypatch.setattr(live, "teacher_logits", refuse)
     seen: list[int] = []
     precompute(digits_test, teacher, spec, tmp_path / "t", progress=seen.append)
     assert contents(tmp_path / "t") == before
@@ -214,7 +214,7 @@ def test_a_write_that_fails_is_one_line_and_the_next_run_finishes(
 def test_a_write_that_fails_stops_the_teacher_at_once_and_frees_the_shards(
     digits_test: Dataset, teacher: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, ask, asked = create_file, recording.teacher_logits, []
+    real, ask, asked = create_file, live.teacher_logits, []
 
     def full(path: Path, data: bytes) -> bool:
         if "seals" in path.parts and path.name != "zarr.json":
@@ -227,7 +227,7 @@ def test_a_write_that_fails_stops_the_teacher_at_once_and_frees_the_shards(
         return ask(*args)
 
     monkeypatch.setattr("kdcache.files.create_file", full)
-    monkeypatch.setattr(recording, "teacher_logits", slowly)
+    monkeypatch.setattr(live, "teacher_logits", slowly)
     spec = spec_of(digits_test, teacher)
     with pytest.raises(StorageError, match=r"view 0 shard 0: .*No space left"):
         precompute(digits_test, teacher, spec, tmp_path / "t", batch_size=1, workers=1)

@@ -21,13 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 
 from kdcache.batch import Target, TemperedTarget
 from kdcache.cache import layout as layouts
+from kdcache.cache.codecs import RecordCoder, bind
+from kdcache.cache.growth import ANOTHER_PATH, finish_growth, grow
 from kdcache.cache.layout import GROUP, SEALS
-from kdcache.cache.manifest import Manifest, load_manifest
-from kdcache.cache.records import Records
+from kdcache.cache.manifest import Manifest, load_manifest, read_tables
+from kdcache.cache.records import NO_TABLES, Records, Tables
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.store import Store, open_store, write_once
 from kdcache.errors import (
@@ -43,8 +46,6 @@ from kdcache.losses.distillation import temper
 from kdcache.paths import PathLike
 from kdcache.spec import differences
 from kdcache.views.spec import ViewSpec
-
-ANOTHER_PATH = "choose another path"
 
 
 class LogitCache:
@@ -63,6 +64,7 @@ class LogitCache:
         self._stored = manifest  # without the views that are being added
         self._command = "`kdcache precompute`" if manifest.spec.view_spec else "`kdcache import`"
         self._recent: tuple[tuple[int, int], Records] | None = None
+        self._coders: dict[torch.device, RecordCoder] = {}
 
     @property
     def spec(self) -> CacheSpec:
@@ -75,7 +77,7 @@ class LogitCache:
 
     @property
     def render_digest(self) -> str | None:
-        """Of some rendered views, where the cache was made: `data.loader.render_digest`."""
+        """Of some rendered views, where the cache was made."""
         return self.manifest.render_digest
 
     @property
@@ -85,20 +87,27 @@ class LogitCache:
 
     @staticmethod
     def create(
-        url: PathLike, spec: CacheSpec, metadata: dict[str, Any], render_digest: str | None = None
+        url: PathLike,
+        spec: CacheSpec,
+        metadata: dict[str, Any],
+        render_digest: str | None = None,
+        tables: Tables = NO_TABLES,
     ) -> LogitCache:
         """Open the cache of this spec for writing, making it first where there is none.
 
         A cache with fewer views gets more: see `add_views`. One with more keeps them.
 
         metadata, render_digest   as in `Manifest`
+        tables                    what a calibrated record codec's `fit` gave; those of a cache that
+                                  is there stay
 
         Raises UsageError where something else lies at the place, CacheMismatch where another cache
         does.
         """
         store = open_store(url)
         if store.read(GROUP) is None:
-            objects = Manifest.of(spec, metadata, render_digest).zarr_json
+            manifest, table_objects = Manifest.of(spec, metadata, render_digest, tables)
+            objects = {**manifest.zarr_json, **table_objects}
             # What a killed creation left, or another process is creating, is no obstacle.
             foreign = store.sizes().keys() - objects.keys() or Path(store.url).is_file()
             if foreign and store.read(GROUP) is None:
@@ -107,10 +116,15 @@ class LogitCache:
         cache = LogitCache(store, load_manifest(store, ANOTHER_PATH))
         cache.require(spec)
         cache.require_same_rendering(render_digest)
-        cache._finish_growth()
+        cache.manifest = cache._stored = finish_growth(store, cache._stored)
         if spec.num_views > cache.spec.num_views:
             cache.manifest = cache.manifest.grown(spec.num_views)
         return cache
+
+    @staticmethod
+    def exists(url: PathLike) -> bool:
+        """Whether a cache, or another Zarr group, is there. Raises StorageError."""
+        return open_store(url).read(GROUP) is not None
 
     @staticmethod
     def open(url: PathLike) -> LogitCache:
@@ -252,33 +266,7 @@ class LogitCache:
         if self.num_stored_views >= self.spec.num_views:
             return
         self.require_complete()
-        self._grow(self.manifest)
-
-    def _finish_growth(self) -> None:
-        """Finish a growth that has begun: its arrays must all be there before another begins."""
-        if self._stored.grown_views is not None:
-            self._grow(self._stored.grown(self._stored.grown_views))
-            self.manifest = self._stored
-
-    def _grow(self, grown: Manifest) -> None:
-        try:
-            # Three steps, each of which leaves a cache that can be read: both forms of every array
-            # are right, the arrays are replaced, the number of views is raised.
-            if self._stored.grown_views is None:
-                self._replace_manifest(self._stored.growing(grown))
-            for key in grown.zarr_json.keys() - {GROUP}:
-                self.store.replace(key, self._stored.zarr_json[key], grown.zarr_json[key])
-            self._replace_manifest(grown)
-        except StorageConflict:
-            # Of several processes that finish the same views, one may be a step ahead.
-            self._stored = load_manifest(self.store, ANOTHER_PATH)
-            if self.num_stored_views < grown.spec.num_views:
-                raise
-
-    def _replace_manifest(self, manifest: Manifest) -> None:
-        """Raises StorageConflict where another process has changed the manifest meanwhile."""
-        self.store.replace(GROUP, self._stored.zarr_json[GROUP], manifest.zarr_json[GROUP])
-        self._stored = manifest
+        self._stored = grow(self.store, self._stored, self.manifest)
 
     def delete_shard(self, view: int, shard: int) -> None:
         """Remove a shard, its checksums first."""
@@ -366,9 +354,19 @@ class LogitCache:
         shards = self.shards()
         yield from ((v, self.shard_range(s)[0], self.read_shard(v, s)) for v, s in shards)
 
-    def decode(self, records: Records) -> Target | TemperedTarget:
+    def coder(self, device: torch.device | str = "cpu") -> RecordCoder:
+        """What converts logits to records and back. Raises CacheCorrupt for a damaged table."""
+        device = torch.device(device)
+        if device not in self._coders:
+            tables = read_tables(self.store, self.manifest)
+            self._coders[device] = bind(self.spec.codec, tables, device)
+        return self._coders[device]
+
+    def decode(
+        self, records: Records, device: torch.device | str = "cpu"
+    ) -> Target | TemperedTarget:
         """Targets of records of this cache. Raises CacheCorrupt for impossible ones."""
-        return self.spec.codec.decode(records, self.spec.num_classes)
+        return self.coder(device).decode(records, self.spec.num_classes).to(device)
 
     def target(
         self, view: int, positions: ArrayLike, temperature: float | None = None

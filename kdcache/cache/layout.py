@@ -5,26 +5,34 @@ each array; or the reverse. What stays true: the bytes are a function of records
 plain Zarr reads them. `store.py` stores them.
 
     one array for each column of the record codec, [num_views, num_samples, width]
+    one for each table of a calibrated one, in one piece, which has nothing of views
     seals    [num_views, shards, columns, 32]  uint8, a SHA-256 for each shard of each column
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import zarr
 from zarr.buffer.cpu import Buffer
+from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
+from kdcache.cache.codecs import Column
 from kdcache.cache.compression import pipeline
-from kdcache.cache.records import Records
+from kdcache.cache.records import NO_TABLES, Records, Tables
 from kdcache.cache.spec import CacheSpec
 
 # Of records before compression. A cache stores its own sizes, so that these may change.
 CHUNK_BYTES = 1 << 18
 SHARD_BYTES = 1 << 24
+# Of an entropy-coded chunk, whose tables of frequencies are paid once: rows, and at most so many
+# bytes.
+CODED_ROWS = 4096
+MAX_CODED_BYTES = 1 << 26
 SEAL_BYTES = 32
 GROUP = "zarr.json"
 SEALS = "seals"
@@ -39,11 +47,16 @@ class Layout:
 
     @staticmethod
     def of(spec: CacheSpec) -> Layout:
-        """About 256 KiB of records in a chunk and 16 MiB in a shard, in whole pairs."""
-        row = spec.record_bytes
+        """About 256 KiB of records in a chunk and 16 MiB in a shard, in whole pairs.
+
+        More in a chunk, and so perhaps in a shard, where it is entropy-coded.
+        """
+        row, least_rows = spec.record_bytes, 0
+        if any(c.packing == "rans" for c in spec.codec.columns(spec.num_classes).values()):
+            least_rows = min(CODED_ROWS, MAX_CODED_BYTES // row)
         # Even from the start, so that no pair of a view lies in two shards.
         chunk = 2
-        while chunk < spec.num_samples and chunk * row < CHUNK_BYTES:
+        while chunk < spec.num_samples and (chunk * row < CHUNK_BYTES or 2 * chunk <= least_rows):
             chunk *= 2
         shards = max(1, min(SHARD_BYTES // (chunk * row), -(-spec.num_samples // chunk)))
         return Layout(chunk, chunk * shards)
@@ -65,22 +78,22 @@ def group_json(attributes: dict[str, Any]) -> bytes:
     return _bytes_of(store)[GROUP]
 
 
-def metadata(spec: CacheSpec, layout: Layout, attributes: dict[str, Any]) -> dict[str, bytes]:
-    """The zarr.json of the group, under GROUP, and of each array."""
+def metadata(
+    spec: CacheSpec, layout: Layout, attributes: dict[str, Any], tables: Tables = NO_TABLES
+) -> dict[str, bytes]:
+    """The zarr.json of the group, under GROUP, and of each array; and the objects of the tables."""
     # In memory: Zarr's own writing does not fsync, and gives no bytes to hash.
     store = MemoryStore()
     group = zarr.create_group(store, attributes=attributes)
     columns = spec.codec.columns(spec.num_classes)
     for name, column in columns.items():
-        kind = column.dtype.kind
         group.create_array(
             name,
             shape=(spec.num_views, spec.num_samples, column.width),
             chunks=(1, layout.chunk_rows, column.width),
             shards=(1, layout.shard_rows, column.width),
             dtype=column.dtype,
-            # What rows without a shard read as; decoding refuses it.
-            fill_value=np.iinfo(column.dtype).max if kind == "u" else np.nan,
+            fill_value=_fill_value(column),
             **pipeline(column, layout.chunk_rows),
         )
     group.create_array(
@@ -91,15 +104,28 @@ def metadata(spec: CacheSpec, layout: Layout, attributes: dict[str, Any]) -> dic
         # Digests are random bytes, which do not compress.
         compressors=None,
     )
+    for name, table in tables.items():
+        # Floats of unlike values do not compress.
+        group.create_array(name, data=table, chunks=table.shape, compressors=Crc32cCodec())
     return _bytes_of(store)
 
 
-def resize(zarr_json: dict[str, bytes], num_views: int) -> dict[str, bytes]:
+def _fill_value(column: Column) -> float:
+    """What rows of a shard that do not exist hold; decoding refuses a record of it."""
+    if column.packing == "rans":
+        return 0  # the rows that pad a view's last shard should take no bits
+    return int(np.iinfo(column.dtype).max) if column.dtype.kind == "u" else np.nan
+
+
+def resize(
+    zarr_json: dict[str, bytes], num_views: int, tables: Collection[str]
+) -> dict[str, bytes]:
     """Every zarr.json, of the arrays for so many views; all else that they say stays."""
     store = _store(zarr_json)
-    for _, array in zarr.open_group(store, mode="r+").arrays():
+    for name, array in zarr.open_group(store, mode="r+").arrays():
         # Resized, not made anew: what the stored metadata says of codecs has to stay.
-        array.resize((num_views, *array.shape[1:]))
+        if name not in tables:
+            array.resize((num_views, *array.shape[1:]))
     return _bytes_of(store)
 
 
@@ -110,7 +136,10 @@ def encode(
     store = _store(zarr_json)
     group = zarr.open_group(store, mode="r+")
     for name, array in records.columns.items():
-        _array(group, name)[view, start : start + len(records)] = array
+        # Zarr leaves out what equals the fill value, but a shard has an object of each column.
+        empty = bool((array == _array(group, name).fill_value).all())
+        with zarr.config.set({"array.write_empty_chunks": empty}):
+            _array(group, name)[view, start : start + len(records)] = array
     objects = _bytes_of(store)
     return {key.partition("/")[0]: objects[key] for key in objects.keys() - zarr_json.keys()}
 
@@ -125,6 +154,25 @@ def decode(
     group = zarr.open_group(_store({**zarr_json, **objects}), mode="r")
     names = {key.partition("/")[0] for key in objects}
     return Records({n: np.asarray(_array(group, n)[view, start:stop]) for n in names})
+
+
+def pack(spec: CacheSpec, records: Records) -> tuple[int, float]:
+    """Encode records in whole chunks, as in a cache: how many they were, and bytes of each."""
+    layout, rows = Layout.of(spec), len(records)
+    if rows < min(spec.num_samples, layout.shard_rows):
+        chunk = min(layout.chunk_rows, rows)
+        rows = rows // chunk * chunk
+        layout = Layout(chunk, rows)
+    rows = min(rows, layout.shard_rows, spec.num_samples)
+    zarr_json = metadata(replace(spec, num_views=1, num_samples=rows), layout, {})
+    objects = encode(zarr_json, 0, 0, records[:rows])
+    return rows, sum(map(len, objects.values())) / rows
+
+
+def decode_tables(objects: dict[str, bytes], names: Collection[str]) -> Tables:
+    """Some arrays of a cache, whole."""
+    group = zarr.open_group(_store(objects), mode="r")
+    return {name: np.asarray(_array(group, name)[:]) for name in names}
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:

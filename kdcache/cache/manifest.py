@@ -19,7 +19,7 @@ from typing import Any
 
 from kdcache.cache import layout as layouts
 from kdcache.cache.layout import GROUP, Layout
-from kdcache.cache.records import Records
+from kdcache.cache.records import Records, Tables
 from kdcache.cache.spec import CACHE_VERSION, CacheSpec
 from kdcache.cache.store import Store
 from kdcache.errors import CacheCorrupt, UsageError
@@ -40,6 +40,7 @@ class Manifest:
     metadata       what may differ between equal caches: teacher's name, software, device
     render_digest  of some rendered views, where the cache was made; None where it is not known
     zarr_json      every zarr.json, by its key in the store
+    tables         of a calibrated record codec: the SHA-256 of each one's object, by its key
     grown_views    while the arrays are being replaced: the views that the cache then has; all are
                    complete
     """
@@ -51,25 +52,40 @@ class Manifest:
     metadata: dict[str, Any]
     render_digest: str | None
     zarr_json: dict[str, bytes]
+    tables: dict[str, str]
     grown_views: int | None = None
 
     @staticmethod
-    def of(spec: CacheSpec, metadata: dict[str, Any], render_digest: str | None) -> Manifest:
-        """Of a new cache."""
+    def of(
+        spec: CacheSpec, metadata: dict[str, Any], render_digest: str | None, tables: Tables
+    ) -> tuple[Manifest, dict[str, bytes]]:
+        """Of a new cache, and the objects of its tables by key."""
         layout = Layout.of(spec)
-        found = Manifest(CACHE_VERSION, spec.identity, spec, layout, metadata, render_digest, {})
-        return _written(found, layouts.metadata(spec, layout, {}))
+        objects = layouts.metadata(spec, layout, {}, tables)
+        made = {key: data for key, data in objects.items() if not key.endswith(GROUP)}
+        zarr_json = {key: data for key, data in objects.items() if key not in made}
+        digests = {key: hashlib.sha256(data).hexdigest() for key, data in made.items()}
+        # Records are of these tables: with the same options and other tables it is another cache.
+        identity = digest({"spec": spec.identity, "tables": digests}) if made else spec.identity
+        found = Manifest(
+            CACHE_VERSION, identity, spec, layout, metadata, render_digest, {}, digests
+        )
+        return _written(found, zarr_json), made
 
     def grown(self, num_views: int) -> Manifest:
         """The same cache with so many views, as the current version writes it."""
         spec = replace(self.spec, num_views=num_views)
         found = replace(self, spec=spec, grown_views=None)
-        return _written(found, layouts.resize(self.zarr_json, num_views))
+        return _written(found, layouts.resize(self.zarr_json, num_views, self.table_names))
 
     def growing(self, grown: Manifest) -> Manifest:
         """This one while its arrays are being replaced by those of `grown`, one after another."""
         found = replace(self, grown_views=grown.spec.num_views)
         return _written(found, self.zarr_json, grown.zarr_json)
+
+    @property
+    def table_names(self) -> set[str]:
+        return {key.partition("/")[0] for key in self.tables}
 
     def encode(self, view: int, start: int, records: Records) -> dict[str, bytes]:
         """The object of each column, for the shard whose first row is `start`."""
@@ -140,8 +156,21 @@ def read_manifest(text: bytes, arrays: Mapping[str, bytes | None]) -> Manifest:
         metadata,
         found["render_digest" if version > 1 else "pixels"],
         zarr_json,
+        found.get("tables", {}),
         found.get("grown_views"),
     )
+
+
+def read_tables(store: Store, manifest: Manifest) -> Tables:
+    """The tables of a cache, by name. Raises CacheCorrupt where one is not what was written."""
+    objects = {key: store.read(key) or b"" for key in manifest.tables}
+    for key, data in objects.items():
+        if hashlib.sha256(data).hexdigest() != manifest.tables[key]:
+            raise CacheCorrupt(
+                f"{store.url}/{key} is {'damaged' if data else 'missing'}, and no record can be "
+                "decoded without it: recreate the cache, or restore this file"
+            )
+    return layouts.decode_tables({**manifest.zarr_json, **objects}, manifest.table_names)
 
 
 def _array_names(text: bytes) -> list[str]:
@@ -166,6 +195,8 @@ def _written(
         "render_digest": manifest.render_digest,
         "metadata": manifest.metadata,
     }
+    if manifest.tables:
+        attributes["tables"] = manifest.tables
     if grown is not None:
         attributes |= {"grown_views": manifest.grown_views, "grown_arrays": _digests(grown)}
     text = layouts.group_json({KEY: attributes})

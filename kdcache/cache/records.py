@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+# What a calibrated record codec needs beside records: arrays that a cache holds once, by name.
+Tables = Mapping[str, NDArray[Any]]
+NO_TABLES: Tables = MappingProxyType({})
 
 
 @dataclass(frozen=True)

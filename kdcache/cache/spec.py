@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from kdcache.cache.codecs import (
+    CodecSpec,
     Dense,
-    RecordCodec,
     Rows,
     Sampled,
     TopK,
@@ -52,7 +52,7 @@ class CacheSpec:
     num_views: int
     num_samples: int
     num_classes: int
-    codec: RecordCodec
+    codec: CodecSpec
     dataset_hash: str
     teacher_hash: str
     view_spec: ViewSpec | None
@@ -128,7 +128,7 @@ class CacheSpec:
 
 def _from_version_1(found: dict[str, Any], precision: Precision | None) -> CacheSpec:
     num_classes, top_k, dtype = found["classes"], found["top_k"], found["dtype"]
-    codec: RecordCodec = Dense(dtype) if top_k == num_classes else TopK(top_k, dtype)
+    codec: CodecSpec = Dense(dtype) if top_k == num_classes else TopK(top_k, dtype)
     if found["draws"]:
         codec = Sampled(found["draws"], found["temperature"])
     return CacheSpec(

@@ -48,6 +48,7 @@ def _as_json(found: Estimate) -> dict[str, Any]:
         "records_per_s": 1 / found.seconds_per_record,
         "free_bytes": found.free_bytes,
         "records_measured": found.records_measured,
+        "fidelity": [asdict(x) for x in found.fidelity],
     }
     if found.steps:
         even = found.break_even_epochs
@@ -61,6 +62,8 @@ def _as_json(found: Estimate) -> dict[str, Any]:
 
 
 def _as_text(found: Estimate, out: str | None, seconds: float) -> dict[str, str]:
+    from kdcache.cache.fidelity import describe_fidelity
+
     spec, plan, rate = found.spec, found.plan, 1 / found.seconds_per_record
     assert spec.view_spec is not None
     views = f"{spec.num_views} view{'s' * (spec.num_views > 1)}"
@@ -70,6 +73,10 @@ def _as_text(found: Estimate, out: str | None, seconds: float) -> dict[str, str]
         "cache": f"{format_bytes(plan.bytes)}: {views} of {spec.num_samples} samples, "
         f"{plan.bytes_per_record:.1f} bytes a record ({spec.record_bytes} uncompressed)",
         "record": spec.codec.describe(spec.num_classes),
+    }
+    if found.fidelity:
+        lines["fidelity"] = describe_fidelity(found.fidelity)
+    lines |= {
         "view": spec.view_spec.describe(),
         "objects": f"{plan.objects}, in {plan.shards} shard{'s' * (plan.shards > 1)}",
         "teacher": f"{_hours(plan.hours)} on {found.device}, {rate:,.0f} records/s",

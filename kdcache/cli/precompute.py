@@ -18,6 +18,7 @@ from kdcache.torchrun import current_process
 
 if TYPE_CHECKING:
     from kdcache.cache.cache import LogitCache
+    from kdcache.teacher.calibration import RecordChoice
 
 PATIENCE_S = 3.0
 
@@ -27,14 +28,25 @@ def precompute(options: PrecomputeOptions, output: OutputOptions) -> None:
 
     A cache that has fewer --views gets the missing ones; one that was interrupted is completed.
     """
+    from kdcache.cache.fidelity import LiveError
+    from kdcache.cache.setting import cache_setting_name
+
     start = time.perf_counter()
-    added = 0
+    added, error = 0, LiveError()
     with interruptible(options.out) as stop:
-        from kdcache.cache.setting import cache_setting_name
         from kdcache.teacher.load import load_precompute_run, run_precompute
 
-        run = load_precompute_run(options.records)
+        rows = options.records.num_calibration_records
+        with progress_bar("calibrate", rows, "records") as update:
+
+            def calibrating(done: int) -> None:
+                stop.check()
+                update(done)
+
+            run = load_precompute_run(options.records, options.out, calibrating)
         warn(run.warnings)
+        if run.choice and current_process().rank == 0:
+            notice(choice_line(run.choice, run.spec.num_classes))
 
         def on_start(cache: LogitCache) -> None:
             nonlocal added
@@ -50,7 +62,7 @@ def precompute(options: PrecomputeOptions, output: OutputOptions) -> None:
                 stop.check()
                 update(done)
 
-            cache = run_precompute(run, options, on_start=on_start, progress=progress)
+            cache = run_precompute(run, options, error=error, on_start=on_start, progress=progress)
     if current_process().rank > 0:
         return
     stored, missing, spec = cache.stored_bytes(), cache.missing(), cache.spec
@@ -65,9 +77,20 @@ def precompute(options: PrecomputeOptions, output: OutputOptions) -> None:
         "bytes": stored,
         "bytes_per_record": None if missing else round(stored / records, 2),
         "shards_missing": len(missing),
+        "kl_to_live_mean": round(error.mean, 6),
+        "kl_to_live_largest": round(error.largest, 6),
+        "kl_records": error.count,
         "seconds": round(time.perf_counter() - start, 2),
     }
     show(result, output.as_json)
+
+
+def choice_line(choice: RecordChoice, num_classes: int) -> str:
+    """What records keep, and how much of the live teacher that is."""
+    from kdcache.cache.fidelity import describe_fidelity
+
+    line = f"{choice.codec.describe(num_classes)}: {choice.bytes_per_record:.0f} bytes a record"
+    return f"{line}; {describe_fidelity(choice.fidelity)}" if choice.fidelity else line
 
 
 @contextmanager

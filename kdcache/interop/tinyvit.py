@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from kdcache.batch import Target
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import Sampled, TopK, ValueType, choose_codec
+from kdcache.cache.codecs import Sampled, TopK, ValueType, bind, choose_codec
 from kdcache.cache.records import Records
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
@@ -206,7 +206,8 @@ def _records(rows: Rows, spec: CacheSpec) -> Records:
     codec = spec.codec
     if not isinstance(codec, TopK):
         p_BC = _spread(class_ids_BK, p_BK, rest_B, spec.num_classes)
-        return codec.encode(torch.from_numpy(np.log(p_BC)), spec.rows(0, np.arange(len(p_BC))))
+        logits_BC = torch.from_numpy(np.log(p_BC))
+        return bind(codec, {}).encode(logits_BC, spec.rows(0, np.arange(len(p_BC))))
     left = spec.num_classes - p_BK.shape[1]
     # The tail is uniform, so its logits have a variance of 0.
     log_p_BK, log_rest_B = np.log(p_BK), np.log(rest_B)
@@ -227,7 +228,7 @@ def _averaged(epochs: Iterator[Rows], spec: CacheSpec) -> Records:
         # Each epoch has the same weight, whatever float16 has made of its sum.
         total = total + p_BC / p_BC.sum(1, keepdims=True)
     mean_BC = torch.from_numpy(total / spec.num_averaged_views)
-    return spec.codec.encode(mean_BC.log(), spec.rows(0, np.arange(len(mean_BC))))
+    return bind(spec.codec, {}).encode(mean_BC.log(), spec.rows(0, np.arange(len(mean_BC))))
 
 
 def _named(

@@ -250,6 +250,17 @@ def log_probabilities(
     return log_p_BK, log_tail_B
 
 
+def spread_tail(target: Target, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities at T of every class [B, C], the mass of the tail spread evenly over it."""
+    log_p_BK, log_tail_B = log_probabilities(target, temperature)
+    if target.class_ids_BK is None:
+        return log_p_BK
+    left = target.num_classes - log_p_BK.shape[1]
+    assert log_tail_B is not None
+    each_B1 = (log_tail_B - math.log(left))[:, None]
+    return each_B1.expand(-1, target.num_classes).scatter(1, target.class_ids_BK, log_p_BK)
+
+
 def temper(target: Target, temperature: float) -> TemperedTarget:
     """A target at T; of a dense target, every class is named."""
     log_p_BK, log_tail_B = log_probabilities(target, temperature)

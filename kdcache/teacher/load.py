@@ -7,23 +7,35 @@ what does not go together is refused, in one line, before anything is computed o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import verify
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import RecordCodec, Sampled, choose_codec
+from kdcache.cache.codecs import CodecSpec, Dense, Sampled, TopK, Transformed, choose_codec
+from kdcache.cache.fidelity import LiveError
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.verify import Picked
 from kdcache.data.beton import Dataset, open_dataset
-from kdcache.errors import ClassesMismatch
+from kdcache.data.loader import Loader
+from kdcache.errors import ClassesMismatch, UsageError
 from kdcache.models import load
 from kdcache.models.classifier import Teacher
 from kdcache.models.device import choose_device
 from kdcache.spec import Precision
 from kdcache.teacher import precompute, recompute
+from kdcache.teacher.calibration import (
+    DEFAULT_TOP_K,
+    DENSE_CLASSES,
+    MEASURED_RECORDS,
+    Progress,
+    RecordChoice,
+    calibrate,
+    choose_record,
+    measure_codec,
+)
 from kdcache.teacher.options import PrecomputeOptions, RecordOptions, VerifyOptions
 from kdcache.teacher.recompute import Measure
 from kdcache.torchrun import current_process
@@ -35,6 +47,7 @@ from kdcache.views.spec import ViewSpec
 class PrecomputeRun:
     """What a cache is made from.
 
+    choice        of the record codec, measured on live logits; None where the cache exists
     class_names   of the teacher's classes if the data is unlabeled, as in `precompute`; else None
     warnings      lines that the user should read before it begins
     """
@@ -42,12 +55,21 @@ class PrecomputeRun:
     dataset: Dataset
     teacher: Teacher
     spec: CacheSpec
+    choice: RecordChoice | None = None
     class_names: tuple[str, ...] | None = None
     warnings: tuple[str, ...] = ()
 
 
-def load_precompute_run(options: RecordOptions) -> PrecomputeRun:
-    """Raises UsageError for options that do not go together, and what opening and loading raise."""
+def load_precompute_run(
+    options: RecordOptions, out: str | None = None, progress: Progress = lambda rows: None
+) -> PrecomputeRun:
+    """Load what a cache is made from, and choose and measure its record codec.
+
+    out       the cache that is there is completed: its codec, where the options leave that open
+    progress  is called with the rows of live logits that are done
+
+    Raises UsageError for options that do not go together, and what opening and loading raise.
+    """
     dataset = open_dataset(options.data)
     view_spec, row_order, num_averaged_views = _views(options, dataset)
     teacher, warnings = load_checked_teacher(
@@ -58,31 +80,40 @@ def load_precompute_run(options: RecordOptions) -> PrecomputeRun:
         options.precision,
         unlabeled=options.unlabeled,
     )
+    existing = LogitCache.open(out).spec if out and LogitCache.exists(out) else None
     spec = precompute.make_cache_spec(
         dataset,
         teacher,
         view_spec,
-        _codec(options, teacher.num_classes),
+        _codec(options, teacher.num_classes, existing),
         num_views=options.num_views,
         row_order=row_order,
         num_averaged_views=num_averaged_views,
     )
-    class_names = load.class_names_of(options.teachers) if options.unlabeled else None
-    return PrecomputeRun(dataset, teacher, spec, class_names, warnings)
+    choice = None if existing else _choose(options, dataset, teacher, spec, progress)
+    return PrecomputeRun(
+        dataset,
+        teacher,
+        replace(spec, codec=choice.codec) if choice else spec,
+        choice,
+        load.class_names_of(options.teachers) if options.unlabeled else None,
+        warnings,
+    )
 
 
 def run_precompute(
     run: PrecomputeRun,
     options: PrecomputeOptions,
     *,
+    error: LiveError | None = None,
     on_start: Callable[[LogitCache], None] = lambda cache: None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> LogitCache:
     """Make, complete or extend the cache; this process's part of it, under torchrun.
 
     The main process returns when all of --part is complete. `on_start` is called with the cache
-    before the first record, `progress` with the records that are done. Raises what `precompute`
-    does.
+    before the first record, `progress` with the records that are done; `error` is as there. Raises
+    what `precompute` does.
     """
     process = current_process()
     i, n = options.parts
@@ -95,6 +126,8 @@ def run_precompute(
         workers=options.records.workers,
         part=(i * process.world_size + process.rank, n * process.world_size),
         class_names=run.class_names,
+        choice=run.choice,
+        error=error,
         on_start=on_start,
         progress=progress,
     )
@@ -158,10 +191,43 @@ def _views(options: RecordOptions, dataset: Dataset) -> tuple[ViewSpec, RowOrder
     return make_view_spec(given, natural_px), row_order, averaged
 
 
-def _codec(options: RecordOptions, num_classes: int) -> RecordCodec:
-    if options.num_draws:
+def _codec(options: RecordOptions, num_classes: int, existing: CacheSpec | None) -> CodecSpec:
+    """What the options name; of auto, what the cache has, or what `choose_record` begins with."""
+    name, dtype, k = options.record_name, options.dtype or "float16", options.num_logits
+    if name == "draws":
         return Sampled(options.num_draws, options.temperature)
-    return choose_codec(num_classes, options.num_logits(num_classes), options.dtype)
+    if name == "transformed":
+        return Transformed(
+            options.distortion or Transformed.distortion,
+            k or Transformed.k,
+            options.num_calibration_records,
+        )
+    if name == "top-k":
+        return choose_codec(num_classes, min(k or DEFAULT_TOP_K, num_classes), dtype)
+    if name == "auto" and existing is not None:
+        return existing.codec
+    if name == "auto" and num_classes > DENSE_CLASSES and options.dtype:
+        raise UsageError(
+            f"--dtype goes with dense and top-k records, and the teacher's {num_classes} classes "
+            "get transformed ones: give --record"
+        )
+    return Dense(dtype)
+
+
+def _choose(
+    options: RecordOptions, dataset: Dataset, teacher: Teacher, spec: CacheSpec, progress: Progress
+) -> RecordChoice | None:
+    """Of the spec's codec or, with auto, the best one; None where there is nothing to measure."""
+    auto = options.record_name == "auto" and spec.num_classes > DENSE_CLASSES
+    if not auto and isinstance(spec.codec, Dense | Sampled):
+        return None  # exact to rounding, or right on average
+    assert spec.view_spec is not None
+    count = MEASURED_RECORDS if isinstance(spec.codec, TopK) else options.num_calibration_records
+    with Loader(
+        dataset, spec.view_spec, options.batch_size, workers=options.workers, device=teacher.device
+    ) as loader:
+        live = calibrate(loader, teacher, spec, count, progress)
+    return choose_record(spec, live, options) if auto else measure_codec(spec, live)
 
 
 @dataclass(frozen=True)

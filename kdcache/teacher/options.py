@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdcache.choices import Precision, RowOrder, ValueType
+from kdcache.choices import CALIBRATION_RECORDS, Precision, RecordName, RowOrder, ValueType
 from kdcache.errors import UsageError
 from kdcache.options import (
     DATA,
@@ -26,7 +27,17 @@ SETTING_HELP = (
     "What teacher and student see: fixed-whole, fixed-center, fixed-average, independent-random, "
     "independent-inception, consistent-random, consistent-inception or function-matching."
 )
-DEFAULT_TOP_K = 16
+# The cosine that --record auto reaches, at the temperature of training, for a student near the
+# teacher: between its gradient from records and that from the live teacher.
+LEAST_COSINE = 0.98
+# The options that change a record, beside those that every record has.
+RECORD_OPTIONS: dict[RecordName, set[str]] = {
+    "auto": {"temperature", "dtype"},
+    "dense": {"top-k", "dtype"},
+    "transformed": {"distortion", "top-k"},
+    "top-k": {"top-k", "dtype"},
+    "draws": {"num-draws", "temperature"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +64,44 @@ class RecordOptions:
         metavar="NAME",
     )
     num_views: int = option(1, name="--views", help="Views to store.", group=TEACHER, metavar="N")
+    record: RecordName | None = option(
+        None,
+        help="What a record keeps. dense: every class's logit; transformed: all of them to a mean "
+        "squared error, in far fewer bytes; top-k: the largest logits and a summary of the others; "
+        "draws: random draws. auto: dense up to 100 classes, else transformed at the --distortion "
+        f"that gives a gradient cosine of {LEAST_COSINE} at --temperature.",
+        default_text="as the other options imply, else auto",
+        group=TEACHER,
+    )
+    distortion: float | None = option(
+        None,
+        help="Mean squared error of a logit in transformed records, in nats^2.",
+        default_text="0.1",
+        group=TEACHER,
+        metavar="D",
+    )
     top_k: str | None = option(
         None,
-        help="Logits to store per record: the N largest, or 'all'.",
-        default_text="16, or all if fewer",
+        help="Logits that a top-k record keeps, or that a transformed one keeps exactly: the N "
+        "largest. all: dense records.",
+        default_text="16; 8 of transformed records",
         group=TEACHER,
         metavar="N or all",
     )
-    dtype: ValueType = option("float16", help="Format of a stored logit.", group=TEACHER)
+    dtype: ValueType | None = option(
+        None,
+        help="Format of a stored logit, in dense and top-k records.",
+        default_text="float16",
+        group=TEACHER,
+    )
+    num_calibration_records: int = option(
+        CALIBRATION_RECORDS,
+        name="--calibration-records",
+        help="Teacher logits that transformed records are calibrated on, before the first record.",
+        group=TEACHER,
+        metavar="N",
+        at_least=2,
+    )
     row_order: RowOrder | None = option(
         None,
         help="Order of the records. view: the student trains on the teacher's views; dataset: on "
@@ -86,8 +127,7 @@ class RecordOptions:
     )
     temperature: float = option(
         1.0,
-        help="Temperature of the draws of --num-draws.",
-        default_text="1",
+        help="Temperature that students will train at: auto chooses by it, draws are made at it.",
         group=TEACHER,
         metavar="T",
     )
@@ -98,21 +138,54 @@ class RecordOptions:
     device: str | None = device_option()
 
     def __post_init__(self) -> None:
-        if self.num_draws and (self.top_k is not None or self.num_averaged_views):
-            raise UsageError("--num-draws goes without --top-k and --average-views")
-        if self.temperature != 1 and not self.num_draws:
-            raise UsageError("only draws have a temperature: give --num-draws, or no --temperature")
+        name, given = self.record_name, set(self._given())
+        belongs = RECORD_OPTIONS[name]
+        for option_name in given - belongs:
+            records = [n for n, options in RECORD_OPTIONS.items() if option_name in options]
+            raise UsageError(
+                f"--{option_name} goes with {' and '.join(records)} records, not with {name}"
+            )
+        if name == "draws" and not self.num_draws:
+            raise UsageError("--record draws needs --num-draws N")
+        if self.num_averaged_views and name == "draws":
+            raise UsageError("--num-draws goes without --average-views")
+        self.num_logits  # noqa: B018  refuses a wrong one
 
-    def num_logits(self, num_classes: int) -> int | None:
-        """The k of --top-k; None for all. Raises UsageError for a text that is no number."""
-        if self.top_k is None:
-            return min(DEFAULT_TOP_K, num_classes)
-        if self.top_k == "all":
+    @property
+    def record_name(self) -> RecordName:
+        """What --record says, or what the other options imply."""
+        if self.record is not None:
+            return self.record
+        if self.num_draws:
+            return "draws"
+        if self.distortion is not None:
+            return "transformed"
+        if self.top_k is not None:
+            return "dense" if self.top_k == "all" else "top-k"
+        return "auto"
+
+    @property
+    def num_logits(self) -> int | None:
+        """The number of --top-k; None where it is not given, or all. Raises UsageError for a text
+        that is neither."""
+        if self.top_k in (None, "all"):
             return None
         try:
-            return int(self.top_k)
+            return int(self.top_k or "")
         except ValueError:
             raise UsageError(f"top-k must be a number or 'all', not {self.top_k!r}") from None
+
+    def _given(self) -> Iterator[str]:
+        if self.distortion is not None:
+            yield "distortion"
+        if self.top_k is not None:
+            yield "top-k"
+        if self.dtype is not None:
+            yield "dtype"
+        if self.num_draws:
+            yield "num-draws"
+        if self.temperature != 1:
+            yield "temperature"
 
 
 @dataclass(frozen=True, kw_only=True)

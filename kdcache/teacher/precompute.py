@@ -11,25 +11,25 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from kdcache.batch import Batch
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import RecordCodec
+from kdcache.cache.codecs import CalibratedCodec, CodecSpec
+from kdcache.cache.fidelity import LiveError, fidelity_to_json
 from kdcache.cache.records import Records
 from kdcache.cache.setting import cache_setting_name
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
 from kdcache.data.loader import Loader, render_digest
-from kdcache.errors import NonFinite, UsageError
-from kdcache.models.classifier import LEAST_LOG_P, Teacher
+from kdcache.errors import UsageError
+from kdcache.models.classifier import Teacher
 from kdcache.paths import PathLike
-from kdcache.views.order import view_positions
+from kdcache.teacher.calibration import RecordChoice, calibrate, measure_codec
+from kdcache.teacher.logits import iter_teacher_logits
 from kdcache.views.settings import RowOrder
 from kdcache.views.spec import ViewSpec
 
@@ -41,7 +41,7 @@ def make_cache_spec(
     dataset: Dataset,
     teacher: Teacher,
     view_spec: ViewSpec,
-    codec: RecordCodec,
+    codec: CodecSpec,
     *,
     num_views: int = 1,
     row_order: RowOrder = "view",
@@ -75,6 +75,8 @@ def precompute(
     workers: int | None = None,
     part: tuple[int, int] = (0, 1),
     class_names: Sequence[str] | None = None,
+    choice: RecordChoice | None = None,
+    error: LiveError | None = None,
     on_start: Callable[[LogitCache], None] = lambda cache: None,
     progress: Progress = lambda rows: None,
 ) -> LogitCache:
@@ -90,6 +92,9 @@ def precompute(
                   that work on one cache in a folder share its shards among them as they come.
     class_names   of the teacher's classes where the data is of another domain; empty where they
                   are not known. None: the data's.
+    choice        of the spec's codec, as `calibration.py` measured it; None: a codec that needs
+                  tables is calibrated here. A cache that is there keeps its tables.
+    error         gets the divergence of some records of each batch from the live logits
     on_start      is called with the cache before the first record; its `num_stored_views` are then
                   those that it had
     progress      is called with the number of rows done so far
@@ -112,10 +117,16 @@ def precompute(
     }
     # Before the first record: a cache of another JPEG decoder's pixels is refused at once.
     digest = render_digest(dataset, spec.view_spec)
-    cache = LogitCache.create(out, spec, metadata, digest)
+    loader = Loader(dataset, spec.view_spec, batch_size, workers=workers, device=teacher.device)
+    if choice is None and isinstance(spec.codec, CalibratedCodec) and not LogitCache.exists(out):
+        with loader:
+            live = calibrate(loader, teacher, spec, spec.codec.num_calibration_records)
+        choice = measure_codec(spec, live)
+    if choice is not None:
+        metadata["fidelity"] = fidelity_to_json(choice.fidelity)
+    cache = LogitCache.create(out, spec, metadata, digest, choice.tables if choice else {})
     on_start(cache)
     mine = set(shards_of_part(cache, i, n))
-    loader = Loader(dataset, spec.view_spec, batch_size, workers=workers, device=teacher.device)
     whole = False
     try:
         # One writer, so that at most one shard waits beside the one that is being made.
@@ -130,7 +141,7 @@ def precompute(
                 progress(done)
                 if not todo:
                     break
-                if _record(loader, teacher, cache, todo, writer, done, progress) == done:
+                if _record(loader, teacher, cache, todo, writer, done, progress, error) == done:
                     time.sleep(WAIT_S)  # other processes hold the rest, and may fail
         whole = not missing
         if whole:
@@ -171,9 +182,11 @@ def _record(
     writer: ThreadPoolExecutor,
     rows: int,
     progress: Progress,
+    error: LiveError | None,
 ) -> int:
     """Compute what others do not hold, writing one shard as the next runs; `rows` done by then."""
     writing: Future[None] | None = None
+    coder = cache.coder(teacher.device)
     for view, shard in places:
         if not cache.lock_shard(view, shard):
             continue
@@ -185,7 +198,10 @@ def _record(
         # before.
         positions = np.arange(*cache.shard_range(shard))
         for rows_B, logits_BC in iter_teacher_logits(loader, teacher, cache.spec, view, positions):
-            parts.append(cache.spec.codec.encode(logits_BC, cache.spec.rows(view, rows_B)))
+            records = coder.encode(logits_BC, cache.spec.rows(view, rows_B))
+            if error is not None:
+                error.add(coder, records, logits_BC)
+            parts.append(records)
             rows += len(rows_B)
             progress(rows)
             if writing is not None and writing.done():
@@ -201,80 +217,6 @@ def _record(
 def _write(cache: LogitCache, view: int, shard: int, records: Records) -> None:
     cache.write(view, shard, records)
     cache.unlock_shard(view, shard)
-
-
-def iter_teacher_logits(
-    loader: Loader, teacher: Teacher, spec: CacheSpec, view: int, rows: NDArray[np.int64]
-) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
-    """Some rows of a view of the cache at a time, and the logits [B, C] that they record.
-
-    Raises NonFinite for a teacher's NaN or infinity, and what the loader's `batches` raises.
-    """
-    if spec.row_order == "view":
-        for batch in loader.batches(view, rows):
-            yield batch.positions_B, teacher_logits(teacher, batch)
-        return
-    for first in range(0, len(rows), loader.batch_size):
-        samples = rows[first : first + loader.batch_size]
-        if spec.num_averaged_views:
-            yield (
-                samples,
-                mean_teacher_log_probabilities(loader, teacher, spec.num_averaged_views, samples),
-            )
-        else:
-            yield samples, _logits_of_samples(loader, teacher, view, samples)
-
-
-def mean_teacher_log_probabilities(
-    loader: Loader,
-    teacher: Teacher,
-    num_averaged_views: int,
-    samples: NDArray[np.int64],
-    *,
-    wait: bool = True,
-) -> torch.Tensor:
-    """Logarithm, float64 [B, C], of the mean probabilities over views 0 ... average - 1.
-
-    It serves as logits. `wait` is as in `teacher_logits`.
-    """
-    total = torch.zeros((), dtype=torch.float64, device=loader.device)
-    for view in range(num_averaged_views):
-        logits_BC = _logits_of_samples(loader, teacher, view, samples, wait=wait)
-        # float64: the sum may be over a thousand views.
-        total = total + torch.softmax(logits_BC.double(), 1)
-    # A probability of 0 would be -inf, which is no logit.
-    return (total / num_averaged_views).log().clamp_(min=LEAST_LOG_P)
-
-
-def _logits_of_samples(
-    loader: Loader, teacher: Teacher, view: int, samples: NDArray[np.int64], *, wait: bool = True
-) -> torch.Tensor:
-    """The teacher's logits [B, C] for a view of these samples, in their order."""
-    # The loader counts in positions of a view; which sample is where differs by view.
-    places = view_positions(loader.spec, view, len(loader.dataset))[samples]
-    batches = loader.batches(view, places)
-    return torch.cat([teacher_logits(teacher, batch, wait=wait) for batch in batches])
-
-
-def teacher_logits(teacher: Teacher, batch: Batch, *, wait: bool = True) -> torch.Tensor:
-    """The teacher's logits [B, C] for a batch.
-
-    wait   for the device, and raise NonFinite where a logit is NaN or infinite, naming the first
-           such sample. Without, such a row is all NaN, and so is the loss of any student's answer
-           to it: a logit of -inf alone would pass for a class of no mass.
-    """
-    with torch.inference_mode():
-        logits_BC: torch.Tensor = teacher(batch.for_teacher)
-        fine_B = torch.isfinite(logits_BC).all(1)
-        if not wait:
-            return logits_BC.masked_fill(~fine_B[:, None], torch.nan)
-        if bool(fine_B.all()):
-            return logits_BC
-    row = int((~fine_B).nonzero()[0])
-    raise NonFinite(
-        f"the teacher {teacher.name} gave NaN or infinity for sample {batch.sample_ids_B[row]} in "
-        f"view {batch.view}: a teacher's answers must be numbers"
-    )
 
 
 def _metadata(teacher: Teacher, batch_size: int, class_names: Sequence[str]) -> dict[str, object]:

@@ -30,7 +30,7 @@ from kdcache.data.loader import Loader, render_digest
 from kdcache.errors import UsageError
 from kdcache.models.classifier import Teacher
 from kdcache.spec import Precision
-from kdcache.teacher.precompute import iter_teacher_logits
+from kdcache.teacher.logits import iter_teacher_logits
 
 Progress = Callable[[int], None]
 
@@ -150,9 +150,10 @@ def recompute(
                 progress(len(places))
     if not asked:
         return []
+    coder = cache.coder()
     allowances = _allowances([live for _, live in asked], changes, _roundoff(cache, teacher))
     parts = [
-        spec.codec.compare(some.records, live, allowance, spec.rows(some.view, some.rows_B))
+        coder.compare(some.records, live, allowance, spec.rows(some.view, some.rows_B))
         for (some, live), allowance in zip(asked, allowances, strict=True)
     ]
     return _measures(RowErrors.concatenate(parts), places, spec.codec.measures)

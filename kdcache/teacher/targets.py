@@ -20,7 +20,7 @@ from kdcache.data.loader import Loader
 from kdcache.errors import CacheCorrupt, UsageError
 from kdcache.losses.labels import label_target
 from kdcache.models.classifier import Teacher
-from kdcache.teacher.precompute import mean_teacher_log_probabilities, teacher_logits
+from kdcache.teacher.logits import mean_teacher_log_probabilities, teacher_logits
 from kdcache.views.spec import ViewSpec
 
 
@@ -150,7 +150,7 @@ class FixedTargets:
 
 def _decoded(cache: LogitCache, batch: Batch, records: Records) -> Target | TemperedTarget:
     try:
-        return cache.decode(records).to(batch.images_BCHW.device)
+        return cache.decode(records, batch.images_BCHW.device)
     except CacheCorrupt as error:
         at = f"{batch.positions_B.min()} to {batch.positions_B.max()}"
         raise CacheCorrupt(f"{cache.url}: view {batch.view}, positions {at}: {error}") from error

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from kdcache.cache.codecs import bind
+from kdcache.cache.fidelity import Fidelity
 from kdcache.cache.spec import CacheSpec
 from kdcache.models import load
 from kdcache.teacher.load import load_precompute_run
@@ -27,6 +29,7 @@ class Estimate:
     steps, comparisons, break_even_epochs of a student; None, and none, where none is given; the
                                           last is math.inf where a cache never pays
     epochs                                of each student
+    fidelity                              of the records; none where they are exact, or draws
     """
 
     spec: CacheSpec
@@ -36,6 +39,7 @@ class Estimate:
     records_measured: int
     free_bytes: int | None
     epochs: int
+    fidelity: tuple[Fidelity, ...] = ()
     steps: Steps | None = None
     comparisons: tuple[Comparison, ...] = ()
     break_even_epochs: float = math.inf
@@ -57,10 +61,17 @@ def estimate(options: PlanOptions) -> Estimate:
             size_px=spec.view_spec.size_px,
             device=device,
         )
+    tables = run.choice.tables if run.choice else {}
+    coder = bind(spec.codec, tables, run.teacher.device)
     measured = planning.record_some(
-        run.dataset, run.teacher, spec, batch_size=records.batch_size, workers=records.workers
+        run.dataset,
+        run.teacher,
+        spec,
+        coder,
+        batch_size=records.batch_size,
+        workers=records.workers,
     )
-    plan = planning.make_plan(spec, measured)
+    plan = planning.make_plan(spec, measured, tables)
     epochs = options.epochs or spec.num_averaged_views or spec.num_views
     found = Estimate(
         spec,
@@ -70,6 +81,7 @@ def estimate(options: PlanOptions) -> Estimate:
         len(measured.records),
         planning.free_bytes(options.out) if options.out else None,
         epochs,
+        run.choice.fidelity if run.choice else (),
         warnings=run.warnings,
     )
     if student is None:
@@ -79,6 +91,7 @@ def estimate(options: PlanOptions) -> Estimate:
         run.teacher,
         student,
         spec,
+        coder,
         measured,
         batch_size=records.batch_size,
         workers=records.workers,

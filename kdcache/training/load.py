@@ -11,6 +11,8 @@ from dataclasses import fields, replace
 
 from kdcache.batch import TargetSource
 from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import TopK
+from kdcache.cache.fidelity import cosine_at, fidelity_from_json
 from kdcache.cache.setting import cached_view_spec
 from kdcache.data.beton import Dataset, open_dataset
 from kdcache.data.loader import render_digest
@@ -30,6 +32,10 @@ from kdcache.training.run import TrainingRun
 from kdcache.training.spec import TrainSpec
 from kdcache.views import settings
 from kdcache.views.spec import ViewSpec
+
+# Records that are farther from the live teacher than this get a warning.
+CLOSE_COSINE = 0.95
+LARGE_TAIL, TAIL_RECORDS = 0.4, 256
 
 
 def load_training_run(options: TrainOptions, *, workers: int | None = None) -> TrainingRun:
@@ -156,6 +162,7 @@ def _cache_warnings(cache: LogitCache, spec: TrainSpec, recipe: Recipe | None) -
             "the views come from the cache, not from the recipe: "
             f"{spec.setting}, {spec.view_spec.describe()}"
         )
+    warnings += _lossy_record_warnings(cache, spec.temperature)
     lasting = spec.setting != settings.CUSTOM and settings.get_setting(spec.setting).fixed
     views = cache.spec.num_views
     if views < spec.epochs and not lasting:
@@ -164,6 +171,35 @@ def _cache_warnings(cache: LogitCache, spec: TrainSpec, recipe: Recipe | None) -
             "trains on view " + (f"e mod {views}" if views > 1 else "0")
         )
     return tuple(warnings)
+
+
+def _lossy_record_warnings(cache: LogitCache, temperature: float) -> list[str]:
+    """Where training from these records is not training from the live teacher."""
+    remedy = (
+        f"precompute with --record auto --temperature {temperature:g}, or train at a lower "
+        "--temperature"
+    )
+    measured = fidelity_from_json(cache.metadata.get("fidelity", []))
+    if measured:
+        cosine = cosine_at(measured, temperature)
+        if cosine >= CLOSE_COSINE:
+            return []
+        return [
+            f"at T = {temperature:g} the records of {cache.url} give a student near the teacher a "
+            f"gradient with a cosine of {cosine:.2f} to the live teacher's: {remedy}"
+        ]
+    if not isinstance(cache.spec.codec, TopK):
+        return []
+    # Nobody has measured it: of a cache that was imported, or that an earlier version made.
+    some = range(min(TAIL_RECORDS, cache.spec.num_samples))
+    log_tail_B = cache.target(0, some, temperature).log_tail_B
+    mass = 0.0 if log_tail_B is None else float(log_tail_B.exp().mean())
+    if mass <= LARGE_TAIL:
+        return []
+    return [
+        f"at T = {temperature:g} the classes that the records of {cache.url} do not name hold "
+        f"{mass:.0%} of the probability, whose shape is lost: {remedy}"
+    ]
 
 
 def _live_views(

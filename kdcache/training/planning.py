@@ -37,13 +37,14 @@ from numpy.typing import NDArray
 
 from kdcache.batch import Batch, Target, TargetSource, TemperedTarget
 from kdcache.cache import layout as layouts
+from kdcache.cache.codecs import RecordCoder
 from kdcache.cache.layout import Layout
-from kdcache.cache.records import Records
+from kdcache.cache.records import NO_TABLES, Records, Tables
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
 from kdcache.data.loader import Loader
 from kdcache.models.classifier import Classifier, Teacher
-from kdcache.teacher.precompute import iter_teacher_logits
+from kdcache.teacher.logits import iter_teacher_logits
 from kdcache.teacher.targets import OnlineTargets
 from kdcache.training.loop import count_steps, iter_batches, open_loader
 from kdcache.training.optim import learning_rate
@@ -105,7 +106,13 @@ class Comparison:
 
 
 def record_some(
-    dataset: Dataset, teacher: Teacher, spec: CacheSpec, *, batch_size: int, workers: int | None
+    dataset: Dataset,
+    teacher: Teacher,
+    spec: CacheSpec,
+    coder: RecordCoder,
+    *,
+    batch_size: int,
+    workers: int | None,
 ) -> Recording:
     """Record for some seconds, and compress the records. Raises what `precompute` raises."""
     assert spec.view_spec is not None
@@ -116,7 +123,7 @@ def record_some(
         dataset, spec.view_spec, batch_size, workers=workers, device=teacher.device
     ) as loader:
         for batch, (view, rows_B, logits_BC) in enumerate(_passes(loader, teacher, measured), 1):
-            parts.append(measured.codec.encode(logits_BC, measured.rows(view, rows_B)))
+            parts.append(coder.encode(logits_BC, measured.rows(view, rows_B)))
             rows += len(rows_B)
             seconds = time.perf_counter() - start
             if batch == WARM_BATCHES or (batch > WARM_BATCHES and seconds > BLOCK_S):
@@ -127,7 +134,10 @@ def record_some(
                 break
     scale = spec.num_averaged_views / num_averaged if num_averaged else 1
     records = Records.concatenate(parts)[: min(spec.num_samples, Layout.of(spec).shard_rows)]
-    packed_s, packed_bytes = _pack(records, spec)
+    layouts.pack(spec, records)  # warms up
+    start = time.perf_counter()
+    rows, packed_bytes = layouts.pack(spec, records)
+    packed_s = (time.perf_counter() - start) / rows
     return Recording(records, statistics.median(rates) * scale, packed_s, packed_bytes)
 
 
@@ -142,26 +152,12 @@ def _passes(
             yield view, rows_B, logits_BC
 
 
-def _pack(records: Records, spec: CacheSpec) -> tuple[float, float]:
-    """Seconds and bytes of each record in Zarr's pipelines, in whole chunks."""
-    layout, rows = Layout.of(spec), len(records)
-    if rows < min(spec.num_samples, layout.shard_rows):
-        chunk = min(layout.chunk_rows, rows)
-        rows = rows // chunk * chunk
-        layout = Layout(chunk, rows)
-    zarr_json = layouts.metadata(replace(spec, num_views=1, num_samples=rows), layout, {})
-    for _ in range(2):  # the first warms up
-        start = time.perf_counter()
-        objects = layouts.encode(zarr_json, 0, 0, records[:rows])
-    return (time.perf_counter() - start) / rows, sum(map(len, objects.values())) / rows
-
-
-def make_plan(spec: CacheSpec, recording: Recording) -> Plan:
+def make_plan(spec: CacheSpec, recording: Recording, tables: Tables = NO_TABLES) -> Plan:
     """The whole cache, from the time and size of its first records."""
     layout, records = Layout.of(spec), spec.num_views * spec.num_samples
     places = spec.num_views * layout.shards(spec.num_samples)
     arrays = len(spec.codec.columns(spec.num_classes))
-    zarr_json = layouts.metadata(spec, layout, {"kdcache": {"spec": spec.to_json()}})
+    zarr_json = layouts.metadata(spec, layout, {"kdcache": {"spec": spec.to_json()}}, tables)
     seals = places * arrays * layouts.SEAL_BYTES
     size = round(records * recording.packed_bytes) + seals + sum(map(len, zarr_json.values()))
     packing = records * recording.packed_s / 3600
@@ -181,6 +177,7 @@ def train_some(
     teacher: Teacher,
     student: Classifier,
     spec: CacheSpec,
+    coder: RecordCoder,
     recording: Recording,
     *,
     batch_size: int,
@@ -197,7 +194,7 @@ def train_some(
         batch_size=batch_size,
         temperature=spec.codec.default_temperature,
     )
-    online, cached = OnlineTargets(teacher), _Replay(spec, recording.records)
+    online, cached = OnlineTargets(teacher), _Replay(spec, coder, recording.records)
     run = TrainingRun(endless, dataset, student, cached)
     state, loss = State(endless, student), run.make_loss()
     _, num_steps = count_steps(endless, len(dataset))
@@ -252,14 +249,15 @@ def free_bytes(out: str) -> int | None:
 class _Replay:
     """A `TargetSource` that repeats the measured records."""
 
-    def __init__(self, spec: CacheSpec, records: Records) -> None:
+    def __init__(self, spec: CacheSpec, coder: RecordCoder, records: Records) -> None:
         self.spec = spec
+        self.coder = coder
         self.records = records
 
     def __call__(self, batch: Batch) -> Target | TemperedTarget:
         spec, records = self.spec, self.records[np.arange(len(batch)) % len(self.records)]
         device = batch.images_BCHW.device
-        return spec.codec.decode(records, spec.num_classes).to(device)
+        return self.coder.decode(records, spec.num_classes).to(device)
 
 
 def _seconds_per_call(call: Callable[[], None], device: torch.device) -> float:

@@ -15,14 +15,14 @@ from kdcache.cache.records import Records
 from kdcache.losses.distillation import distillation_losses
 
 if TYPE_CHECKING:
-    from kdcache.cache.codecs.protocol import RecordCodec
+    from kdcache.cache.codecs.protocol import RecordCoder
 
 # What is left of 0 in float32.
 LEAST_KL = 1e-6
 
 
 def compare_logits(
-    codec: RecordCodec,
+    codec: RecordCoder,
     dtype: ValueType,
     records: Records,
     live_BC: torch.Tensor,

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kdcache.batch import Target, TemperedTarget
-from kdcache.cache.records import Records
+from kdcache.cache.records import Records, Tables
 
 # How Zarr packs a column; `compression.py` has the pipelines, chosen by measurement.
-Packing = Literal["shuffle", "bitshuffle", "columns", "entropy"]
+Packing = Literal["shuffle", "bitshuffle", "columns", "entropy", "rans"]
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class MeasureNames:
     unit: str = " nats"
 
 
-class RecordCodec(Protocol):
-    """A frozen dataclass whose fields are its parameters and its JSON.
+class CodecSpec(Protocol):
+    """What a record keeps: a frozen dataclass whose fields are its parameters and its JSON.
 
     name                 what it is called in JSON; unique in `CODECS`
     default_temperature  T of a target where none is asked for: 1, or the only one that it has
@@ -112,11 +112,18 @@ class RecordCodec(Protocol):
     def num_named(self, num_classes: int) -> int:
         """The most classes that a record names; all others are its tail."""
 
+    def describe(self, num_classes: int) -> str:
+        """A phrase for people: what a record keeps."""
+
+
+class RecordCoder(Protocol):
+    """Logits to records and back."""
+
     def encode(self, logits_BC: torch.Tensor, rows: Rows) -> Records:
         """Records of finite teacher logits [B, C], computed where the logits are."""
 
     def decode(self, records: Records, num_classes: int) -> Target | TemperedTarget:
-        """The target of each record, on the CPU.
+        """The target of each record, on the CPU or on the coder's device.
 
         Raises CacheCorrupt for a record that no teacher can have given.
         """
@@ -129,5 +136,23 @@ class RecordCodec(Protocol):
     ) -> RowErrors:
         """How records differ from recomputed float64 logits [B, C] on the CPU."""
 
-    def describe(self, num_classes: int) -> str:
-        """A phrase for people: what a record keeps."""
+
+class RecordCodec(CodecSpec, RecordCoder, Protocol):
+    """A codec that needs nothing but its parameters."""
+
+
+@runtime_checkable
+class CalibratedCodec(CodecSpec, Protocol):
+    """A codec that needs tables, which are made of teacher logits before the first record.
+
+    num_calibration_records   rows of logits that `fit` takes
+    """
+
+    @property
+    def num_calibration_records(self) -> int: ...
+
+    def fit(self, logits_NC: torch.Tensor) -> Tables:
+        """The tables, by name: arrays that a cache holds once."""
+
+    def bind(self, tables: Tables, device: torch.device) -> RecordCoder:
+        """The coder that uses these tables, on a device."""
