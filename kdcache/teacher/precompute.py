@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from kdcache.batch import Batch
 from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import RecordCodec
-from kdcache.cache.records import Records
+from kdcache.cache.records import Records, RecordsBuffer
 from kdcache.cache.setting import cache_setting_name
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
@@ -180,19 +180,19 @@ def _record(
         if cache.has_shard(view, shard):  # another process was faster
             cache.unlock_shard(view, shard)
             continue
-        parts: list[Records] = []
+        buffer = RecordsBuffer(cache.num_rows(shard))
         # Batches begin at the shard's first row, so that its bytes do not depend on what ran
         # before.
         positions = np.arange(*cache.shard_range(shard))
         for rows_B, logits_BC in iter_teacher_logits(loader, teacher, cache.spec, view, positions):
-            parts.append(cache.spec.codec.encode(logits_BC, cache.spec.rows(view, rows_B)))
+            buffer.append(cache.spec.codec.encode(logits_BC, cache.spec.rows(view, rows_B)))
             rows += len(rows_B)
             progress(rows)
             if writing is not None and writing.done():
                 writing.result()  # a write that failed ends the work at once
         if writing is not None:
             writing.result()
-        writing = writer.submit(_write, cache, view, shard, Records.concatenate(parts))
+        writing = writer.submit(_write, cache, view, shard, buffer.records())
     if writing is not None:
         writing.result()
     return rows
