@@ -20,7 +20,7 @@ import torch
 from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import CalibratedCodec, CodecSpec
 from kdcache.cache.fidelity import LiveError, fidelity_to_json
-from kdcache.cache.records import Records
+from kdcache.cache.records import Records, RecordsBuffer
 from kdcache.cache.setting import cache_setting_name
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
@@ -193,7 +193,7 @@ def _record(
         if cache.has_shard(view, shard):  # another process was faster
             cache.unlock_shard(view, shard)
             continue
-        parts: list[Records] = []
+        buffer = RecordsBuffer(cache.num_rows(shard))
         # Batches begin at the shard's first row, so that its bytes do not depend on what ran
         # before.
         positions = np.arange(*cache.shard_range(shard))
@@ -201,14 +201,14 @@ def _record(
             records = coder.encode(logits_BC, cache.spec.rows(view, rows_B))
             if error is not None:
                 error.add(coder, records, logits_BC)
-            parts.append(records)
+            buffer.append(records)
             rows += len(rows_B)
             progress(rows)
             if writing is not None and writing.done():
                 writing.result()  # a write that failed ends the work at once
         if writing is not None:
             writing.result()
-        writing = writer.submit(_write, cache, view, shard, Records.concatenate(parts))
+        writing = writer.submit(_write, cache, view, shard, buffer.records())
     if writing is not None:
         writing.result()
     return rows
