@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -16,7 +17,7 @@ import typer.models
 
 import benchmarks.page
 import kdcache
-from kdcache.cache.codecs import CODECS
+from kdcache.cache.codecs import CODECS, Transformed
 from kdcache.cli import app
 from kdcache.data.beton import Dataset
 from kdcache.data.sources import SOURCES
@@ -133,11 +134,14 @@ def test_python_blocks_run(
     view = ViewSpec(8)
     spec = cache_spec(digits, teacher, view, num_views=1, top_k=3, dtype="float16")
     precompute(digits, teacher, spec, tmp_path / "cache.zarr")
+    transformed = replace(spec, codec=Transformed(k=2, num_calibration_records=64))
+    precompute(digits, teacher, transformed, tmp_path / "transformed.zarr")
     for file in digits.path.parent.glob(digits.path.name + "*"):  # and what lies beside it
         (tmp_path / file.name.replace(digits.path.name, "train.beton")).symlink_to(file)
     monkeypatch.chdir(tmp_path)
+    space: dict[str, object] = {}  # later blocks of a page use what earlier ones define
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        exec(compile(block, page.name, "exec"), {})
+        exec(compile(block, page.name, "exec"), space)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Caches of released versions stay readable: by kdcache, and by the reader in docs/cache-format.md.
 
-`python -m tests.test_golden` makes those of the current version anew: only while it is unreleased.
+`python -m tests.test_golden` makes those of the current version that are not there.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,8 @@ import torch
 
 from kdcache.cache import verify
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import Dense, Sampled, TopK
+from kdcache.cache.codecs import Dense, Sampled, TopK, Transformed
+from kdcache.cache.records import Tables
 from kdcache.cache.spec import CACHE_VERSION, CacheSpec
 from kdcache.views.spec import ViewSpec
 from tests.processes import contents
@@ -41,6 +45,9 @@ KINDS: dict[str, dict[str, Any]] = {
         "num_averaged_views": 3,
         "view_spec": ViewSpec(8, mixup=0),
     },
+    "transformed": {"codec": Transformed(0.2, k=3)},
+    # A basis of 12 directions for 20 classes.
+    "transformed-cut": {"codec": Transformed(0.02, k=3, max_basis_bytes=12 * 20 * 2)},
     "foreign": {"codec": TopK(4), "row_order": "dataset", "view_spec": None, "precision": None},
 }
 CACHES = sorted(GOLDEN.glob("v*/*.zarr"))
@@ -54,8 +61,19 @@ def logits() -> torch.Tensor:
     return (torch.sin(i * 12.9898) * 4.0).float().reshape(VIEWS, SAMPLES, CLASSES)
 
 
-def make(folder: Path) -> None:
-    for name, fields in KINDS.items():
+def tables(codec: Transformed) -> Tables:
+    """Cosines, spelled out: LAPACK's directions differ in their last bits by version."""
+    i, j = np.mgrid[:CLASSES, :CLASSES]
+    basis = np.cos(np.pi * (2 * j + 1) * i / (2 * CLASSES)) * np.where(i, 2, 1) ** 0.5
+    return {
+        "basis": (basis / CLASSES**0.5)[: codec.rank(CLASSES)].astype(np.float16),
+        "mean": np.linspace(-0.5, 0.5, CLASSES, dtype=np.float32),
+        "shrink": np.linspace(0, 0.3, codec.rank(CLASSES), dtype=np.float32),
+    }
+
+
+def make(folder: Path, names: Iterable[str] = KINDS) -> None:
+    for name, fields in ((name, KINDS[name]) for name in names):
         base: dict[str, Any] = {
             "num_views": VIEWS,
             "num_samples": SAMPLES,
@@ -65,18 +83,31 @@ def make(folder: Path) -> None:
             "view_spec": ViewSpec(8),
         }
         spec = CacheSpec(**{**base, **fields})
-        cache = LogitCache.create(folder / f"{name}.zarr", spec, {"teacher": "golden"})
+        made = tables(spec.codec) if isinstance(spec.codec, Transformed) else {}
+        path = folder / f"{name}.zarr"
+        cache = LogitCache.create(path, spec, {"teacher": "golden"}, tables=made)
         for view, shard in cache.missing():
             rows = spec.rows(view, np.arange(SAMPLES))
-            cache.write(view, shard, spec.codec.encode(logits()[view], rows))
+            cache.write(view, shard, cache.coder().encode(logits()[view], rows))
+
+
+def blocks() -> str:
+    """The readers in the page, without the lines that use them."""
+    found = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    return "\n\n\n".join(block[: block.rstrip().rindex("\n")] for block in found)
 
 
 def reader() -> Any:
-    """The function in the page, without the line that uses it."""
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    """The function in the page that reads the records of a cache."""
     space: dict[str, Any] = {}
-    exec(block[: block.rindex("\n\n\n")], space)
-    return space["read"]
+    exec(blocks(), space)
+
+    def read(path: Path, view: int, T: float = 1.0) -> Any:
+        if "transformed" in path.name or (path / "coefficients").exists():
+            return None, space["read_transformed"](path, view, T), None
+        return space["read"](path, view, T)
+
+    return read
 
 
 @pytest.mark.parametrize("path", CACHES, ids=lambda p: f"{p.parent.name}-{p.stem}")
@@ -85,8 +116,11 @@ def test_a_cache_of_each_version_is_read(path: Path) -> None:
     cache = LogitCache.open(path)
     assert cache.missing() == []
     codec = cache.spec.codec
-    dtype = "float32" if isinstance(codec, Sampled) else codec.dtype
-    wide = {"uint8": 0.15, "float16": 0.005, "float32": 1e-4}[dtype]
+    if isinstance(codec, Transformed):
+        wide = 2.5 * codec.step  # the root mean square over classes is at most a step
+    else:
+        dtype = "float32" if isinstance(codec, Sampled) else codec.dtype
+        wide = {"uint8": 0.15, "float16": 0.005, "float32": 1e-4}[dtype]
     for view in range(cache.spec.num_views):
         for T in (1.0, 4.0) if not isinstance(codec, Sampled) else (2.0,):
             found = cache.target(view, np.arange(SAMPLES), T)
@@ -125,6 +159,18 @@ def test_the_reader_in_the_docs_notices(tmp_path: Path, version: str) -> None:
             reader()(tmp_path / "t", 0)
 
 
+def test_the_reader_in_the_docs_needs_nothing_of_kdcache(tmp_path: Path) -> None:
+    script = f"""{blocks()}
+import sys
+np.save(sys.argv[2], read_transformed(sys.argv[1], 1, 2.0))
+assert not [name for name in sys.modules if name.startswith("kdcache.")]
+"""
+    path = GOLDEN / "v2" / "transformed-cut.zarr"
+    subprocess.run([sys.executable, "-c", script, path, tmp_path / "p.npy"], check=True)
+    ours = LogitCache.open(path).target(1, np.arange(SAMPLES), 2.0)
+    np.testing.assert_allclose(ours.log_p_BK, np.load(tmp_path / "p.npy"), rtol=1e-5, atol=1e-5)
+
+
 def test_caches_of_version_1_are_as_they_were() -> None:
     """Byte for byte, and reading them writes nothing."""
     for path in GOLDEN.glob("v1/*.zarr"):
@@ -150,7 +196,7 @@ def test_a_cache_of_each_version_grows(path: Path, tmp_path: Path) -> None:
     cache = LogitCache.create(copy, new, {"teacher": "golden"})
     for view, shard in cache.missing():
         rows = new.rows(view, np.arange(SAMPLES))
-        cache.write(view, shard, new.codec.encode(logits()[1], rows))
+        cache.write(view, shard, cache.coder().encode(logits()[1], rows))
     cache.add_views()
     grown = LogitCache.open(copy)
     assert grown.spec == new
@@ -192,5 +238,5 @@ def test_records_are_written_as_they_were(path: Path, tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    shutil.rmtree(GOLDEN / f"v{CACHE_VERSION}", ignore_errors=True)
-    make(GOLDEN / f"v{CACHE_VERSION}")
+    folder = GOLDEN / f"v{CACHE_VERSION}"
+    make(folder, [name for name in KINDS if not (folder / f"{name}.zarr").exists()])

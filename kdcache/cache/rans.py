@@ -5,9 +5,10 @@ arrays give equal bytes on every machine; a column of one value takes no bits of
 1 to 3 % above the columns' entropy in chunks of some thousand rows; a multiplication and two table
 look-ups for each value of the other columns.
 
-A column's table covers a window of at most 255 values of v >> shift; the shifted-out bits follow
-their symbol as they are. A value outside the window is an escape, which its 16 bits follow. So an
-outlier costs itself some bytes, and the others nothing.
+A column's table covers a window of at most 255 values of v >> shift; the bits that are shifted out
+are kept as they are. A value outside the window is an escape, and all of its 16 bits are kept. So
+an outlier costs itself some bytes, and the others nothing. The order of decoding: column by column,
+in groups of 128 rows; of each group first the symbols, then the bits that are kept as they are.
 
 Asymmetric numeral systems: J. Duda, arXiv 1311.2540; states of 32 bits, words of 16 and interleaved
 lanes as in F. Giesen, arXiv 1402.3392. docs/cache-format.md has the format, and a decoder in NumPy.
@@ -22,11 +23,12 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-LANES = 128  # row i belongs to lane i % LANES
+LANES = 128  # rows of a group, each with a state of its own
 PRECISION = 12  # frequencies of a column sum to 1 << PRECISION
 TOTAL = 1 << PRECISION
 MAX_WINDOW = 255
 LOWEST_STATE = 1 << 16
+WORD = np.uint64(0xFFFF)
 # So many of 255 steps hold the middle 99 % of a wide column: finer steps would cost table entries
 # for no gain, as frequencies of neighbours are alike.
 WIDE_STEPS = 128
@@ -98,34 +100,37 @@ def _encode(values, low, shift, size, starts, freqs, states, words):
     cumulated = np.zeros(MAX_WINDOW + 2, np.uint64)
     for j in range(columns - 1, -1, -1):
         f = freqs[starts[j] : starts[j + 1]]
-        if f[0] == TOTAL:
+        bits, steps, first = shift[j], size[j], low[j]
+        wide = bits > 0 or f[steps] > 0
+        if f[0] == TOTAL and bits == 0:
             continue
         for s in range(len(f)):
             cumulated[s + 1] = cumulated[s] + f[s]
-        bits, steps, first = np.uint64(shift[j]), size[j], low[j]
-        for i in range(rows - 1, -1, -1):
-            value = np.int64(values[i, j])
-            symbol = (value >> shift[j]) - first
-            x = states[i % LANES]
-            if symbol < 0 or symbol >= steps:
-                at -= 1
-                words[at] = x & np.uint64(0xFFFF)
-                x = (x >> np.uint64(16)) << np.uint64(16) | np.uint64(value & 0xFFFF)
-                symbol = np.int64(steps)
-            elif bits > 0:
-                if x >= np.uint64(1) << (np.uint64(32) - bits):
+        for group in range((rows - 1) // LANES * LANES, -1, -LANES):
+            last = min(group + LANES, rows) - 1
+            for i in range(last, group - 1 if wide else last, -1):
+                value = np.int64(values[i, j])
+                inside = 0 <= (value >> bits) - first < steps
+                width = np.uint64(bits if inside else 16)
+                x = states[i - group]
+                if x >> (np.uint64(32) - width) > 0:
                     at -= 1
-                    words[at] = x & np.uint64(0xFFFF)
+                    words[at] = x & WORD
                     x >>= np.uint64(16)
-                x = x << bits | np.uint64(value) & ((np.uint64(1) << bits) - np.uint64(1))
-            frequency = np.uint64(f[symbol])
-            if x >= frequency << np.uint64(32 - PRECISION):
-                at -= 1
-                words[at] = x & np.uint64(0xFFFF)
-                x >>= np.uint64(16)
-            quotient = x // frequency
-            rest = x - quotient * frequency
-            states[i % LANES] = (quotient << np.uint64(PRECISION)) + rest + cumulated[symbol]
+                raw = np.uint64(value) & ((np.uint64(1) << width) - np.uint64(1))
+                states[i - group] = x << width | raw
+            for i in range(last, group - 1, -1):
+                symbol = (np.int64(values[i, j]) >> bits) - first
+                if symbol < 0 or symbol >= steps:
+                    symbol = np.int64(steps)
+                frequency, x = np.uint64(f[symbol]), states[i - group]
+                if x >= frequency << np.uint64(32 - PRECISION):
+                    at -= 1
+                    words[at] = x & WORD
+                    x >>= np.uint64(16)
+                quotient = x // frequency
+                rest = x - quotient * frequency
+                states[i - group] = (quotient << np.uint64(PRECISION)) + rest + cumulated[symbol]
     return at
 
 
@@ -157,9 +162,10 @@ def _decode(values, low, shift, size, starts, freqs, states, words):
     rows, columns = values.shape
     at = 0
     symbols, offsets = np.empty(TOTAL, np.uint8), np.empty(TOTAL, np.uint16)
+    escaped = np.zeros(LANES, np.bool_)
     for j in range(columns):
         f = freqs[starts[j] : starts[j + 1]]
-        first, bits, steps = np.int64(low[j]), np.uint64(shift[j]), np.int64(size[j])
+        first, bits, steps = np.int64(low[j]), np.int64(shift[j]), np.int64(size[j])
         if f[0] == TOTAL and bits == 0:
             if first != 0:
                 values[:, j] = first
@@ -169,29 +175,36 @@ def _decode(values, low, shift, size, starts, freqs, states, words):
             for k in range(f[s]):
                 symbols[slot], offsets[slot] = s, k
                 slot += 1
-        for i in range(rows):
-            x = states[i % LANES]
-            slot = x & np.uint64(TOTAL - 1)
-            symbol = np.int64(symbols[slot])
-            x = np.uint64(f[symbol]) * (x >> np.uint64(PRECISION)) + np.uint64(offsets[slot])
-            if x < LOWEST_STATE:
-                if at == len(words):
-                    return False
-                x = x << np.uint64(16) | np.uint64(words[at])
-                at += 1
-            value = first + symbol
-            if symbol == steps or bits > 0:
-                width = np.uint64(16) if symbol == steps else bits
-                low_bits = np.int64(x & ((np.uint64(1) << width) - np.uint64(1)))
-                value = low_bits if symbol == steps else value << np.int64(bits) | low_bits
+        for group in range(0, rows, LANES):
+            end, wide = min(group + LANES, rows), bits > 0
+            for i in range(group, end):
+                x = states[i - group]
+                slot = x & np.uint64(TOTAL - 1)
+                symbol = np.int64(symbols[slot])
+                x = np.uint64(f[symbol]) * (x >> np.uint64(PRECISION)) + np.uint64(offsets[slot])
+                if x < LOWEST_STATE:
+                    if at == len(words):
+                        return False
+                    x = x << np.uint64(16) | np.uint64(words[at])
+                    at += 1
+                states[i - group] = x
+                wide |= symbol == steps
+                escaped[i - group] = symbol == steps
+                values[i, j] = (first + symbol) << bits
+            if not wide:
+                continue
+            for i in range(group, end):
+                width = np.uint64(16 if escaped[i - group] else bits)
+                x = states[i - group]
+                raw = np.int64(x & ((np.uint64(1) << width) - np.uint64(1)))
+                values[i, j] = raw if escaped[i - group] else np.int64(values[i, j]) | raw
                 x >>= width
                 if x < LOWEST_STATE:
                     if at == len(words):
                         return False
                     x = x << np.uint64(16) | np.uint64(words[at])
                     at += 1
-            values[i, j] = value
-            states[i % LANES] = x
+                states[i - group] = x
     if at != len(words):
         return False
     for lane in range(LANES):

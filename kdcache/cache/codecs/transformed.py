@@ -16,8 +16,8 @@ and so of a logit, is at most about D = step^2 / 12, the one dial.
 
 No other class is decoded above the least of the k. Error: the root mean square over classes of
 z - y is at most one step in every record, and about sqrt(D) on average. Where the basis is complete
-this follows from rounding. Where it is cut to `BASIS_BYTES`, a row that it does not hold to this
-error is escaped: `escapes` keeps round((z - y) / step) of each class.
+this follows from rounding. Where it is cut to `max_basis_bytes`, a row that it does not hold to
+this error is escaped: `escapes` keeps round((z - y) / step) of each class.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from kdcache.errors import CacheCorrupt, UsageError
 from kdcache.losses.distillation import check_temperature, distillation_losses
 from kdcache.spec import require
 
-BASIS_BYTES = 1 << 26  # complete up to 5,792 classes
 MAX_CLASSES = 1 << 15
 LEAST_DISTORTION = 1e-4
 CORRECTIONS = 16  # of the largest logits, in a step
@@ -54,11 +53,14 @@ class Transformed:
     distortion               D, of a logit, in nats^2
     k                        the largest logits, which are kept to a 32nd of a step
     num_calibration_records  teacher logits that the basis is made from
+    max_basis_bytes          of the basis in float16, which is complete up to 5,792 classes, and of
+                             rank max_basis_bytes / 2C above
     """
 
     distortion: float = 0.1
     k: int = 8
     num_calibration_records: int = CALIBRATION_RECORDS
+    max_basis_bytes: int = 1 << 26
     name: ClassVar[str] = "transformed"
     default_temperature: ClassVar[float] = 1.0
     measures: ClassVar[MeasureNames] = MeasureNames()
@@ -78,7 +80,7 @@ class Transformed:
 
     def rank(self, num_classes: int) -> int:
         """Directions that the basis has."""
-        return min(num_classes, BASIS_BYTES // (2 * num_classes))
+        return max(1, min(num_classes, self.max_basis_bytes // (2 * num_classes)))
 
     def require_classes(self, num_classes: int) -> None:
         require(self.k < num_classes, "top-k", f"1 to {num_classes - 1}", self.k)
