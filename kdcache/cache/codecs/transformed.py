@@ -218,9 +218,10 @@ class FittedTransform:
         ids_Bk = _class_ids(records.columns["classes"], num_classes).to(self.device)
         corrections_Bk = self._tensor(records.columns["corrections"]) * (step / CORRECTIONS)
         named_Bk = y_BC.gather(1, ids_Bk) + corrections_Bk
-        # No other class is above one of the k largest, as none was.
-        y_BC = torch.minimum(y_BC, named_Bk.amin(1, keepdim=True)).scatter_(1, ids_Bk, named_Bk)
-        return Target(y_BC - named_Bk.amax(1, keepdim=True), None, None, num_classes)
+        # In place, as fresh memory for all classes takes as long as a pass over it. No other class
+        # is above one of the k largest, as none was.
+        y_BC.clamp_(max=named_Bk.amin(1, keepdim=True)).scatter_(1, ids_Bk, named_Bk)
+        return Target(y_BC.sub_(named_Bk.amax(1, keepdim=True)), None, None, num_classes)
 
     def error_bound(self, gaps: torch.Tensor) -> torch.Tensor:
         """Of one of the k largest logits, whatever its gap."""
@@ -246,9 +247,9 @@ class FittedTransform:
     def _sum(self, codes_BR: NDArray[np.int16]) -> torch.Tensor:
         """y of these coefficients [B, C]: a matrix product over the directions that are used."""
         used = np.flatnonzero(codes_BR.any(0))
-        basis_UC = self._basis_RC.index_select(0, torch.from_numpy(used).to(self.device))
-        shrink_U = self._shrink_R.index_select(0, torch.from_numpy(used).to(self.device))
-        codes_BU = self._shrunk(self._tensor(codes_BR[:, used]), shrink_U)
+        codes_BU, used_U = self._tensor(codes_BR[:, used]), torch.from_numpy(used).to(self.device)
+        codes_BU = self._shrunk(codes_BU, self._shrink_R[used_U])
+        basis_UC = self._basis_RC.index_select(0, used_U)
         return torch.addmm(self._mean_C, codes_BU, basis_UC, alpha=self.spec.step)
 
     def _shrunk(self, codes_BR: torch.Tensor, shrink_R: torch.Tensor) -> torch.Tensor:
