@@ -72,9 +72,12 @@ def read(
 ) -> tuple[list[Fault], list[Picked]]:
     """Read and decode every shard as training would: what is wrong, and the wanted rows' records.
 
-    `progress` is called with rows read so far. Raises MissingDependency where this zarr cannot
-    decode what was written.
+    `progress` is called with rows read so far. Raises CacheCorrupt for a damaged table, without
+    which no record can be decoded, and MissingDependency where this zarr cannot decode what was
+    written.
     """
+    # Before any shard, none of which is damaged where a table is.
+    cache.coder()
     faults: list[Fault] = []
     parts: dict[int, list[tuple[I64, Records]]] = {}
     done = 0

@@ -29,6 +29,7 @@ def verify(options: VerifyOptions, output: OutputOptions) -> None:
 
     try:
         cache = LogitCache.open(options.cache)
+        cache.coder()  # reads its tables, without which no record can be checked
     except CacheCorrupt as error:
         show({"path": options.cache, "ok": False, "manifest": str(error)}, output.as_json)
         raise typer.Exit(1) from None

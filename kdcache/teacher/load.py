@@ -197,13 +197,11 @@ def _codec(options: RecordOptions, num_classes: int, existing: CacheSpec | None)
     if name == "draws":
         return Sampled(options.num_draws, options.temperature)
     if name == "transformed":
-        return Transformed(
-            options.distortion or Transformed.distortion,
-            k or Transformed.k,
-            options.num_calibration_records,
-        )
+        distortion = Transformed.distortion if options.distortion is None else options.distortion
+        k = Transformed.k if k is None else k
+        return Transformed(distortion, k, options.num_calibration_records)
     if name == "top-k":
-        return choose_codec(num_classes, min(k or DEFAULT_TOP_K, num_classes), dtype)
+        return choose_codec(num_classes, min(DEFAULT_TOP_K, num_classes) if k is None else k, dtype)
     if name == "auto" and existing is not None:
         return existing.codec
     if name == "auto" and num_classes > DENSE_CLASSES and options.dtype:

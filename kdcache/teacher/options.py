@@ -145,6 +145,8 @@ class RecordOptions:
             raise UsageError(
                 f"--{option_name} goes with {' and '.join(records)} records, not with {name}"
             )
+        if self.top_k is not None and (self.top_k == "all") != (name == "dense"):
+            raise UsageError(f"--top-k {self.top_k} does not go with --record {name}")
         if name == "draws" and not self.num_draws:
             raise UsageError("--record draws needs --num-draws N")
         if self.num_averaged_views and name == "draws":
