@@ -13,6 +13,8 @@ ValueType = Literal["float32", "float16", "uint8"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Mode = Literal["labels", "online", "cached"]
 OptimizerName = Literal["adamw", "sgd", "soap"]
+# As in kernels/problem.py, which stands alone.
+Tail = Literal["bucket", "uniform", "renormalise", "none"]
 
 # Defaults that an option and a spec share.
 CALIBRATION_RECORDS = 4096

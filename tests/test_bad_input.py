@@ -360,6 +360,7 @@ def test_eval_refuses(bench: Bench, options: list[object], words: str) -> None:
         (["eval", "x", "--teacher-size", 0], "Invalid value for '--teacher-size'"),
         (["train", "--optimizer", "adam"], "'adam' is not one of"),
         (["train", "--precision", "int8"], "'int8' is not one of"),
+        (["train", "--tail", "flat"], "'flat' is not one of"),
         (["demo", "--epochs", 0], "Invalid value for '--epochs'"),
         (["train"], "Missing option '--data'"),
         (["inspect"], "Missing argument"),
@@ -400,6 +401,44 @@ def test_modes_need_their_options_and_no_others(bench: Bench) -> None:
         words="--cache goes with --mode cached, not with --mode online",
     )
     bench.refused(*train("--teacher", TEACHER), words="--teacher goes with --mode online or cached")
+
+
+@pytest.mark.parametrize("tail", ["bucket", "uniform"])
+def test_a_tail_goes_with_records_that_leave_classes_out(bench: Bench, tail: str) -> None:
+    words = "--tail goes with a cache whose records leave classes out"
+    bench.refused(*bench.train("--tail", tail), words=(words, "not with --mode labels"))
+    online = bench.train("--tail", tail, "--teacher", TEACHER, mode="online")
+    bench.refused(*online, words=(words, "not with --mode online"))
+    dense = bench.folder / "new.zarr"
+    assert bench.command(*bench.precompute("--top-k", "all")).code == 0
+    line = bench.cached("--tail", tail, cache=dense)
+    bench.refused(*line, words=(words, f"{dense} has all classes, float16"))
+    assert not (bench.folder / "run").exists()
+
+
+def test_draws_have_no_tail_to_spread(bench: Bench) -> None:
+    draws = bench.folder / "new.zarr"
+    assert bench.command(*bench.precompute("--num-draws", 3)).code == 0
+    for tail in ("uniform", "renormalise"):
+        words = (f"--tail {tail} goes with top-k records", f"the draws of {draws}", "give none")
+        bench.refused(*bench.cached("--tail", tail, cache=draws), words=words)
+    assert not (bench.folder / "run").exists()
+    assert bench.command(*bench.cached("--tail", "none", cache=draws)).code == 0
+
+
+def test_the_tail_is_part_of_a_run(bench: Bench) -> None:
+    """Under its name where it is given, and nothing where it is the default."""
+    line = bench.cached("--tail", "uniform")
+    assert bench.command(*line).code == 0
+    record = bench.folder / "run" / "run.json"
+    assert json.loads(record.read_text())["spec"]["tail"] == "uniform"
+    plain = bench.cached("--out", bench.folder / "plain")
+    assert bench.command(*plain).code == 0
+    assert "tail" not in json.loads((bench.folder / "plain" / "run.json").read_text())["spec"]
+    record.unlink()
+    for options, here in ((["--tail", "none"], "none"), ([], "bucket")):
+        words = ("holds a different run (", f"tail: {here} here, uniform there")
+        bench.refused(*bench.cached(*options, "--resume"), words=words)
 
 
 def test_a_teacher_of_other_classes_than_the_students(bench: Bench, photos: Dataset) -> None:

@@ -88,6 +88,7 @@ OPTIONS = {
         "--momentum",
         "--warmup",
         "--temperature",
+        "--tail",
         "--ema",
         "--precision",
         "--init",

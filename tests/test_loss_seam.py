@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
+from kdcache import choices
 from kdcache.batch import Batch, dense_target
 from kdcache.errors import UsageError
-from kdcache.losses.distillation import distillation_loss
+from kdcache.losses.distillation import TAILS, distillation_loss
 from kdcache.losses.loss import LOSSES, Distillation, loss_from_json, loss_to_json
 from kdcache.teacher.targets import LabelTargets
 
@@ -51,6 +52,10 @@ def test_the_labels_are_mixed_as_the_pixels(batch: Batch) -> None:
     entropy = -torch.special.xlogy(p_BC, p_BC).sum(1)
     ce_B = -(p_BC * logits_BC.log_softmax(1)).sum(1)
     assert loss.item() == pytest.approx((ce_B - entropy).mean().item(), rel=1e-5)
+
+
+def test_the_tails_of_the_options_are_those_of_the_kernels() -> None:
+    assert get_args(choices.Tail) == TAILS
 
 
 @pytest.mark.parametrize(

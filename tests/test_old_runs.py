@@ -100,6 +100,11 @@ def test_different_options_are_refused(data: Dataset, stopped: Path) -> None:
         resumed(cached_run(data, replace(SPEC, lr=1e-2)), stopped)
 
 
+def test_they_have_the_default_tail(data: Dataset, stopped: Path) -> None:
+    with pytest.raises(UsageError, match=r"\(tail: uniform here, bucket there"):
+        resumed(cached_run(data, replace(SPEC, tail="uniform")), stopped)
+
+
 @pytest.mark.parametrize("name", ["run-finished", "run-whole"])
 def test_a_finished_run_loads(name: str) -> None:
     record = read_run_json(OLD / name)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numba
 import pytest
 import torch
 
+from kdcache.choices import Tail
 from kdcache.data.beton import Dataset
 from kdcache.errors import CacheMismatch, UsageError
+from kdcache.losses.distillation import distillation_loss
 from kdcache.models import load
 from kdcache.models.weights import save_weights
 from kdcache.options import build, describe, option, option_names
 from kdcache.teacher import targets
 from kdcache.teacher.precompute import precompute
 from kdcache.training.load import load_training_run, loader_threads
+from kdcache.training.loop import iter_batches, open_loader
 from kdcache.training.options import RunOptions, TrainCommand, TrainOptions
 from kdcache.training.recipes import get_recipe
 from kdcache.training.spec import TrainSpec
@@ -97,6 +102,31 @@ def test_a_cache_settles_the_views_and_its_judge_is_no_part_of_the_run(
 def test_a_label_weight_brings_the_labels(digits_test: Dataset, cache: str) -> None:
     run = load_training_run(given(digits_test, "cached", cache=cache, label_weight=0.1))
     assert run.spec.label_weight == 0.1
+
+
+@pytest.mark.parametrize("tail", [None, *get_args(Tail)])
+def test_the_loss_of_a_run_makes_its_assumption_about_the_tail(
+    digits_test: Dataset, tmp_path: Path, tail: Tail | None
+) -> None:
+    teacher = load.load_model(TEACHER, "teacher", num_classes=10, size_px=8)
+    spec = cache_spec(digits_test, teacher, ViewSpec(8), num_views=1, top_k=3, dtype="float32")
+    precompute(digits_test, teacher, spec, tmp_path / "t.zarr")
+    path, options = str(tmp_path / "t.zarr"), {"epochs": 1, "batch_size": 64, "temperature": 3.0}
+    run = load_training_run(given(digits_test, "cached", cache=path, tail=tail, **options))
+    assert run.spec.tail == (tail or "bucket")
+    with open_loader(run, workers=1) as loader:
+        batch = next(iter_batches(loader, run.spec))
+    target = run.targets(batch)
+    logits_BC = torch.randn(64, 10)
+
+    def gradient(loss: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        z = logits_BC.clone().requires_grad_()
+        return torch.autograd.grad(loss(z), z)[0]
+
+    found = gradient(partial(run.make_loss(), target=target, batch=batch))
+    for other in get_args(Tail):
+        one = gradient(partial(distillation_loss, target=target, temperature=3.0, tail=other))
+        assert torch.equal(found, one) == (other == run.spec.tail)
 
 
 def test_a_recipe_settles_what_was_not_asked_for(digits_test: Dataset) -> None:

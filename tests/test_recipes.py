@@ -213,6 +213,7 @@ def test_one_recipe_in_full(kdcache: Run) -> None:
         "num_averaged_views",
         "ema_decay",
         "label_weight",
+        "tail",
     }
     rows, _, command = out.partition("\nthe same as\n")
     assert {f.name for f in fields(TrainSpec) if f"\n{f.name} " not in rows} == idle

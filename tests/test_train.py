@@ -94,6 +94,7 @@ def trained(dataset: Dataset, spec: TrainSpec = SPEC) -> tuple[Classifier, list[
         ({"optimizer": "adam"}, "optimizer must be one of adamw, sgd, soap, not 'adam'"),
         ({"precision": "float64"}, "precision must be one of float32, .*, not 'float64'"),
         ({"temperature": 0.0}, "temperature must be above 0, not 0.0"),
+        ({"tail": "flat"}, "tail must be one of bucket, .*, not 'flat'"),
     ],
 )
 def test_a_spec_says_what_is_wrong(change: dict[str, Any], message: str) -> None:

@@ -170,6 +170,8 @@ def _page(recipe: Recipe, cost: Cost, hours: float | None) -> dict[str, Any]:
 def _hyperparameters(spec: TrainSpec) -> dict[str, Any]:
     """The fields without the views, and without what is none or off."""
     idle = {"view_spec", "teacher_view_spec"} | ({"momentum"} if spec.optimizer != "sgd" else set())
+    # An online teacher leaves no classes out.
+    idle |= {"tail"} if spec.mode != "cached" else set()
     values = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in idle}
     return {
         name: value

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 
 from kdcache.batch import TargetSource
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import TopK
+from kdcache.cache.codecs import Sampled, TopK
 from kdcache.cache.fidelity import cosine_at, fidelity_from_json
 from kdcache.cache.setting import cached_view_spec
 from kdcache.data.beton import Dataset, open_dataset
@@ -150,7 +150,27 @@ def _open_cache(options: TrainOptions, url: str, dataset: Dataset) -> LogitCache
     views = options.num_views or spec.num_views
     if spec.row_order == "view" and views != spec.num_views:
         raise CacheMismatch(f"{url} has {spec.num_views} views, not {views}: leave --views out")
+    _require_tail(options, cache)
     return cache
+
+
+def _require_tail(options: TrainOptions, cache: LogitCache) -> None:
+    """Raise UsageError for a --tail that changes nothing: the run would differ in name only."""
+    spec, tail = cache.spec, options.tail
+    if tail is None:
+        return
+    if spec.codec.num_named(spec.num_classes) == spec.num_classes:
+        raise UsageError(
+            f"--tail goes with a cache whose records leave classes out: {cache.url} has "
+            f"{spec.codec.describe(spec.num_classes)}"
+        )
+    # Draws estimate the probability of every class, 0 for those that none hit: nothing is left to
+    # spread, and they sum to 1 already.
+    if isinstance(spec.codec, Sampled) and tail in ("uniform", "renormalise"):
+        raise UsageError(
+            f"--tail {tail} goes with top-k records: the draws of {cache.url} have no tail; leave "
+            "--tail out, or give none, which is the same loss"
+        )
 
 
 def _cache_warnings(cache: LogitCache, spec: TrainSpec, recipe: Recipe | None) -> tuple[str, ...]:

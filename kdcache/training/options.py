@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kdcache.choices import Mode, OptimizerName, Precision
+from kdcache.choices import Mode, OptimizerName, Precision, Tail
 from kdcache.errors import UsageError
 from kdcache.options import (
     DATA,
@@ -144,6 +144,14 @@ class TrainOptions:
         default_text="1",
         group=OPTIMIZATION,
         metavar="T",
+    )
+    tail: Tail | None = option(
+        None,
+        help="What the loss assumes of the classes that a record leaves out. bucket: compare their "
+        "total probability only; uniform: each has an equal share of it; renormalise: they have "
+        "none, the named classes are scaled to sum to 1; none: leave them out, scale nothing.",
+        default_text="bucket",
+        group=OPTIMIZATION,
     )
     label_weight: float | None = option(
         None,
@@ -318,6 +326,10 @@ def _require_mode(options: TrainOptions) -> None:
         (
             labels and options.temperature not in (None, 1),
             "--temperature goes with a teacher, not with --mode labels",
+        ),
+        (
+            options.tail and not cached,
+            "--tail goes with a cache whose records leave classes out, not with --mode " + mode,
         ),
         (
             labels and options.unlabeled,

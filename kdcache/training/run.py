@@ -21,7 +21,7 @@ class TrainingRun:
     """A run, loaded.
 
     targets            of each batch: labels, a live teacher, or a cache
-    loss               None: `Distillation` with the temperature and label weight of the spec
+    loss               None: `Distillation` with the temperature, tail and label weight of the spec
     val                images to evaluate on
     reference_teacher  the teacher that an evaluation compares the student with; it sees images of
                        reference_size_px; None: of the student's size
@@ -61,4 +61,6 @@ class TrainingRun:
     def make_loss(self) -> Loss:
         """`loss`, or the distillation loss that the spec defines."""
         spec = self.spec
-        return self.loss or Distillation(spec.temperature, label_weight=spec.label_weight)
+        return self.loss or Distillation(
+            spec.temperature, tail=spec.tail, label_weight=spec.label_weight
+        )

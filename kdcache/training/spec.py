@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from kdcache.choices import Mode as Mode
 from kdcache.choices import OptimizerName as OptimizerName
+from kdcache.choices import Tail as Tail
 from kdcache.spec import (
     Precision,
     digest,
@@ -57,6 +58,8 @@ class TrainSpec:
     setting             the name of the setting (`views/settings.py`)
     num_averaged_views  a live teacher's target is its mean probability over this many views of
                         teacher_view_spec; 0: its logits for one
+    tail                what the loss assumes of the classes that a record does not name
+                        (`losses.distillation.distillation_loss`)
     """
 
     mode: Mode
@@ -78,6 +81,7 @@ class TrainSpec:
     label_weight: float = 0.0
     ema_decay: float = 0.0
     precision: Precision = "float32"
+    tail: Tail = "bucket"
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
@@ -116,6 +120,8 @@ class TrainSpec:
             f"one of {', '.join(precisions)}",
             self.precision,
         )
+        tails = get_args(Tail)
+        require(self.tail in tails, "tail", f"one of {', '.join(tails)}", self.tail)
 
     @property
     def digest(self) -> str:
