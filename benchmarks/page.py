@@ -27,6 +27,7 @@ COMMANDS = {
     "loader": ("The loader", "python -m benchmarks.bench_loader --save"),
     "step": ("Training and precompute", "python -m benchmarks.bench_step --save"),
     "cache": ("The cache", "python -m benchmarks.bench_cache --save"),
+    "memory": ("Memory while recording", "python -m benchmarks.bench_memory --save"),
 }
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from kdcache.batch import Target
 from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import Sampled, TopK, ValueType, bind, choose_codec
-from kdcache.cache.records import Records
+from kdcache.cache.records import Records, RecordsBuffer
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
 from kdcache.errors import StorageError, UsageError
@@ -178,15 +178,15 @@ def import_cache(
         for e in wanted:
             if e not in rows_of:
                 rows_of[e] = tinyvit_reader.rows_of(saved.epochs[e], saved.places, dataset.path)
-        parts = []
+        buffer = RecordsBuffer(cache.num_rows(shard))
         for start, stop in _pieces(cache, shard):
             read = (tinyvit_reader.read(saved.epochs[e], rows_of[e][start:stop]) for e in wanted)
-            parts.append(
+            buffer.append(
                 _averaged(read, spec) if spec.num_averaged_views else _records(next(read), spec)
             )
             done += stop - start
             progress(done)
-        cache.write(view, shard, Records.concatenate(parts))
+        cache.write(view, shard, buffer.records())
         cache.unlock_shard(view, shard)
     cache.add_views()
     cache.store.release_locks()

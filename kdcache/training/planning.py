@@ -118,12 +118,15 @@ def record_some(
     assert spec.view_spec is not None
     num_averaged = min(spec.num_averaged_views, MEASURED_AVERAGED_VIEWS)
     measured = replace(spec, num_averaged_views=num_averaged)
+    most = min(spec.num_samples, Layout.of(spec).shard_rows)
     parts, rates, rows, start = [], [], 0, 0.0
     with Loader(
         dataset, spec.view_spec, batch_size, workers=workers, device=teacher.device
     ) as loader:
         for batch, (view, rows_B, logits_BC) in enumerate(_passes(loader, teacher, measured), 1):
-            parts.append(coder.encode(logits_BC, measured.rows(view, rows_B)))
+            records = coder.encode(logits_BC, measured.rows(view, rows_B))
+            if sum(map(len, parts)) < most:  # the rest is measured, and not kept
+                parts.append(records)
             rows += len(rows_B)
             seconds = time.perf_counter() - start
             if batch == WARM_BATCHES or (batch > WARM_BATCHES and seconds > BLOCK_S):
@@ -133,7 +136,7 @@ def record_some(
             if len(rates) == BLOCKS:
                 break
     scale = spec.num_averaged_views / num_averaged if num_averaged else 1
-    records = Records.concatenate(parts)[: min(spec.num_samples, Layout.of(spec).shard_rows)]
+    records = Records.concatenate(parts)[:most]
     layouts.pack(spec, records)  # warms up
     start = time.perf_counter()
     rows, packed_bytes = layouts.pack(spec, records)
