@@ -119,7 +119,8 @@ def record_some(
     num_averaged = min(spec.num_averaged_views, MEASURED_AVERAGED_VIEWS)
     measured = replace(spec, num_averaged_views=num_averaged)
     most = min(spec.num_samples, Layout.of(spec).shard_rows)
-    parts, rates, rows, start = [], [], 0, 0.0
+    parts: list[Records] = []
+    rates, rows, start = [], 0, 0.0
     with Loader(
         dataset, spec.view_spec, batch_size, workers=workers, device=teacher.device
     ) as loader:

@@ -247,8 +247,8 @@ class FittedTransform:
     def _sum(self, codes_BR: NDArray[np.int16]) -> torch.Tensor:
         """y of these coefficients [B, C]: a matrix product over the directions that are used."""
         used = np.flatnonzero(codes_BR.any(0))
-        codes_BU, used_U = self._tensor(codes_BR.take(used, 1)), torch.from_numpy(used).to(self.device)
-        codes_BU = self._shrunk(codes_BU, self._shrink_R[used_U])
+        used_U = torch.from_numpy(used).to(self.device)
+        codes_BU = self._shrunk(self._tensor(codes_BR.take(used, 1)), self._shrink_R[used_U])
         basis_UC = self._basis_RC.index_select(0, used_U)
         return torch.addmm(self._mean_C, codes_BU, basis_UC, alpha=self.spec.step)
 
