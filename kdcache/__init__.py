@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kdcache.cache.codecs import Dense as Dense
     from kdcache.cache.codecs import Sampled as Sampled
     from kdcache.cache.codecs import TopK as TopK
+    from kdcache.cache.codecs import Transformed as Transformed
     from kdcache.cache.spec import CacheSpec as CacheSpec
     from kdcache.data.beton import Dataset as Dataset
     from kdcache.data.beton import open_dataset as open_dataset
@@ -53,6 +54,7 @@ _HOMES = {
     "TemperedTarget": "kdcache.batch",
     "TopK": "kdcache.cache.codecs",
     "TrainSpec": "kdcache.training.spec",
+    "Transformed": "kdcache.cache.codecs",
     "TrainingRun": "kdcache.training.run",
     "ViewSpec": "kdcache.views.spec",
     "convert": "kdcache.data.convert",

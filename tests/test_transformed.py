@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import shutil
@@ -18,9 +19,10 @@ from kdcache import files
 from kdcache.batch import Target
 from kdcache.cache import layout, verify
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import Transformed, bind
+from kdcache.cache.codecs import TopK, Transformed, bind
 from kdcache.cache.codecs.protocol import Allowance
 from kdcache.cache.codecs.transformed import CORRECTIONS, principal_directions
+from kdcache.cache.fidelity import Fidelity, fidelity_to_json
 from kdcache.cache.records import Records, Tables
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.beton import Dataset
@@ -444,6 +446,13 @@ def test_the_commands_take_transformed_records(
     assert kdcache("inspect", out, "--sample", 3).code == 0
     planned = kdcache("plan", *line, "--views", 2, *kind, *view, "--json")
     assert planned.code == 0
+    found = json.loads(planned.out)
+    assert [x["temperature"] for x in found["fidelity"]] == [1, 2, 5, 10]
+    assert all(0.9 < x["cosine"] <= 1 for x in found["fidelity"])
+    sizes = [json.loads(made.out)["bytes"], found["bytes"]]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.15)
+    assert json.loads(made.out)["kl_records"] > 0
+    assert 0 < json.loads(made.out)["kl_to_live_mean"] < 0.1
     student = ["--student", "python:tests.conftest:convolutional_student", "--epochs", 1]
     run = ["--mode", "cached", "--cache", out, "--out", tmp_path / "run", *student]
     trained = kdcache("train", "--data", digits_test.path, *run, "--temperature", 5)
@@ -462,6 +471,75 @@ def test_a_transformed_cache_in_dataset_order_and_of_averages(
         assert kdcache("verify", out, *line).code == 0
         exported = kdcache("export", out, tmp_path / f"{name}.tinyvit", "--top-k", 5)
         assert exported.code == 0, exported.err
+
+
+def fidelity(*cosines: float) -> dict[str, Any]:
+    """What `precompute` would have measured of a cache at T = 1, 2, 5, 10."""
+    temperatures = (1.0, 2.0, 5.0, 10.0)
+    found = [Fidelity(T, 0.01, x) for T, x in zip(temperatures, cosines, strict=True)]
+    return {"teacher": "t", "fidelity": fidelity_to_json(found)}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "temperature", "words"),
+    [
+        (fidelity(0.99, 0.97, 0.8, 0.7), 1, None),
+        (fidelity(0.99, 0.97, 0.8, 0.7), 2, None),
+        (fidelity(0.99, 0.97, 0.8, 0.7), 5, "cosine of 0.80"),
+        (fidelity(0.99, 0.97, 0.8, 0.7), 20, "cosine of 0.70"),
+        (fidelity(0.90, 0.97, 0.8, 0.7), 1, "cosine of 0.90"),
+        ({"teacher": "t"}, 1, None),  # measured by nobody: the tail of the records decides
+        ({"teacher": "t"}, 10, "% of the probability"),
+    ],
+)
+def test_training_warns_where_records_are_far_from_the_teacher(
+    digits_test: Dataset,
+    tmp_path: Path,
+    kdcache: Run,
+    metadata: dict[str, Any],
+    temperature: float,
+    words: str | None,
+) -> None:
+    N = len(digits_test)
+    spec = CacheSpec(1, N, 10, TopK(3), digits_test.content_hash, "0" * 16, ViewSpec(8))
+    made = LogitCache.create(tmp_path / "t", spec, metadata)
+    z = 6 * torch.nn.functional.one_hot(torch.arange(N) % 10, 10).float()
+    for view, shard in made.missing():
+        made.write(view, shard, TopK(3).encode(z[slice(*made.shard_range(shard))]))
+    student = ["--student", "python:tests.conftest:convolutional_student", "--epochs", 1]
+    run = ["--mode", "cached", "--cache", tmp_path / "t", "--out", tmp_path / "run", *student]
+    result = kdcache("train", "--data", digits_test.path, *run, "--temperature", temperature)
+    assert result.code == 0, result.err
+    lines = [line for line in result.err.splitlines() if "at T = " in line]
+    if words is None:
+        assert not lines
+        return
+    (line,) = lines
+    assert words in line
+    assert f"--record auto --temperature {temperature}" in line
+
+
+def test_an_object_store_holds_the_tables_too(
+    digits_test: Dataset, teacher: Teacher, cache: LogitCache
+) -> None:
+    url = "memory://transformed-tables"
+    precompute(digits_test, teacher, cache.spec, url, batch_size=16, workers=1)
+    found = LogitCache.open(url)
+    assert found.manifest.tables == cache.manifest.tables
+    ours, theirs = found.decode(found[1]), cache.decode(cache[1])
+    assert torch.equal(ours.logits_BK, theirs.logits_BK)
+
+
+def test_a_cache_from_top_k_records_knows_its_fidelity(
+    digits_test: Dataset, tmp_path: Path, kdcache: Run
+) -> None:
+    line = ["--data", digits_test.path, "--teacher", TEACHER, "--out", tmp_path / "t", "--size", 8]
+    made = kdcache("precompute", *line, "--top-k", 3)
+    assert made.code == 0
+    assert "top 3 of 10 classes" in made.err
+    found = LogitCache.open(tmp_path / "t").metadata["fidelity"]
+    assert all(x["kl"] > 0.001 for x in found)
+    assert found[0]["cosine"] > found[-1]["cosine"]
 
 
 @pytest.mark.parametrize(
