@@ -130,6 +130,7 @@ def measure(folder: Path, num_samples: int) -> list[dict[str, Any]]:
             cwd=Path(__file__).parents[1],
         )
         lines.append({"case": case, "samples": num_samples, **json.loads(done.stdout)})
+        print(lines[-1], flush=True)
     ours, other = (line["growth_mb"] for line in lines)
     lines[0] |= {"bar": MOST_GROWTH_MB, "met": ours < MOST_GROWTH_MB}
     return [*lines, {"case": "growth, list / in place", "ratio": other / ours, "unit": "times"}]

@@ -28,6 +28,7 @@ GROUPS = {
         "TopK",
         "Dense",
         "Sampled",
+        "Transformed",
         "LogitCache",
         "CachedLoader",
     ),

@@ -210,9 +210,15 @@ def test_refusals_are_one_line(kdcache: Run, digits_test: Dataset, tmp_path: Pat
             kdcache("precompute", *line, "--average-views", 2, "--views", 2),
             "averaged views has one view",
         ),
-        (kdcache("precompute", *line, "--num-draws", 5, "--top-k", 3), "goes without --top-k"),
+        (
+            kdcache("precompute", *line, "--num-draws", 5, "--top-k", 3),
+            "--top-k goes with --record dense or transformed or top-k, not with draws",
+        ),
         (kdcache("precompute", *line, "--num-draws", 256), "1 to 255 draws, not 256"),
-        (kdcache("precompute", *line, "--temperature", 2), "only draws have a temperature"),
+        (
+            kdcache("precompute", *line, "--top-k", 3, "--temperature", 2),
+            "--temperature goes with --record auto or draws, not with top-k",
+        ),
         (kdcache("precompute", *line, "--part", "3/2"), "--part is i/n with i from 1 to n"),
     ):
         assert result.code == 2

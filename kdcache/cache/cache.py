@@ -355,7 +355,7 @@ class LogitCache:
         yield from ((v, self.shard_range(s)[0], self.read_shard(v, s)) for v, s in shards)
 
     def coder(self, device: torch.device | str = "cpu") -> RecordCoder:
-        """What converts logits to records and back. Raises CacheCorrupt for a damaged table."""
+        """Converts records, to targets on this device. Raises CacheCorrupt for a damaged table."""
         device = torch.device(device)
         if device not in self._coders:
             tables = read_tables(self.store, self.manifest)
@@ -365,7 +365,7 @@ class LogitCache:
     def decode(
         self, records: Records, device: torch.device | str = "cpu"
     ) -> Target | TemperedTarget:
-        """Targets of records of this cache. Raises CacheCorrupt for impossible ones."""
+        """Targets, on this device, of records. Raises CacheCorrupt for impossible ones."""
         return self.coder(device).decode(records, self.spec.num_classes).to(device)
 
     def target(

@@ -26,7 +26,6 @@ from zarr.abc.codec import ArrayBytesCodec
 from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
 from zarr.registry import register_codec
 
-from kdcache.cache import rans
 from kdcache.cache.codecs import Column
 
 RANS = "kdcache.rans"
@@ -50,16 +49,23 @@ class RansCodec(ArrayBytesCodec):  # type: ignore[misc]
 
     async def _encode_single(self, chunk_array: Any, chunk_spec: Any) -> Any:
         array = chunk_array.as_numpy_array().reshape(-1, chunk_spec.shape[-1])
-        data = await asyncio.to_thread(rans.encode, array)
+        data = await asyncio.to_thread(_rans().encode, array)
         return chunk_spec.prototype.buffer.from_bytes(data)
 
     async def _decode_single(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
         dtype = chunk_spec.dtype.to_native_dtype()
-        array = await asyncio.to_thread(rans.decode, chunk_bytes.to_bytes(), dtype)
+        array = await asyncio.to_thread(_rans().decode, chunk_bytes.to_bytes(), dtype)
         return chunk_spec.prototype.nd_buffer.from_numpy_array(array.reshape(chunk_spec.shape))
 
     def compute_encoded_size(self, input_byte_length: int, _chunk_spec: Any) -> int:
         raise NotImplementedError  # it depends on the values
+
+
+def _rans() -> Any:
+    """Numba, which it needs, takes a second to import, and other columns do not need it."""
+    from kdcache.cache import rans
+
+    return rans
 
 
 register_codec(RANS, RansCodec)

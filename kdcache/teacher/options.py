@@ -143,7 +143,7 @@ class RecordOptions:
         for option_name in given - belongs:
             records = [n for n, options in RECORD_OPTIONS.items() if option_name in options]
             raise UsageError(
-                f"--{option_name} goes with {' and '.join(records)} records, not with {name}"
+                f"--{option_name} goes with --record {' or '.join(records)}, not with {name}"
             )
         if self.top_k is not None and (self.top_k == "all") != (name == "dense"):
             raise UsageError(f"--top-k {self.top_k} does not go with --record {name}")

@@ -79,7 +79,7 @@ class Transformed:
         return math.sqrt(12 * self.distortion)
 
     def rank(self, num_classes: int) -> int:
-        """Directions that the basis has."""
+        """Directions that the basis has, for num_classes classes."""
         return max(1, min(num_classes, self.max_basis_bytes // (2 * num_classes)))
 
     def require_classes(self, num_classes: int) -> None:
