@@ -61,7 +61,7 @@ OWNERS = {
 # The loss is the one user of the kernels.
 KERNEL_USERS = {"kdcache/losses/"}
 # A command imports what it needs when it runs, so that `--help` is quick.
-LOCAL_IMPORTS = {"kdcache/cli/"}
+LOCAL_IMPORTS = {"kdcache/cli/", "kdcache/cache/compression.py"}
 
 
 @dataclass(frozen=True)
