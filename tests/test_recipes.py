@@ -18,14 +18,14 @@ from typing import Any
 import pytest
 import typer
 
-from kdcache.cache.codecs import choose_codec, record_bytes
 from kdcache.cli import app
 from kdcache.cli.recipes import command_of, duration, table
 from kdcache.data.beton import Dataset
 from kdcache.errors import UsageError
 from kdcache.models.resnet import SIZES
 from kdcache.options import build
-from kdcache.teacher.options import DEFAULT_TOP_K, RecordOptions
+from kdcache.teacher.calibration import DENSE_CLASSES
+from kdcache.teacher.options import RecordOptions
 from kdcache.training import recipes
 from kdcache.training.load import make_train_spec
 from kdcache.training.loop import count_steps
@@ -153,26 +153,41 @@ def test_an_unknown_recipe_is_refused_with_the_list() -> None:
 # --- costs -----------------------------------------------------------------------------------
 
 
-def test_costs_follow_from_data_and_codec() -> None:
+def test_costs_follow_from_data_and_records() -> None:
     cost = cost_of(get_recipe("food-fast"))
     assert cost.steps == 133 * 100  # 68,175 images fill 133 batches of 512
     assert cost.num_views == 100
-    assert (cost.top_k, cost.record_bytes) == (16, 16 * (2 + 2) + 3 * 2)
-    assert cost.cache_bytes == 100 * 68_175 * 70
+    assert (cost.record, cost.record_bytes) == ("dense", 2 * 101)  # no more than at T = 10
+    assert cost.cache_bytes == 100 * 68_175 * 202
     few = cost_of(get_recipe("food-fast"), num_samples=1030, num_classes=10)
-    assert (few.steps, few.top_k, few.record_bytes) == (200, 10, 20)
+    assert (few.steps, few.record, few.record_bytes) == (200, "dense", 20)
     assert few.cache_bytes == 100 * 1030 * 20
     cycled = get_recipe("food-fast")
     cycled = replace(cycled, spec=replace(cycled.spec, num_views=7))
-    assert cost_of(cycled).cache_bytes == 7 * 68_175 * 70
+    assert cost_of(cycled).cache_bytes == 7 * 68_175 * 202
 
 
-def test_costs_have_the_defaults_of_precompute() -> None:
-    options = RecordOptions(data=Path("x.beton"), teachers=("x",))
-    assert (recipes.TOP_K, recipes.DTYPE) == (DEFAULT_TOP_K, options.dtype)
-    codec = choose_codec(1000, options.num_logits(1000), options.dtype)
-    cost = cost_of(get_recipe("imagenet-r50-fast"))
-    assert (codec.num_named(1000), record_bytes(codec, 1000)) == (cost.top_k, cost.record_bytes)
+@pytest.mark.parametrize(
+    ("num_classes", "temperature", "record", "size"),
+    [
+        (DENSE_CLASSES, 1, "dense", 2 * DENSE_CLASSES),
+        (DENSE_CLASSES + 1, 1, "transformed", 60),
+        (1000, 0.5, "transformed", 60),
+        (1000, 1, "transformed", 60),
+        (1000, 4, "transformed", 166),
+        (1000, 10, "transformed", 253),
+        (126, 10, "dense", 252),
+        (127, 10, "transformed", 253),
+    ],
+)
+def test_costs_are_of_the_records_that_precompute_makes(
+    num_classes: int, temperature: float, record: str, size: int
+) -> None:
+    assert RecordOptions(data=Path("x.beton"), teachers=("x",)).record_name == "auto"
+    recipe = get_recipe("imagenet-r50-fast")
+    recipe = replace(recipe, spec=replace(recipe.spec, temperature=temperature))
+    cost = cost_of(recipe, num_classes=num_classes)
+    assert (cost.record, cost.record_bytes) == (record, size)
 
 
 def test_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

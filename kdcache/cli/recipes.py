@@ -144,7 +144,7 @@ def _as_json(recipe: Recipe, cost: Cost, hours: float | None) -> dict[str, Any]:
 
 def _page(recipe: Recipe, cost: Cost, hours: float | None) -> dict[str, Any]:
     spec = recipe.spec
-    kept = "all" if cost.top_k == cost.num_classes else f"the top {cost.top_k}"
+    estimate = ", an estimate" if cost.record == "transformed" else " before compression"
     one = {
         "recipe": recipe.name,
         "for": f"{recipe.data.part}: {recipe.data.num_samples} images, "
@@ -159,8 +159,8 @@ def _page(recipe: Recipe, cost: Cost, hours: float | None) -> dict[str, Any]:
         return {**one, "steps": f"none: {TOO_LARGE.format(cost.num_samples)}"}
     one |= {
         "steps": f"{cost.steps}, of {cost.num_samples} images",
-        "cache": f"{format_bytes(cost.cache_bytes)} before compression: {cost.num_views} views, "
-        f"{kept} of {cost.num_classes} classes in {cost.record_bytes} bytes",
+        "cache": f"{format_bytes(cost.cache_bytes)}{estimate}: {cost.num_views} views, "
+        f"{cost.record} records of {cost.record_bytes} bytes",
     }
     if hours is not None:
         one["time"] = f"{duration(hours)} here, of the student's steps alone"

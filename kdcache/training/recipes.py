@@ -22,10 +22,12 @@ import numpy as np
 import torch
 
 from kdcache.batch import Batch, dense_target
-from kdcache.cache.codecs import ValueType, choose_codec, record_bytes
+from kdcache.cache.codecs import Dense, record_bytes
+from kdcache.choices import RecordName
 from kdcache.errors import MissingDependency, UsageError, did_you_mean
 from kdcache.losses.loss import Distillation
 from kdcache.models import load
+from kdcache.teacher.calibration import DENSE_CLASSES
 from kdcache.training.spec import TrainSpec
 from kdcache.training.state import State
 from kdcache.training.step import train_step
@@ -35,9 +37,9 @@ Length = Literal["fast", "medium", "long"]
 
 BIT_R50 = "timm:resnetv2_50x1_bit"
 BIT_R152 = "timm:resnetv2_152x2_bit.goog_teacher_in21k_ft_in1k"
-# The defaults of `kdcache precompute`.
-TOP_K = 16
-DTYPE: ValueType = "float16"
+# What `precompute --record auto --temperature T` takes for a record of EfficientNet-Lite0's 1,000
+# classes, of mixed views (docs/record-codecs.md): bytes by T, stored. Other teachers differ.
+TRANSFORMED_BYTES = {1: 60, 2: 166, 5: 253}
 MEASURE_S, MEASURE_STEPS = 2.0, 2
 MEASURE_PIXELS = {"cpu": 2 * 224**2, "cuda": 128 * 224**2}  # of a batch
 
@@ -67,13 +69,17 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Cost:
-    """record_bytes, cache_bytes   before compression, with the codec's defaults, every view kept"""
+    """What a run takes, and a cache with every view of it, as precompute makes it by default.
+
+    record         dense (float16), or transformed where that should take less
+    record_bytes   dense: before compression; transformed: an estimate, from TRANSFORMED_BYTES
+    """
 
     num_samples: int
     num_classes: int
     steps: int
     num_views: int
-    top_k: int
+    record: RecordName
     record_bytes: int
     cache_bytes: int
 
@@ -239,10 +245,20 @@ def cost_of(
     spec = recipe.spec
     n = recipe.data.num_samples if num_samples is None else num_samples
     c = recipe.data.num_classes if num_classes is None else num_classes
-    codec = choose_codec(c, min(TOP_K, c), DTYPE)
-    views, row = spec.num_views or spec.epochs, record_bytes(codec, c)
+    record, size = _default_record(c, spec.temperature)
+    views = spec.num_views or spec.epochs
     steps = n // spec.batch_size * spec.epochs
-    return Cost(n, c, steps, views, codec.num_named(c), row, views * n * row)
+    return Cost(n, c, steps, views, record, size, views * n * size)
+
+
+def _default_record(num_classes: int, temperature: float) -> tuple[RecordName, int]:
+    """The record and its bytes."""
+    dense = record_bytes(Dense(), num_classes)
+    measured = max((T for T in TRANSFORMED_BYTES if temperature >= T), default=1)
+    transformed = TRANSFORMED_BYTES[measured]
+    if num_classes <= DENSE_CLASSES or dense <= transformed:
+        return "dense", dense
+    return "transformed", transformed
 
 
 def measure_hours(
