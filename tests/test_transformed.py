@@ -519,6 +519,37 @@ def test_training_warns_where_records_are_far_from_the_teacher(
     assert f"--record auto --temperature {temperature}" in line
 
 
+@pytest.mark.parametrize("temperature", [1, 2, 5])
+def test_auto_does_not_go_on_with_records_for_a_lower_temperature(
+    digits_test: Dataset, tmp_path: Path, kdcache: Run, temperature: int
+) -> None:
+    line = ["--data", digits_test.path, "--teacher", TEACHER, "--out", tmp_path / "c", "--size", 8]
+    made = kdcache("precompute", *line, "--top-k", 9)
+    assert made.code == 0, made.err
+    cache = LogitCache.open(tmp_path / "c")
+    measured = fidelity(0.90, 0.96, 0.8, 0.7)
+    manifest = replace(cache.manifest, metadata={**cache.metadata, **measured})
+    (tmp_path / "c" / "zarr.json").write_bytes(manifest.grown(1).zarr_json["zarr.json"])
+    again = kdcache("precompute", *line, "--views", 2, "--temperature", temperature)
+    if temperature < 5:  # 1 is the default, and names nothing
+        assert again.code == 0, again.err
+        return
+    assert again.code == 2
+    (said,) = again.err.splitlines()
+    assert "at T = 5 they give" in said
+    assert "cosine of 0.80" in said
+    assert "give another --out" in said
+
+
+def test_what_8_bits_lose_is_measured(digits_test: Dataset, tmp_path: Path, kdcache: Run) -> None:
+    line = ["--data", digits_test.path, "--teacher", TEACHER, "--size", 8, "--record", "dense"]
+    made = kdcache("precompute", *line, "--out", tmp_path / "8", "--dtype", "uint8")
+    assert "all classes, uint8" in made.err
+    assert "cosine 1.000" in made.err
+    exact = kdcache("precompute", *line, "--out", tmp_path / "16")
+    assert not exact.err.strip()
+
+
 def test_an_object_store_holds_the_tables_too(
     digits_test: Dataset, teacher: Teacher, cache: LogitCache
 ) -> None:
@@ -545,11 +576,17 @@ def test_a_cache_from_top_k_records_knows_its_fidelity(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--record", "dense", "--distortion", 1], "--distortion goes with transformed records"),
+        (["--record", "dense", "--distortion", 1], "--distortion goes with --record transformed"),
         (["--distortion", 0], "distortion must be at least"),
         (["--record", "draws"], "--record draws needs --num-draws"),
-        (["--record", "top-k", "--temperature", 2], "--temperature goes with auto and draws"),
-        (["--record", "transformed", "--dtype", "uint8"], "--dtype goes with auto and dense"),
+        (
+            ["--record", "top-k", "--temperature", 2],
+            "--temperature goes with --record auto or draws",
+        ),
+        (
+            ["--record", "transformed", "--dtype", "uint8"],
+            "--dtype goes with --record auto or dense",
+        ),
         (["--record", "transformed", "--top-k", 10], "top-k must be 1 to 9"),
         (["--record", "transformed", "--top-k", "all"], "--top-k all"),
         (["--record", "dense", "--top-k", 3], "--top-k 3"),

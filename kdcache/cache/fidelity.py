@@ -22,6 +22,8 @@ from kdcache.cache.records import Records
 from kdcache.losses.distillation import distillation_loss, distillation_losses, spread_tail
 
 TEMPERATURES = (1.0, 2.0, 5.0, 10.0)
+# A user is told of records whose cosine is lower at the temperature of training.
+CLOSE_COSINE = 0.95
 # The near student: the teacher's logits with noise of this standard deviation, in nats.
 NEAR_STUDENT_NOISE = 0.7
 SEED = 0
@@ -113,8 +115,14 @@ def fidelity_from_json(value: Sequence[Mapping[str, Any]]) -> tuple[Fidelity, ..
     return tuple(Fidelity(**x) for x in value)
 
 
-def cosine_at(found: Sequence[Fidelity], temperature: float) -> float:
-    """Between the measured temperatures by interpolation over log T; beyond them, the nearest."""
+def cosine_at(metadata: Mapping[str, Any], temperature: float) -> float | None:
+    """The cosine that a cache's metadata have; None where it was not measured.
+
+    Between the measured temperatures by interpolation over log T; beyond them, the nearest.
+    """
+    found = fidelity_from_json(metadata.get("fidelity", []))
+    if not found:
+        return None
     logs = [math.log(x.temperature) for x in found]
     return float(np.interp(math.log(temperature), logs, [x.cosine for x in found]))
 

@@ -42,7 +42,7 @@ Progress = Callable[[int], None]
 HELD_OUT_EVERY = 4
 # A dense record of so few classes is small, and exact.
 DENSE_CLASSES = 100
-# Rows that a top-k codec, which needs no tables, is measured on.
+# Rows that a codec which needs no tables is measured on.
 MEASURED_RECORDS = 1024
 ROWS_AT_ONCE = 512  # of many classes, encoding takes some copies of their logits
 # For a teacher of too many classes for transformed records.

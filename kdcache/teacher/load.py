@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from kdcache.cache import verify
 from kdcache.cache.cache import LogitCache
-from kdcache.cache.codecs import CodecSpec, Dense, Sampled, TopK, Transformed, choose_codec
-from kdcache.cache.fidelity import LiveError
+from kdcache.cache.codecs import CodecSpec, Dense, Sampled, Transformed, choose_codec
+from kdcache.cache.fidelity import CLOSE_COSINE, LiveError, cosine_at
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.verify import Picked
 from kdcache.data.beton import Dataset, open_dataset
@@ -80,12 +80,14 @@ def load_precompute_run(
         options.precision,
         unlabeled=options.unlabeled,
     )
-    existing = LogitCache.open(out).spec if out and LogitCache.exists(out) else None
+    existing = LogitCache.open(out) if out and LogitCache.exists(out) else None
+    if existing:
+        _require_close(existing, options)
     spec = precompute.make_cache_spec(
         dataset,
         teacher,
         view_spec,
-        _codec(options, teacher.num_classes, existing),
+        _codec(options, teacher.num_classes, existing.spec if existing else None),
         num_views=options.num_views,
         row_order=row_order,
         num_averaged_views=num_averaged_views,
@@ -212,15 +214,30 @@ def _codec(options: RecordOptions, num_classes: int, existing: CacheSpec | None)
     return Dense(dtype)
 
 
+def _require_close(cache: LogitCache, options: RecordOptions) -> None:
+    """Raises UsageError where the cache's records, which auto goes on with, are not for the
+    temperature that the options name."""
+    T = options.temperature
+    cosine = cosine_at(cache.metadata, T) if options.record_name == "auto" and T != 1 else None
+    if cosine is not None and cosine < CLOSE_COSINE:
+        raise UsageError(
+            f"{cache.url} has records for a lower temperature: at T = {T:g} they give a student "
+            f"near the teacher a gradient with a cosine of {cosine:.2f} to the live teacher's; "
+            "give another --out, or leave --temperature out to go on with such records"
+        )
+
+
 def _choose(
     options: RecordOptions, dataset: Dataset, teacher: Teacher, spec: CacheSpec, progress: Progress
 ) -> RecordChoice | None:
     """Of the spec's codec or, with auto, the best one; None where there is nothing to measure."""
     auto = options.record_name == "auto" and spec.num_classes > DENSE_CLASSES
-    if not auto and isinstance(spec.codec, Dense | Sampled):
+    exact = isinstance(spec.codec, Dense) and spec.codec.dtype != "uint8"
+    if not auto and (exact or isinstance(spec.codec, Sampled)):
         return None  # exact to rounding, or right on average
     assert spec.view_spec is not None
-    count = MEASURED_RECORDS if isinstance(spec.codec, TopK) else options.num_calibration_records
+    calibrated = auto or isinstance(spec.codec, Transformed)
+    count = options.num_calibration_records if calibrated else MEASURED_RECORDS
     with Loader(
         dataset, spec.view_spec, options.batch_size, workers=options.workers, device=teacher.device
     ) as loader:

@@ -140,7 +140,7 @@ class RecordOptions:
     def __post_init__(self) -> None:
         name, given = self.record_name, set(self._given())
         belongs = RECORD_OPTIONS[name]
-        for option_name in given - belongs:
+        for option_name in sorted(given - belongs):
             records = [n for n, options in RECORD_OPTIONS.items() if option_name in options]
             raise UsageError(
                 f"--{option_name} goes with --record {' or '.join(records)}, not with {name}"

@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from kdcache.batch import TargetSource
 from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import Sampled, TopK
-from kdcache.cache.fidelity import cosine_at, fidelity_from_json
+from kdcache.cache.fidelity import CLOSE_COSINE, cosine_at
 from kdcache.cache.setting import cached_view_spec
 from kdcache.data.beton import Dataset, open_dataset
 from kdcache.data.loader import render_digest
@@ -33,8 +33,6 @@ from kdcache.training.spec import TrainSpec
 from kdcache.views import settings
 from kdcache.views.spec import ViewSpec
 
-# Records that are farther from the live teacher than this get a warning.
-CLOSE_COSINE = 0.95
 LARGE_TAIL, TAIL_RECORDS = 0.4, 256
 
 
@@ -196,12 +194,11 @@ def _cache_warnings(cache: LogitCache, spec: TrainSpec, recipe: Recipe | None) -
 def _lossy_record_warnings(cache: LogitCache, temperature: float) -> list[str]:
     """Where training from these records is not training from the live teacher."""
     remedy = (
-        f"precompute with --record auto --temperature {temperature:g}, or train at a lower "
-        "--temperature"
+        f"precompute a new cache with --record auto --temperature {temperature:g}, or train at a "
+        "lower --temperature"
     )
-    measured = fidelity_from_json(cache.metadata.get("fidelity", []))
-    if measured:
-        cosine = cosine_at(measured, temperature)
+    cosine = cosine_at(cache.metadata, temperature)
+    if cosine is not None:
         if cosine >= CLOSE_COSINE:
             return []
         return [
