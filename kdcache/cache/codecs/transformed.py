@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcache.batch import Target
+from kdcache.batch import Target, move
 from kdcache.cache.codecs.protocol import Allowance, Column, MeasureNames, RowErrors, Rows
 from kdcache.cache.records import Records, Tables
 from kdcache.choices import CALIBRATION_RECORDS
@@ -215,7 +215,7 @@ class FittedTransform:
         y_BC = self._sum(records.columns["coefficients"])
         if "escapes" in records.columns and records.columns["escapes"].any():
             y_BC += self._tensor(records.columns["escapes"]) * step
-        ids_Bk = _class_ids(records.columns["classes"], num_classes).to(self.device)
+        ids_Bk = move(_class_ids(records.columns["classes"], num_classes), self.device)
         corrections_Bk = self._tensor(records.columns["corrections"]) * (step / CORRECTIONS)
         named_Bk = y_BC.gather(1, ids_Bk) + corrections_Bk
         # In place, as fresh memory for all classes takes as long as a pass over it. No other class
@@ -247,7 +247,7 @@ class FittedTransform:
     def _sum(self, codes_BR: NDArray[np.int16]) -> torch.Tensor:
         """y of these coefficients [B, C]: a matrix product over the directions that are used."""
         used = np.flatnonzero(codes_BR.any(0))
-        used_U = torch.from_numpy(used).to(self.device)
+        used_U = move(torch.from_numpy(used), self.device)
         codes_BU = self._shrunk(self._tensor(codes_BR.take(used, 1)), self._shrink_R[used_U])
         basis_UC = self._basis_RC.index_select(0, used_U)
         return torch.addmm(self._mean_C, codes_BU, basis_UC, alpha=self.spec.step)
@@ -257,7 +257,7 @@ class FittedTransform:
 
     def _tensor(self, codes: NDArray[np.int16]) -> torch.Tensor:
         # As 16-bit integers to the device, where they become floats.
-        return torch.from_numpy(np.ascontiguousarray(codes)).to(self.device).float()
+        return move(torch.from_numpy(np.ascontiguousarray(codes)), self.device).float()
 
 
 def _to_codes(values: torch.Tensor, name: str, spec: Transformed) -> NDArray[Any]:
