@@ -321,29 +321,40 @@ def contestants(logits: LogitSet) -> Iterable[Contestant]:
     yield from vector_quantised(logits)
 
 
-def read_sets(folder: Path) -> Iterator[tuple[LogitSet, Line]]:
-    """Those that FOLDER has, and what is known of each."""
-    for name in record_report.SETS:
-        path = folder / f"{name}.npy"
-        if path.exists():
-            about = json.loads(path.with_suffix(".json").read_text())
-            yield LogitSet.of(name, torch.from_numpy(np.load(path))), about
+def read_set(path: Path) -> tuple[LogitSet, Line]:
+    """Logits, and what is known of them."""
+    about = json.loads(path.with_suffix(".json").read_text())
+    keys = ("set", "classes", "images", "mean_top1_probability", "accuracy", "typefaces")
+    logits = LogitSet.of(path.stem, torch.from_numpy(np.load(path)))
+    known = {key: about[key] for key in keys if key in about}
+    return logits, known | {"records": len(logits.live_BC)}
+
+
+def forget(name: str) -> None:
+    """Leave out earlier result lines of this set."""
+    path = harness.RESULTS / "records.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(x for x in lines if json.loads(x)["set"] != name))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="where the logits lie")
+    parser.add_argument("--sets", nargs="+", choices=list(record_report.SETS), help="default: all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save", action="store_true", help="keep the result lines, make the page")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.save:
-        harness.start_results("records")
-    for logits, about in read_sets(args.folder):
-        keys = ("set", "classes", "images", "mean_top1_probability", "accuracy", "typefaces")
-        about = {key: about[key] for key in keys if key in about} | {"records": len(logits.live_BC)}
-        harness.report("records", "teacher", [about], args.save)
+    for name in args.sets or record_report.SETS:
+        path = args.folder / f"{name}.npy"
+        if not path.exists():
+            print(f"no {path}: left out")
+            continue
+        logits, about = read_set(path)
+        if args.save:
+            forget(name)
         lines = [measure(logits, one) for one in contestants(logits)]
+        harness.report("records", "teacher", [about], args.save)
         harness.report("records", "bytes and fidelity", lines, args.save)
         harness.report("records", "bars", bars(lines), args.save)
         harness.report("records", "auto", automatic(logits), args.save)
