@@ -171,13 +171,13 @@ def test_costs_follow_from_data_and_records() -> None:
     ("num_classes", "temperature", "record", "size"),
     [
         (DENSE_CLASSES, 1, "dense", 2 * DENSE_CLASSES),
-        (DENSE_CLASSES + 1, 1, "transformed", 60),
-        (1000, 0.5, "transformed", 60),
-        (1000, 1, "transformed", 60),
-        (1000, 4, "transformed", 166),
-        (1000, 10, "transformed", 253),
-        (126, 10, "dense", 252),
-        (127, 10, "transformed", 253),
+        (DENSE_CLASSES + 1, 1, "transformed", 55),
+        (1000, 0.5, "transformed", 55),
+        (1000, 1, "transformed", 55),
+        (1000, 4, "transformed", 175),
+        (1000, 10, "transformed", 238),
+        (119, 10, "dense", 238),
+        (120, 10, "transformed", 238),
     ],
 )
 def test_costs_are_of_the_records_that_precompute_makes(
