@@ -1,6 +1,7 @@
-"""A real ImageNet teacher's logits of mixed views of photos and drawings.
+"""Teachers' logits of mixed views: two of ImageNet, of photos and drawings, and Fashion-MNIST's.
 
-    python -m benchmarks.mixed_views FOLDER [--teachers lite0 lite2] [--threads 2]
+    kdcache demo --out FOLDER/demo        once, for fashion-mnist: makes its teacher
+    python -m benchmarks.mixed_views FOLDER [--teachers lite0 lite2 fashion-mnist] [--threads 2]
 
 EfficientNet-Lite0 and -Lite2, of 1,000 classes; their weights come in Python packages. The images
 are those of Debian's packages, of which we took
@@ -51,6 +52,7 @@ MAX_SIDE_PX = 320
 HELD_OUT_EVERY = 8
 PIL.Image.MAX_IMAGE_PIXELS = None  # some drawings are too large, but none is an attack
 SIZES_PX = {"lite0": 224, "lite2": 260}
+FASHION = "fashion-mnist"
 ROWS = 12_288
 
 
@@ -165,9 +167,13 @@ def write_images(folder: Path) -> tuple[datasets.Dataset, datasets.Dataset]:
 def make(name: str, folder: Path, rows: int = ROWS) -> None:
     """Write the logits of this teacher, and what they are."""
     start = time.perf_counter()
-    data, _ = write_images(folder)
-    teacher = load_teacher(name)
-    view_spec = ViewSpec(SIZES_PX[name], crop="inception", min_scale=0.05, flip=True, mixup=1.0)
+    if name == FASHION:
+        data, teacher = fashion_mnist(folder / "demo")
+    else:
+        data, teacher = write_images(folder)[0], load_teacher(name)
+    view_spec = ViewSpec(
+        SIZES_PX.get(name, 28), crop="inception", min_scale=0.05, flip=True, mixup=1.0
+    )
     parts: list[torch.Tensor] = []
     with Loader(data, view_spec, 64, workers=1) as loader:
         for view in range(math.ceil(rows / len(data))):
@@ -192,10 +198,19 @@ def make(name: str, folder: Path, rows: int = ROWS) -> None:
     print(json.dumps(about), flush=True)
 
 
+def fashion_mnist(demo: Path) -> tuple[datasets.Dataset, Classifier]:
+    """The images to train on, and the teacher, of a demo in this folder."""
+    if not (demo / "teacher" / "run.json").exists():
+        raise SystemExit(f"no teacher in {demo}: run `kdcache demo --out {demo}` first")
+    teacher = load.load_model(str(demo / "teacher"), "teacher", num_classes=10, size_px=28)
+    return datasets.open_dataset(demo / "train.beton"), teacher
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--teachers", nargs="+", choices=list(SIZES_PX), default=["lite0", "lite2"])
+    names = [*SIZES_PX, FASHION]
+    parser.add_argument("--teachers", nargs="+", choices=names, default=names)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

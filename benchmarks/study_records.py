@@ -50,6 +50,7 @@ from kdcache.views.spec import ViewSpec, evaluation_view_spec
 
 TEACHER_PX, STUDENT_PX = 160, 48
 VIEWS, EPOCHS, BATCH, SEEDS = 4, 4, 128, 3
+PATIENT_EPOCHS = 24
 TEMPERATURES = (5.0, 1.0, 2.0)
 CALIBRATION_ROWS = 4096
 TINYVIT_K = 10
@@ -185,7 +186,7 @@ class Study:
         )
         self.dense = precompute(self.data, self.teacher, spec, folder / "dense.zarr", batch_size=64)
         self.held_out = HeldOut.of(held_out, self.teacher)
-        self.done = {(x["record"], x["T"], x["seed"]) for x in study_report.saved()}
+        self.done = {(x["record"], x["T"], x["seed"], x["epochs"]) for x in study_report.saved()}
 
     def source(self, record: Record, temperature: float) -> tuple[TargetSource, float]:
         """Targets, and the bytes of a record."""
@@ -201,13 +202,12 @@ class Study:
 
     def add(self, record: Record, temperature: float, seed: int, epochs: int = EPOCHS) -> None:
         """A run and its line."""
-        name = record.name if epochs == EPOCHS else f"{record.name}, {epochs} epoch"
-        if (name, temperature, seed) in self.done:
+        if (record.name, temperature, seed, epochs) in self.done:
             return
         start = time.perf_counter()
         source, size = self.source(record, temperature)
         student = run(self.data, source, record.tail, temperature, seed, epochs)
-        line = {"record": name, "T": temperature, "seed": seed, "bytes": size}
+        line = {"record": record.name, "T": temperature, "seed": seed, "bytes": size}
         line |= {"images": len(self.data), "epochs": epochs, "views": VIEWS}
         line |= self.held_out.measure(student, temperature)
         line["seconds"] = time.perf_counter() - start
@@ -222,6 +222,9 @@ def plan() -> Iterator[tuple[Record, float, int, int]]:
                 yield record, temperature, seed, EPOCHS
     yield from ((RECORDS[-1], T, seed, EPOCHS) for seed in range(SEEDS) for T in TEMPERATURES)
     yield from ((one, 5.0, 0, 1) for one in (RECORDS[0], Record("online", None)))
+    dense, _, bucket, uniform, *_ = RECORDS
+    for temperature in TEMPERATURES:
+        yield from ((one, temperature, 0, PATIENT_EPOCHS) for one in (dense, bucket, uniform))
 
 
 def main() -> None:

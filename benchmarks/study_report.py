@@ -19,9 +19,8 @@ def saved() -> list[Line]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def table(lines: list[Line], kind: str) -> str:
+def table(whole: list[Line], kind: str) -> str:
     """A row for each kind of record, columns for each T; mean over seeds, and their range."""
-    whole = [x for x in lines if x["epochs"] == max(y["epochs"] for y in lines)]
     temperatures = sorted({x["T"] for x in whole})
     head = ["record", "bytes"]
     for what in ("KL at T = 1", "KL at T", "agreement"):
@@ -44,30 +43,37 @@ def _cell(values: list[float], digits: int) -> str:
     """Mean and half the range, such as 1.816 ± 0.004; digits -1: per cent."""
     if not values:
         return ""
-    mean, spread = sum(values) / len(values), (max(values) - min(values)) / 2
+    unit = ""
     if digits < 0:
-        return f"{100 * mean:.1f} ± {100 * spread:.1f} %"
-    return f"{mean:.{digits}f} ± {spread:.{digits}f}"
+        values, digits, unit = [100 * x for x in values], 1, " %"
+    mean, spread = sum(values) / len(values), (max(values) - min(values)) / 2
+    range_ = f" ± {spread:.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{range_}{unit}"
 
 
 def text(lines: list[Line]) -> str:
     machine, first = lines[0]["machine"], lines[0]
     seeds = len({x["seed"] for x in lines})
+    of = {n: [x for x in lines if x["epochs"] == n] for n in sorted({x["epochs"] for x in lines})}
+    most = max(of.values(), key=len)
     versions = ", ".join(f"{n} {machine['versions'][n]}" for n in ("torch", "numba", "ffcv"))
     where = (
-        f"{first['images']:,} images, {first['views']} views, {first['epochs']} epochs, {seeds} "
+        f"{first['images']:,} images, {first['views']} views, {most[0]['epochs']} epochs, {seeds} "
         f"seeds (mean ± half the range); {machine['cpu']}, {machine['cores']} cores; {versions}; "
         f"commit {machine['commit']}."
     )
-    parts = [where, "Held-out images, mixed as in training:", table(lines, "mixed")]
-    parts += ["Held-out images, whole:", table(lines, "plain")]
-    short = [x for x in lines if x["epochs"] == 1]
+    parts = [where, "Held-out images, mixed as in training:", table(most, "mixed")]
+    parts += ["Held-out images, whole:", table(most, "plain")]
+    for epochs, some in of.items():
+        if epochs > most[0]["epochs"]:
+            parts += [f"{epochs} epochs, seed 0, mixed images:", table(some, "mixed")]
+    short = of.get(1, [])
     if len(short) == 2:
         found = "; ".join(
             f"{x['record']}: KL at T = 1 {x['mixed_kl_1']:.6f}, at T {x['mixed_kl_T']:.6f}"
             for x in short
         )
-        parts.append(f"Beside the live teacher, T = {short[0]['T']:g}, seed 0: {found}.")
+        parts.append(f"One epoch beside the live teacher, T = {short[0]['T']:g}, seed 0: {found}.")
     return "\n\n".join(parts)
 
 
