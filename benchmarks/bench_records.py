@@ -43,7 +43,7 @@ from kdcache.cache.records import Records
 from kdcache.cache.spec import CacheSpec
 from kdcache.choices import Tail
 from kdcache.losses.distillation import distillation_loss, spread_tail
-from kdcache.teacher.calibration import Calibration, choose_record
+from kdcache.teacher.calibration import DENSE_CLASSES, Calibration, choose_record, measure_codec
 from kdcache.teacher.options import RecordOptions
 from kdcache.views.spec import ViewSpec
 
@@ -267,8 +267,9 @@ def automatic(logits: LogitSet) -> list[Line]:
     lines = []
     for T in TEMPERATURES:
         options = RecordOptions(data=Path("x"), teachers=("x",), temperature=T)
-        spec = logits.cache_spec(Dense())
-        choice = choose_record(spec, Calibration(logits.calibration_NC), options)
+        spec, live = logits.cache_spec(Dense()), Calibration(logits.calibration_NC)
+        few = logits.num_classes <= DENSE_CLASSES
+        choice = measure_codec(spec, live) if few else choose_record(spec, live, options)
         fidelity = {f"{x.temperature:g}": round(x.cosine, 4) for x in choice.fidelity}
         lines.append(
             {
@@ -360,7 +361,8 @@ def main() -> None:
         lines = [measure(logits, one) for one in contestants(logits)]
         harness.report("records", "teacher", [about], args.save)
         harness.report("records", "bytes and fidelity", lines, args.save)
-        harness.report("records", "bars", bars(lines), args.save)
+        if met := bars(lines):
+            harness.report("records", "bars", met, args.save)
         harness.report("records", "auto", automatic(logits), args.save)
     if args.save:
         record_report.write()

@@ -158,8 +158,8 @@ def write_images(folder: Path) -> tuple[datasets.Dataset, datasets.Dataset]:
     names = [folder / "images.beton", folder / "held-out.beton"]
     if not all(path.exists() for path in names):
         for source, path in zip(sources(), names, strict=True):
-            _, skipped = convert(source, path, max_side_px=MAX_SIDE_PX, on_error="skip")
-            print(f"{path}: {len(source.images)} images, {len(skipped)} skipped", flush=True)
+            _, report = convert(source, path, max_side_px=MAX_SIDE_PX, on_error="skip")
+            print(f"{path}: {len(source.images)} images, {len(report.skipped)} skipped", flush=True)
     train, held_out = (datasets.open_dataset(path) for path in names)
     return train, held_out
 

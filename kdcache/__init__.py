@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kdcache.cache.spec import CacheSpec as CacheSpec
     from kdcache.data.beton import Dataset as Dataset
     from kdcache.data.beton import open_dataset as open_dataset
+    from kdcache.data.convert import ConvertReport as ConvertReport
     from kdcache.data.convert import convert as convert
     from kdcache.data.loader import Loader as Loader
     from kdcache.data.sources import open_source as open_source
@@ -43,6 +44,7 @@ _HOMES = {
     "Batch": "kdcache.batch",
     "CacheSpec": "kdcache.cache.spec",
     "CachedLoader": "kdcache.teacher.cached_loader",
+    "ConvertReport": "kdcache.data.convert",
     "Dataset": "kdcache.data.beton",
     "Dense": "kdcache.cache.codecs",
     "DistillationLoss": "kdcache.losses.distillation",

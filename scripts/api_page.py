@@ -13,6 +13,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 GROUPS = {
     "Images and views": (
         "convert",
+        "ConvertReport",
         "open_source",
         "open_dataset",
         "Dataset",

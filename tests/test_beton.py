@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ import torch
 from ffcv.reader import Reader
 from ffcv.types import HeaderType
 
+from kdcache.data import beton, render
+from kdcache.data import convert as conversion
 from kdcache.data.beton import Dataset, open_dataset, sidecar_path
 from kdcache.data.convert import convert
 from kdcache.data.loader import Loader
@@ -459,10 +462,13 @@ def test_unreadable_images_can_be_skipped_and_are_reported(
         hurt(six_images[bad], six_images[bad].read_bytes())
     source = Source(tuple("abcdef"), six_images, list(range(6)))
     done: list[int] = []
-    dataset, skipped = convert(source, tmp_path / "o.beton", on_error="skip", progress=done.append)
+    dataset, report = convert(source, tmp_path / "o.beton", on_error="skip", progress=done.append)
     assert dataset.labels.tolist() == [1, 2, 4, 5]
     assert [side[0] for side in dataset.sides_px.tolist()] == [80, 81, 82, 82]
-    assert [line.split(":")[0] for line in skipped] == [str(six_images[0]), str(six_images[3])]
+    assert [line.split(":")[0] for line in report.skipped] == [
+        str(six_images[0]),
+        str(six_images[3]),
+    ]
     assert done == [1, 2, 3, 4, 5, 6]
     assert Reader(str(dataset.path)).num_samples == 4
     with Loader(dataset, ViewSpec(8), 4) as loader:
@@ -479,22 +485,194 @@ def test_no_readable_image_at_all_is_an_error(tmp_path: Path, count: int) -> Non
 
 @pytest.mark.parametrize("on_error", ["fail", "skip"])
 def test_an_image_over_ffcvs_page_is_named(tmp_path: Path, on_error: str) -> None:
-    path = tmp_path / "big.jpg"
-    path.write_bytes(jpeg_bytes(gradient(90, 90)) + b"\x00" * (8 << 20))
+    noise = np.random.default_rng(0).integers(0, 256, (3200, 3200, 3), np.uint8)
+    path = saved(tmp_path, "big.png", PIL.Image.fromarray(noise))
     small = gradient(8, 8)
     if on_error == "fail":
-        with pytest.raises(UsageError, match=r"big\.jpg: it takes 8\.0 MiB .*--max-side"):
+        with pytest.raises(UsageError, match=r"big\.png: it takes \d+\.\d MiB .*--max-side"):
             converted(tmp_path, path)
         assert list(tmp_path.iterdir()) == [path]
     else:
         assert len(converted(tmp_path, small, path, small, on_error="skip")) == 2
 
 
+def test_a_jpeg_over_ffcvs_page_is_encoded_again(tmp_path: Path) -> None:
+    picture = gradient(90, 90)
+    path = tmp_path / "big.jpg"
+    path.write_bytes(jpeg_bytes(picture) + b"\x00" * (8 << 20))
+    dataset, report = convert(Source(("a",), [path], [0]), tmp_path / "o.beton")
+    assert report.re_encoded == {"more than 8 MiB": 1}
+    assert difference(stored(dataset), picture) < 4
+
+
 def test_an_image_too_wide_for_a_jpeg_is_named(tmp_path: Path) -> None:
-    path = saved(tmp_path, "wide.png", PIL.Image.new("L", (70_000, 2)))
-    with pytest.raises(UsageError, match=r"cannot read .*wide\.png"):
+    path = saved(tmp_path, "wide.png", PIL.Image.new("L", (70_000, 4)))
+    with pytest.raises(UsageError, match=r"it is 70000 x 4 px, .* at most 65,500: use --max-side"):
         converted(tmp_path, path)
     assert list(tmp_path.iterdir()) == [path]
+    assert converted(tmp_path, path, max_side_px=512).sides_px.tolist() == [[1, 512]]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_max_side_serves_images_above_pillows_limit(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "LARGE_PIXELS", 10_000)
+    picture = gradient(700, 900)
+    path = saved(tmp_path, f"large.{suffix}", PIL.Image.fromarray(picture))
+    with monkeypatch.context() as patch:
+        patch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000)
+        dataset = converted(tmp_path, path, max_side_px=90)
+        assert PIL.Image.MAX_IMAGE_PIXELS == 1000
+    assert dataset.sides_px.tolist() == [[70, 90]]
+    small = PIL.Image.fromarray(picture).resize((90, 70), PIL.Image.Resampling.LANCZOS)
+    assert difference(stored(dataset), np.asarray(small)) < 4
+
+
+def test_more_pixels_than_the_stated_limit_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "MAX_PIXELS", 2_000_000)
+    path = saved(tmp_path, "x.png", PIL.Image.new("L", (1500, 1500)))
+    with pytest.raises(UsageError, match=r"x\.png: it has more than 2 megapixels"):
+        converted(tmp_path, path, max_side_px=64)
+
+
+def test_an_array_without_pixels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot read image 1: "):
+        converted(tmp_path, gradient(8, 8), np.zeros((0, 5, 3), np.uint8))
+
+
+# --- the report
+
+
+def test_the_report_says_why_images_were_encoded_again(tmp_path: Path) -> None:
+    picture = PIL.Image.fromarray(gradient(90, 120))
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6
+    plain = jpeg_bytes(gradient(90, 120))
+    middle = plain.index(b"\xff\xda")
+    (tmp_path / "damaged.jpg").write_bytes(plain[:middle] + bytes(3) + plain[middle:])
+    images = [
+        saved(tmp_path, "plain.jpg", picture),
+        saved(tmp_path, "a.png", picture),
+        saved(tmp_path, "b.png", picture),
+        saved(tmp_path, "cmyk.jpg", picture.convert("CMYK")),
+        saved(tmp_path, "turned.jpg", picture, exif=turned),
+        tmp_path / "damaged.jpg",
+    ]
+    report = convert(Source(("a",), images, [0] * 6), tmp_path / "o.beton")[1]
+    assert report.re_encoded == {
+        "PNG": 2,
+        "CMYK JPEG": 1,
+        "rotated by EXIF": 1,
+        "damaged JPEG data": 1,
+    }
+    assert report.damaged == [str(tmp_path / "damaged.jpg")]
+    assert report.skipped == []
+
+
+def test_a_jpeg_whose_header_claims_more_rows_than_it_has_is_refused(tmp_path: Path) -> None:
+    """Pillow fills the missing rows with grey."""
+    data = bytearray(jpeg_bytes(gradient(90, 120)))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 2] = (180).to_bytes(2, "big")
+    path = tmp_path / "tall.jpg"
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match=r"tall\.jpg: its data end before the last of 180 rows"):
+        converted(tmp_path, path)
+
+
+def test_pillows_warnings_have_the_images_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path, "x.png", PIL.Image.fromarray(gradient(9, 9)))
+
+    def odd(image: PIL.Image.Image) -> PIL.Image.Image:
+        warnings.warn_explicit("it is odd", UserWarning, str(PIL.Image.__file__), 1)
+        return image
+
+    monkeypatch.setattr(conversion, "to_rgb", odd)
+    with pytest.warns(UserWarning, match="ours"):
+        report = convert(Source(("a",), [path], [0]), tmp_path / "o.beton", progress=warn)[1]
+    assert report.warnings == [f"{path}: it is odd"]
+
+
+def warn(done: int) -> None:
+    warnings.warn("ours", UserWarning, stacklevel=1)
+
+
+# --- what no convert writes
+
+
+def rewritten(dataset: Dataset, change: Callable[[Any, Any, dict[str, Any]], None]) -> Path:
+    """The dataset with other tables and a sidecar that fits them, as no accident makes it."""
+    metadata, table = beton._read_tables(dataset.path)
+    sidecar = json.loads(beton.sidecar_path(dataset.path).read_text())
+    change(metadata, table, sidecar)
+    names = tuple(sidecar["classes"])
+    checksums = np.frombuffer(base64.b64decode(sidecar["checksums"]), np.uint32)
+    sidecar["fingerprint"] = beton.content_hash_of(1, names, metadata, table, checksums)
+    beton.sidecar_path(dataset.path).write_text(json.dumps(sidecar))
+    with dataset.path.open("r+b") as file:
+        file.seek(beton.HeaderType.itemsize + beton.field_descriptors().nbytes)
+        file.write(metadata.tobytes())
+    return dataset.path
+
+
+def no_rows(metadata: Any, table: Any, sidecar: dict[str, Any]) -> None:
+    metadata["f0"]["height"][1] = 0
+
+
+def another_class(metadata: Any, table: Any, sidecar: dict[str, Any]) -> None:
+    metadata["f1"][1] = 7
+
+
+def absurd_sides(metadata: Any, table: Any, sidecar: dict[str, Any]) -> None:
+    metadata["f0"]["height"][1] = metadata["f0"]["width"][1] = 65_535
+
+
+def short_checksums(metadata: Any, table: Any, sidecar: dict[str, Any]) -> None:
+    sidecar["checksums"] = base64.b64encode(bytes(4)).decode()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (no_rows, "sample 1 has no pixels"),
+        (another_class, "sample 1 has a label outside 0 to 0"),
+        (absurd_sides, "sample 1 claims more pixels than its bytes can hold"),
+        (short_checksums, "2 samples, its sidecar 1"),
+    ],
+)
+def test_tables_that_no_convert_writes_are_refused(
+    tmp_path: Path, change: Callable[..., None], message: str
+) -> None:
+    path = rewritten(converted(tmp_path, gradient(90, 80), gradient(70, 90)), change)
+    with pytest.raises(DatasetCorrupt, match=message):
+        open_dataset(path)
+
+
+@pytest.mark.parametrize("height", [40, 100])
+def test_a_jpeg_of_another_size_than_was_recorded_is_refused(tmp_path: Path, height: int) -> None:
+    """It would leave pixels of the image before, or be cut."""
+
+    def change(metadata: Any, table: Any, sidecar: dict[str, Any]) -> None:
+        metadata["f0"]["height"][1] = height
+
+    path = rewritten(converted(tmp_path, gradient(90, 80), gradient(70, 90)), change)
+    with Loader(open_dataset(path), ViewSpec(16), 2) as loader:
+        with pytest.raises(DatasetCorrupt, match="1 is damaged: its JPEG is of another size"):
+            list(loader.batches(0))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"comment": b"x" * 500}])
+def test_the_sides_in_a_jpegs_header_are_found(options: dict[str, Any]) -> None:
+    data = jpeg_bytes(gradient(70, 90), **options)
+    assert render.jpeg_sides(np.frombuffer(data, np.uint8)) == (70, 90)
+    for length in (0, 3, 20, 100):
+        assert render.jpeg_sides(np.frombuffer(data[:length], np.uint8)) == (0, 0)
+    assert render.jpeg_sides(np.full(50, 0xFF, np.uint8)) == (0, 0)
 
 
 # --- whole or not at all

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 import typer
@@ -18,6 +20,7 @@ from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import Dense, RecordCodec, Sampled, TopK
 from kdcache.cli import app
 from kdcache.data.beton import Dataset
+from kdcache.data.sources import open_source
 from kdcache.training.spec import TrainSpec
 from tests.conftest import TEACHER, Result, synthetic_cache
 
@@ -28,7 +31,7 @@ Run = Callable[..., Result]
 VIEW = ["--view-seed", "--size", "--crop", "--min-scale", "--flip", "--no-flip", "--mixup"]
 MACHINE = ["--batch-size", "--workers", "--device"]
 OPTIONS = {
-    "convert": ["--split", "--max-side", "--quality", "--on-error", "--json"],
+    "convert": ["--split", "--max-side", "--quality", "--on-error", "--allow-empty", "--json"],
     "plan": [
         "--data",
         "--teacher",
@@ -288,10 +291,40 @@ def test_convert(kdcache: Run, tmp_path: Path) -> None:
     assert (tmp_path / "d.beton.json").exists()
 
 
+def test_images_without_labels_go_all_the_way(kdcache: Run, tmp_path: Path) -> None:
+    """From a flat folder to a student, without a word about labels."""
+    photos, data, cache = tmp_path / "photos", tmp_path / "d.beton", tmp_path / "t.zarr"
+    photos.mkdir()
+    for i, image in enumerate(open_source("digits", "test").images[:20]):
+        PIL.Image.fromarray(np.asarray(image)).save(photos / f"{i:02}.png")
+    (photos / "notes.txt").write_text("no image")
+    found = answer(kdcache("convert", photos, data, "--json"))
+    assert (found["samples"], found["classes"]) == (20, 0)
+    assert (found["re_encoded"], found["ignored"]) == ({"PNG": 20}, {".txt": 1})
+    assert "per_class_min" not in found
+    teacher = "python:tests.test_settings:seven_classes"
+    line = ("--data", data, "--teacher", teacher, "--batch-size", 10)
+    assert kdcache("precompute", *line, "--out", cache).code == 0
+    train = ("train", "--data", data, "--student", "kdcache:small", "--epochs", 1)
+    train = (*train, "--batch-size", 10, "--size", 8)
+    student = tmp_path / "run"
+    result = kdcache(*train[:-2], "--mode", "cached", "--cache", cache, "--out", student)
+    assert result.code == 0, result.err
+    for refused in (
+        (*train, "--mode", "labels", "--out", tmp_path / "x"),
+        ("eval", student, "--data", data),
+    ):
+        result = kdcache(*refused)
+        assert result.code == 2
+        assert f"{data} has no labels: its images were not in class folders" in result.err
+
+
 def test_convert_says_what_it_made(kdcache: Run, tmp_path: Path) -> None:
     result = kdcache("convert", "digits", tmp_path / "d.beton", "--split", "test")
     assert result.code == 0
     assert re.search(r"^samples +297 ", result.out, re.MULTILINE)
+    assert re.search(r"^per_class_min +27 ", result.out, re.MULTILINE)
+    assert re.search(r"^per_class_max +33 ", result.out, re.MULTILINE)
 
 
 PRECOMPUTE = ("precompute", "--teacher", TEACHER, "--batch-size", 100, "--min-scale", 0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import PIL.Image
 import pytest
 import torchvision.datasets as tvd
 
+from kdcache.data.convert import convert
 from kdcache.data.sources import fashion_mnist, open_source
 from kdcache.data.sources.fashion_mnist import DEBIAN_FASHION_MNIST, FASHION_CLASSES
 from kdcache.errors import StorageError, UsageError
@@ -89,10 +91,153 @@ def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:
         open_source(str(tmp_path), "train")
 
 
-def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
-    put(tmp_path / "1.png")
-    with pytest.raises(UsageError, match="has no class folders with images"):
+def test_an_empty_class_can_be_kept(tmp_path: Path) -> None:
+    put(tmp_path / "ants" / "1.png")
+    (tmp_path / "bees").mkdir()
+    put(tmp_path / "cows" / "1.png")
+    source = open_source(str(tmp_path), allow_empty=True)
+    assert (source.class_names, source.labels) == (("ants", "bees", "cows"), [0, 2])
+
+
+def test_images_without_class_folders_have_no_labels(tmp_path: Path) -> None:
+    files = [put(tmp_path / "1.png"), put(tmp_path / "2.png")]
+    (tmp_path / "notes.txt").write_text("no image")
+    source = open_source(str(tmp_path))
+    assert (source.class_names, source.images, source.labels) == ((), files, [-1, -1])
+    assert source.ignored == {".txt": 1}
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_folder_without_images_is_refused(tmp_path: Path, empty: bool) -> None:
+    if not empty:
+        (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(UsageError, match="holds no images, nor class folders with images"):
         open_source(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    "name", [".ipynb_checkpoints", "@eaDir", "__MACOSX", ".git", "lost+found", "$RECYCLE.BIN"]
+)
+def test_hidden_and_system_folders_are_no_classes(tmp_path: Path, name: str) -> None:
+    image = put(tmp_path / "ants" / "1.png")
+    for folder in (tmp_path, tmp_path / "ants"):
+        put(folder / name / "1-checkpoint.png")
+        (folder / ".DS_Store").write_bytes(b"x")
+        (folder / "Thumbs.db").write_bytes(b"x")
+        put(folder / "._1.png")
+    source = open_source(str(tmp_path))
+    assert (source.class_names, source.images) == (("ants",), [image])
+    assert source.ignored == {"hidden or a system's": 8}
+
+
+def test_a_loop_of_links_is_read_once(tmp_path: Path) -> None:
+    ant, bee = put(tmp_path / "ants" / "1.png"), put(tmp_path / "bees" / "2.png")
+    (tmp_path / "ants" / "here").symlink_to(".")
+    (tmp_path / "ants" / "up").symlink_to("..")
+    (tmp_path / "bees" / "up").symlink_to("..")
+    (tmp_path / "bees" / "root").symlink_to("/")
+    source = open_source(str(tmp_path))
+    assert (source.images, source.labels) == ([ant, bee], [0, 1])
+    assert source.ignored == {"a link to a folder that is read anyway": 4}
+
+
+def test_a_link_into_another_class_does_not_take_its_images(tmp_path: Path) -> None:
+    """`ants` is read first, and its link leads to a folder of `bees`."""
+    ant, bee = put(tmp_path / "ants" / "1.png"), put(tmp_path / "bees" / "deep" / "2.png")
+    (tmp_path / "ants" / "link").symlink_to(tmp_path / "bees" / "deep")
+    source = open_source(str(tmp_path))
+    assert (source.images, source.labels) == ([ant, bee], [0, 1])
+
+
+def test_a_folder_elsewhere_is_read_by_one_link(tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere" / "1.png")
+    classes = tmp_path / "classes"
+    put(classes / "ants" / "2.png")
+    for name in ("link", "other"):
+        (classes / "ants" / name).symlink_to(tmp_path / "elsewhere")
+    images = open_source(str(classes)).images
+    assert images == [classes / "ants" / "2.png", classes / "ants" / "link" / "1.png"]
+
+
+def test_two_classes_of_one_folder_are_refused(tmp_path: Path) -> None:
+    put(tmp_path / "ants" / "1.png")
+    (tmp_path / "bees").symlink_to("ants")
+    with pytest.raises(UsageError, match=r"ants and .*bees are the same folder"):
+        open_source(str(tmp_path))
+
+
+def test_only_regular_files_are_images(tmp_path: Path) -> None:
+    image = put(tmp_path / "ants" / "1.png")
+    os.mkfifo(tmp_path / "ants" / "pipe.png")
+    (tmp_path / "ants" / "device.png").symlink_to("/dev/zero")
+    source = open_source(str(tmp_path))
+    assert source.images == [image]
+    assert source.ignored == {"not a regular file": 2}
+
+
+def test_files_without_a_known_extension_are_decided_by_content(tmp_path: Path) -> None:
+    folder = tmp_path / "ants"
+    image = put(folder / "1.png").read_bytes()
+    for name in ("a", "b.jpg_large", "c.0001"):
+        (folder / name).write_bytes(image)
+    for name in ("LICENSE", "d.csv", "e.csv"):
+        (folder / name).write_text("class,file")
+    (folder / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
+    (folder / "gone.txt").symlink_to("nowhere")
+    source = open_source(str(tmp_path))
+    names = [Path(str(x)).name for x in source.images]
+    assert names == ["1.png", "a", "b.jpg_large", "c.0001", "photo.heic"]
+    assert source.ignored == {".csv": 2, "no extension": 1, "a broken link": 1}
+    with pytest.raises(UsageError, match=r"photo\.heic: unsupported image format"):
+        convert(source, tmp_path / "x.beton")
+
+
+def test_images_beside_class_folders_are_counted(tmp_path: Path) -> None:
+    put(tmp_path / "ants" / "1.png")
+    put(tmp_path / "loose.png")
+    assert open_source(str(tmp_path)).ignored == {"outside the class folders": 1}
+
+
+def test_a_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "ants" / "1.png")
+    locked = tmp_path / "ants" / "locked"
+    locked.mkdir()
+    real = os.listdir
+
+    def listdir(path: Path) -> list[str]:
+        if path == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(StorageError, match=f"cannot read the folder {locked}: Permission denied"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("train", "valid"), ("Train", "Test"), ("training", "testing"), ("TRAIN", "Validation")],
+)
+def test_splits_are_recognised_by_their_usual_names(tmp_path: Path, train: str, test: str) -> None:
+    for name in (train, test):
+        put(tmp_path / name / "ants" / f"{name}.png")
+    for split, name in (("train", train), ("test", test)):
+        source = open_source(str(tmp_path), split)  # type: ignore[arg-type]
+        assert source.class_names == ("ants",)
+        assert source.images == [tmp_path / name / "ants" / f"{name}.png"]
+
+
+def test_unclear_splits_are_refused_with_the_names_seen(tmp_path: Path) -> None:
+    for name in ("train", "Train", "test"):
+        put(tmp_path / "a" / name / "ants" / "1.png")
+    with pytest.raises(UsageError, match="several folders for the train split: Train, train"):
+        open_source(str(tmp_path / "a"))
+    for name in ("val", "test"):
+        put(tmp_path / "b" / name / "ants" / "1.png")
+    with pytest.raises(UsageError, match="no folder for the train split, only test, val"):
+        open_source(str(tmp_path / "b"))
 
 
 def test_a_missing_folder_is_refused_and_the_choices_named(tmp_path: Path) -> None:

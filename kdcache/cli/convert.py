@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from kdcache.paths import require_new_dataset
 class ConvertOptions:
     source: str = option(
         name="SOURCE",
-        help="A folder of class folders, fashion-mnist, digits, or torchvision:NAME.",
+        help="A folder of class folders or of images without labels, fashion-mnist, digits, or "
+        "torchvision:NAME.",
         positional=True,
     )
     out: Path = option(
@@ -33,19 +35,22 @@ class ConvertOptions:
         metavar="N",
     )
     on_error: OnError = option("fail", help="What to do about an unreadable image.")
+    allow_empty: bool = option(False, help="Keep classes whose folder holds no image.")
 
 
 def convert(options: ConvertOptions, output: OutputOptions) -> None:
     """Turn images into a .beton file with a sidecar of checksums."""
+    import numpy as np
+
     from kdcache.data.sources import open_source
 
     start = time.perf_counter()
-    source = open_source(options.source, options.split)
+    source = open_source(options.source, options.split, allow_empty=options.allow_empty)
 
     from kdcache.data import convert as conversion
 
     with progress_bar("convert", len(source.images), "images") as update:
-        data, skipped = conversion.convert(
+        data, report = conversion.convert(
             source,
             options.out,
             max_side_px=options.max_side,
@@ -53,15 +58,36 @@ def convert(options: ConvertOptions, output: OutputOptions) -> None:
             on_error=options.on_error,
             progress=update,
         )
-    for line in skipped:
-        err_console().print(f"skipped {line}", markup=False, soft_wrap=True)
+    lines = [
+        *(f"skipped {line}" for line in report.skipped),
+        *(f"damaged, stored as far as it decodes: {name}" for name in report.damaged),
+        *report.warnings,
+    ]
+    for line in lines:
+        err_console().print(line, markup=False, soft_wrap=True)
+    per_class = np.bincount(data.labels[data.labels >= 0], minlength=len(data.class_names))
     result = {
         "path": str(options.out),
         "samples": len(data),
         "classes": len(data.class_names),
-        "skipped": len(skipped),
+        "per_class_min": int(per_class.min(initial=len(data))),
+        "per_class_max": int(per_class.max(initial=0)),
+        "re_encoded": _counts(report.re_encoded, output),
+        "damaged": len(report.damaged),
+        "skipped": len(report.skipped),
+        "ignored": _counts(report.ignored, output),
         "bytes": options.out.stat().st_size,
         "content_hash": data.content_hash,
         "seconds": round(time.perf_counter() - start, 2),
     }
+    if not data.class_names:
+        del result["per_class_min"], result["per_class_max"]
     show(result, output.as_json)
+
+
+def _counts(counts: Mapping[str, int], output: OutputOptions) -> dict[str, int] | str:
+    """Numbers by reason, the largest first."""
+    ordered = dict(sorted(counts.items(), key=lambda one: (-one[1], one[0])))
+    if output.as_json:
+        return ordered
+    return ", ".join(f"{count:,} {reason}" for reason, count in ordered.items()) or "0"

@@ -15,10 +15,11 @@ def import_logits(options: ImportOptions, output: OutputOptions) -> None:
     start = time.perf_counter()
     with interruptible(options.out) as stop:
         from kdcache.cache.summary import summarise
-        from kdcache.data.beton import open_dataset
+        from kdcache.data.beton import open_dataset, require_labels
         from kdcache.interop import tinyvit, tinyvit_reader
 
         dataset = open_dataset(options.data)
+        require_labels(dataset)
         keys = tinyvit_reader.read_keys(options.keys_file) if options.keys_file else None
         with progress_bar("check", len(dataset), "records of an epoch") as update:
 

@@ -40,6 +40,7 @@ FIELDS = {"image": RGBImageField(), "label": IntField()}
 METADATA = get_metadata_type(list(FIELDS.values()))
 # FFCV's default. A payload lies within one page.
 PAGE_BYTES = 8 << 20
+MAX_PIXELS_PER_BYTE = 512
 SIDECAR_VERSION = 1
 
 
@@ -48,10 +49,10 @@ class Dataset:
     """A complete `.beton` file and its sidecar. Make one with `convert`, or `open_dataset`.
 
     path          of the .beton file
-    class_names   of the labels
+    class_names   of the labels; () where the images have none
     content_hash  16 hex digits over all samples and class names: what caches and runs know it by
     checksums     uint32 [N], CRC-32 of each sample's payload
-    labels        int64 [N], indices into class_names
+    labels        int64 [N], indices into class_names; -1 where there are none
     sides_px      uint16 [N, 2], heights and widths in pixels
     """
 
@@ -70,6 +71,15 @@ class Dataset:
         """The default side of a view in pixels: that of small images, else 224."""
         side = int(self.sides_px.max())
         return side if side <= SMALL_PX else 224
+
+
+def require_labels(dataset: Dataset) -> None:
+    """Raises UsageError for images without labels."""
+    if not dataset.class_names:
+        raise UsageError(
+            f"{dataset.path} has no labels: its images were not in class folders; use them with "
+            "--mode online or cached, as data to train on"
+        )
 
 
 def sidecar_path(path: Path) -> Path:
@@ -109,11 +119,43 @@ def open_dataset(path: PathLike) -> Dataset:
             f"{path} and its sidecar do not belong together, or one is damaged: "
             "convert the images again"
         )
+    _require_consistent(path, metadata, table, checksums, len(class_names))
     image = metadata["f0"]
     sides = np.stack([image["height"], image["width"]], 1)
     return Dataset(
         path, class_names, content_hash, checksums, metadata["f1"].astype(np.int64), sides
     )
+
+
+def _require_consistent(
+    path: Path,
+    metadata: NDArray[Any],
+    table: NDArray[Any],
+    checksums: NDArray[np.uint32],
+    num_classes: int,
+) -> None:
+    """Raise DatasetCorrupt for what `convert` cannot have written: compiled code relies on it."""
+    image, labels = metadata["f0"], metadata["f1"].astype(np.int64)
+    pixels = image["height"].astype(np.int64) * image["width"]
+    sizes = table["size"].astype(np.int64)
+    least = 0 if num_classes else -1  # without classes, all labels are -1
+    wrong = {
+        "has no pixels": pixels == 0,
+        f"has a label outside {least} to {num_classes - 1}": (labels < least)
+        | (labels >= num_classes),
+        # A JPEG takes at least a bit for each block of 64 pixels.
+        "claims more pixels than its bytes can hold": pixels > MAX_PIXELS_PER_BYTE * sizes,
+    }
+    if not len(metadata) or len(checksums) != len(metadata):
+        raise DatasetCorrupt(
+            f"{path} has {len(metadata):,} samples, its sidecar {len(checksums):,}: convert the "
+            "images again"
+        )
+    for what, bad_N in wrong.items():
+        if bad_N.any():
+            raise DatasetCorrupt(
+                f"{path}: sample {int(np.argmax(bad_N))} {what}: convert the images again"
+            )
 
 
 def field_descriptors() -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Images to a `.beton` file with a sidecar."""
+"""Images to a `.beton` file with a sidecar, and a report of what became of them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import ctypes
 import glob
 import io
 import os
+import threading
+import warnings
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +46,45 @@ from kdcache.views.spec import SMALL_PX
 Progress = Callable[[int], None]
 
 _libffcv = ctypes.CDLL(libffcv.__file__)
+# TurboJPEG's, to which FFCV is linked: why its last call in this thread failed.
+_libffcv.tjGetErrorStr.restype = ctypes.c_char_p
+
+MAX_JPEG_SIDE_PX = 65_500
+MAX_PIXELS = 500_000_000
+# Of larger images one is decoded at a time: 500 megapixels take 2 GB.
+LARGE_PIXELS = 50_000_000
+DAMAGED = "damaged JPEG data"
+_large_images = threading.Lock()
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What became of the images.
+
+    skipped     a line for each unreadable image
+    damaged     paths of JPEGs with damaged data that could be decoded in part or with a warning;
+                what was decoded is stored
+    re_encoded  numbers of images that were not stored as they are, by reason
+    ignored     numbers of files and folders that are no images, by reason or file extension
+    warnings    Pillow's, each with the path of the image
+    """
+
+    skipped: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    re_encoded: Mapping[str, int] = field(default_factory=dict)
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class _Payload:
+    """reason   why it is not the file's own bytes"""
+
     mode: int
     width: int
     height: int
     data: bytes
+    reason: str = ""
 
 
 def convert(
@@ -61,8 +95,8 @@ def convert(
     quality: int = 95,
     on_error: OnError = "fail",
     progress: Progress = lambda done: None,
-) -> tuple[Dataset, list[str]]:
-    """Write images to a .beton file with a sidecar: the dataset, and a line for each skipped image.
+) -> tuple[Dataset, ConvertReport]:
+    """Write images to a .beton file with a sidecar: the dataset, and what became of the images.
 
     source       what `open_source` gives, or its name: the training split
     out          path of the .beton file, which must not exist; the sidecar is `out` + ".json"
@@ -72,7 +106,8 @@ def convert(
     progress     is called with the number of images done so far
 
     JPEGs that need no change keep their bytes. Other images are stored as pixels up to 64 px and
-    as JPEG above. Raises UsageError for a path that exists or an unreadable image, StorageError.
+    as JPEG above. Images have at most 500 megapixels. Raises UsageError for a path that exists or
+    an unreadable image, StorageError.
     """
     out = Path(out)
     require_new_dataset(out)
@@ -83,32 +118,43 @@ def convert(
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     sidecar_partial = sidecar_path(partial)
     skipped: list[str] = []
+    damaged: list[str] = []
+    re_encoded: Counter[str] = Counter()
+    warned: set[str] = set()
+    image = threading.local()
+
+    def job(i: int) -> _Payload:
+        image.name = source.name(i)
+        payload = _encode(source.images[i], max_side_px, quality)
+        if len(payload.data) > PAGE_BYTES:
+            raise ValueError(
+                f"it takes {len(payload.data) / 2**20:.1f} MiB as a JPEG of quality {quality}, and "
+                f"FFCV holds at most {PAGE_BYTES >> 20}: use --max-side or a lower --quality"
+            )
+        return payload
 
     def encoded() -> Iterator[tuple[_Payload, int]]:
-        def job(i: int) -> _Payload:
-            payload = _encode(source.images[i], max_side_px, quality)
-            if len(payload.data) > PAGE_BYTES:
-                raise ValueError(
-                    f"it takes {len(payload.data) / 2**20:.1f} MiB and FFCV holds at most "
-                    f"{PAGE_BYTES >> 20}: use --max-side or a lower --quality"
-                )
-            return payload
-
         for i, future in _encode_ahead(job, len(source.images)):
             progress(i + 1)
             try:
-                yield future.result(), source.labels[i]
+                payload = future.result()
             except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-                unknown = isinstance(error, PIL.UnidentifiedImageError)
-                line = f"{source.name(i)}: {'unsupported image format' if unknown else error}"
+                line = f"{source.name(i)}: {_explain(error)}"
                 if on_error == "fail":
                     raise UsageError(
                         f"cannot read {line}; repair or remove it, or use --on-error skip"
                     ) from error
                 skipped.append(line)
+                continue
+            if payload.reason:
+                re_encoded[payload.reason] += 1
+            if payload.reason == DAMAGED:
+                damaged.append(source.name(i))
+            yield payload, source.labels[i]
 
     try:
-        metadata, table, checksums = _write_beton(partial, len(source.images), encoded())
+        with _pillow_reports(lambda text: warned.add(f"{image.name}: {text}")):
+            metadata, table, checksums = _write_beton(partial, len(source.images), encoded())
         sidecar = {
             "version": SIDECAR_VERSION,
             "classes": source.class_names,
@@ -127,7 +173,45 @@ def convert(
     finally:
         partial.unlink(missing_ok=True)
         sidecar_partial.unlink(missing_ok=True)
-    return open_dataset(out), skipped
+    report = ConvertReport(skipped, damaged, re_encoded, source.ignored, sorted(warned))
+    return open_dataset(out), report
+
+
+@contextmanager
+def _pillow_reports(warn: Callable[[str], object]) -> Iterator[None]:
+    """Let Pillow open images up to MAX_PIXELS, and pass on its warnings; for the whole process."""
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    if limit is not None:
+        # Pillow warns from its limit on, and refuses from twice that.
+        PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+    try:
+        with warnings.catch_warnings():
+            show = warnings.showwarning
+
+            def pass_on(message: Warning | str, *args: Any, **options: Any) -> None:
+                if _is_pillows(str(args[1])):
+                    warn(str(message))
+                else:
+                    show(message, *args, **options)
+
+            warnings.filterwarnings("always", module=r"PIL\b")
+            warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
+            warnings.showwarning = pass_on
+            yield
+    finally:
+        PIL.Image.MAX_IMAGE_PIXELS = limit
+
+
+def _is_pillows(filename: str) -> bool:
+    return Path(filename).parent == Path(PIL.__file__).parent
+
+
+def _explain(error: BaseException) -> str:
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return "unsupported image format"
+    if isinstance(error, PIL.Image.DecompressionBombError):
+        return f"it has more than {MAX_PIXELS // 10**6} megapixels"
+    return str(error)
 
 
 def _remove_abandoned(out: Path) -> None:
@@ -166,32 +250,69 @@ def _encode_ahead(
 
 
 def _encode(image: Image, max_side_px: int | None, quality: int) -> _Payload:
+    reason = ""
     if isinstance(image, Path):
         original = image.read_bytes()
         with PIL.Image.open(io.BytesIO(original)) as opened:
-            fits = max_side_px is None or max(opened.size) <= max_side_px
-            # 0x0112 is EXIF's orientation, by which FFCV's decoder does not turn an image.
-            upright = opened.getexif().get(0x0112, 1) == 1
-            plain = opened.format == "JPEG" and opened.mode in ("RGB", "L")
-            if plain and fits and upright and _ffcv_decodes(original, *opened.size):
+            reason = _reason_to_encode(opened, original, max_side_px)
+            if not reason:
                 return _Payload(IMAGE_MODES["jpg"], *opened.size, original)
-            opened.load()
-            picture = to_rgb(PIL.ImageOps.exif_transpose(opened))
+            picture = _decode(opened, max_side_px)
     elif isinstance(image, PIL.Image.Image):
         picture = to_rgb(image)
     else:
         picture = PIL.Image.fromarray(image).convert("RGB")
     if max_side_px is not None and max(picture.size) > max_side_px:
         picture.thumbnail((max_side_px, max_side_px), PIL.Image.Resampling.LANCZOS)
+    if not min(picture.size):
+        raise ValueError(f"it has no pixels: {picture.width} x {picture.height}")
     if max(picture.size) <= SMALL_PX:
-        return _Payload(IMAGE_MODES["raw"], *picture.size, picture.tobytes())
+        return _Payload(IMAGE_MODES["raw"], *picture.size, picture.tobytes(), reason)
+    if max(picture.size) > MAX_JPEG_SIDE_PX:
+        raise ValueError(
+            f"it is {picture.width} x {picture.height} px, and a side of a JPEG has at most "
+            f"{MAX_JPEG_SIDE_PX:,}: use --max-side"
+        )
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=quality)
-    return _Payload(IMAGE_MODES["jpg"], *picture.size, buffer.getvalue())
+    return _Payload(IMAGE_MODES["jpg"], *picture.size, buffer.getvalue(), reason)
+
+
+def _reason_to_encode(opened: PIL.Image.Image, original: bytes, max_side_px: int | None) -> str:
+    """Why the file's bytes are not stored as they are; "" where they are."""
+    if opened.format != "JPEG":
+        return str(opened.format)
+    if opened.mode not in ("RGB", "L"):
+        return f"{opened.mode} JPEG"
+    if max_side_px is not None and max(opened.size) > max_side_px:
+        return "larger than --max-side"
+    # 0x0112 is EXIF's orientation, by which FFCV's decoder does not turn an image.
+    if opened.getexif().get(0x0112, 1) != 1:
+        return "rotated by EXIF"
+    if len(original) > PAGE_BYTES:
+        return f"more than {PAGE_BYTES >> 20} MiB"
+    return "" if _ffcv_decodes(original, *opened.size) else DAMAGED
+
+
+def _decode(opened: PIL.Image.Image, max_side_px: int | None) -> PIL.Image.Image:
+    """Upright, as RGB."""
+    if opened.width * opened.height <= LARGE_PIXELS:
+        opened.load()
+        return to_rgb(PIL.ImageOps.exif_transpose(opened))
+    with _large_images:
+        if max_side_px is not None:
+            # JPEGs at a half, a quarter or an eighth of their size, but no smaller than this.
+            opened.draft("RGB", (2 * max_side_px, 2 * max_side_px))
+            opened.load()
+            opened.thumbnail((2 * max_side_px, 2 * max_side_px), PIL.Image.Resampling.BOX)
+        return to_rgb(PIL.ImageOps.exif_transpose(opened))
 
 
 def _ffcv_decodes(jpeg: bytes, width: int, height: int) -> bool:
-    """Whether FFCV's decoder has no complaint; it has where Pillow forgives stray bytes."""
+    """Whether FFCV's decoder has no complaint; it has where Pillow forgives stray bytes.
+
+    Raises ValueError where the data end before the last row, which Pillow fills with grey.
+    """
     pixels, u32 = np.empty((height, width, 3), np.uint8), ctypes.c_uint32
     sides = (u32(height), u32(width))
     status = _libffcv.imdecode(
@@ -207,6 +328,8 @@ def _ffcv_decodes(jpeg: bytes, width: int, height: int) -> bool:
         ctypes.c_bool(False),
         ctypes.c_bool(False),
     )
+    if status != 0 and b"remature end" in (_libffcv.tjGetErrorStr() or b""):
+        raise ValueError(f"its data end before the last of {height} rows")
     return bool(status == 0)
 
 

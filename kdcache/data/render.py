@@ -30,12 +30,13 @@ from kdcache.views.philox import MULTIPLIERS, ROUNDS, SAMPLE_BITS, WEYL, Purpose
 from kdcache.views.spec import ViewSpec
 
 TRAILER_BYTES = 8
-OK, BAD_SAMPLE, BAD_POINTER, BAD_JPEG, BAD_RAW = range(5)
+OK, BAD_SAMPLE, BAD_POINTER, BAD_JPEG, BAD_RAW, BAD_SIDES = range(6)
 STATUS = {
     BAD_SAMPLE: "its index is out of range",
     BAD_POINTER: "its data lies outside the file",
     BAD_JPEG: "its JPEG does not decode",
     BAD_RAW: "its pixels have the wrong size",
+    BAD_SIDES: "its JPEG is of another size than was recorded",
 }
 INCEPTION, RANDOM, CENTER, WHOLE = range(4)
 CROP_CODES = {"inception": INCEPTION, "random": RANDOM, "center": CENTER, "whole": WHOLE}
@@ -156,6 +157,25 @@ def _put(four_bytes, value):
 
 
 @_jit
+def jpeg_sides(data):
+    """Height and width that a JPEG's frame header gives (ITU-T T.81, B.2.2); 0, 0 without one."""
+    i = np.int64(2)
+    while i + 8 < len(data):
+        if data[i] != 0xFF:
+            return 0, 0
+        marker = data[i + 1]
+        if marker == 0xFF:  # a fill byte
+            i += 1
+            continue
+        # SOF0 to SOF15, among which are the markers of tables: DHT, JPG and DAC.
+        if 0xC0 <= marker <= 0xCF and marker != 0xC4 and marker != 0xC8 and marker != 0xCC:
+            height = np.int64(data[i + 5]) << 8 | np.int64(data[i + 6])
+            return height, np.int64(data[i + 7]) << 8 | np.int64(data[i + 8])
+        i += 2 + (np.int64(data[i + 2]) << 8 | np.int64(data[i + 3]))
+    return 0, 0
+
+
+@_jit
 def _render(token, image, trailer, scratch, metadata, memory, pointers, sizes, settings):
     """Decode, crop, resize and mirror one sample into `image`; the status of the attempt."""
     sample, view = token & _MASK, token >> _SHIFT
@@ -176,6 +196,10 @@ def _render(token, image, trailer, scratch, metadata, memory, pointers, sizes, s
         # The decoder writes as many pixels as it is told: never beyond this lane's scratch.
         if 3 * height * width > len(scratch):
             return BAD_POINTER
+        # Else it would leave pixels of the image before, or write fewer than it is told.
+        found_height, found_width = jpeg_sides(payload)
+        if found_height != height or found_width != width:
+            return BAD_SIDES
         source = scratch.ctypes.data
         h, w = np.uint32(height), np.uint32(width)
         if (

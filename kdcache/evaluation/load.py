@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdcache.data.beton import Dataset, open_dataset
+from kdcache.data.beton import Dataset, open_dataset, require_labels
 from kdcache.evaluation.options import EvaluateOptions
 from kdcache.models import load
 from kdcache.models.classifier import Classifier, Teacher
@@ -27,6 +27,7 @@ def load_evaluation_run(options: EvaluateOptions) -> EvaluationRun:
     """Raises ClassesMismatch for a model of other classes than the data's, UsageError, and what
     opening and loading raise."""
     dataset = open_dataset(options.data)
+    require_labels(dataset)
     size_px = options.size_px
     if size_px is None:
         size_px = load.natural_size_px(options.model) or dataset.natural_size_px

@@ -71,6 +71,8 @@ def load_precompute_run(
     Raises UsageError for options that do not go together, and what opening and loading raise.
     """
     dataset = open_dataset(options.data)
+    if not dataset.class_names:
+        options = replace(options, unlabeled=True)
     view_spec, row_order, num_averaged_views = _views(options, dataset)
     teacher, warnings = load_checked_teacher(
         options.teachers,

@@ -14,7 +14,7 @@ from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import Sampled, TopK
 from kdcache.cache.fidelity import CLOSE_COSINE, cosine_at
 from kdcache.cache.setting import cached_view_spec
-from kdcache.data.beton import Dataset, open_dataset
+from kdcache.data.beton import Dataset, open_dataset, require_labels
 from kdcache.data.loader import render_digest
 from kdcache.errors import CacheMismatch, ClassesMismatch, UsageError
 from kdcache.models import load
@@ -45,6 +45,10 @@ def load_training_run(options: TrainOptions, *, workers: int | None = None) -> T
     these data, views or classes, and what opening and loading raise.
     """
     dataset, cache = open_dataset(options.data), None
+    if not dataset.class_names:
+        if options.mode == "labels" or options.label_weight:
+            require_labels(dataset)
+        options = replace(options, unlabeled=True)
     if options.cache is not None:
         cache = _open_cache(options, options.cache, dataset)
     recipe = get_recipe(options.recipe) if options.recipe else None
@@ -64,6 +68,8 @@ def load_training_run(options: TrainOptions, *, workers: int | None = None) -> T
     set_determinism(spec)
     student, fresh = _load_student(options, name, num_classes, spec.view_spec.size_px)
     val = open_dataset(options.val) if options.val else None
+    if val:
+        require_labels(val)
     class_names = _class_names(options, dataset, val, num_classes)
     # In the other modes it serves evaluation alone, and is no part of the run's identity.
     live = teacher if options.mode == "online" else None

@@ -22,10 +22,11 @@ SOURCES: dict[str, Callable[[str, Split], Source]] = {
 }
 
 
-def open_source(name: str, split: Split = "train") -> Source:
-    """The source called `name`: one of `SOURCES`, or a folder of class folders.
+def open_source(name: str, split: Split = "train", *, allow_empty: bool = False) -> Source:
+    """The source called `name`: one of `SOURCES`, or a folder of class folders or of images.
 
-    split   which part of it, where it has parts
+    split        which part of it, where it has parts
+    allow_empty  a class folder may hold no image; the class keeps its place
 
     Raises UsageError where there is none, and what opening it raises.
     """
@@ -35,7 +36,7 @@ def open_source(name: str, split: Split = "train") -> Source:
     folder = Path(name)
     if not folder.exists():
         raise UsageError(
-            f"no such folder: {name}; SOURCE is a folder of class folders, 'fashion-mnist', "
-            "'digits' or 'torchvision:NAME'" + did_you_mean(name, SOURCES)
+            f"no such folder: {name}; SOURCE is a folder of class folders or images, "
+            "'fashion-mnist', 'digits' or 'torchvision:NAME'" + did_you_mean(name, SOURCES)
         )
-    return open_class_folders(folder, split)
+    return open_class_folders(folder, split, allow_empty=allow_empty)
