@@ -14,8 +14,8 @@ cosine   between the gradients that the record and the live teacher give a stude
 error    the norm of their difference, by the norm of the live one
 
 "near" is a student whose logits are the teacher's plus normal noise of 0.7 nats, "fresh" one whose
-logits are noise of 0.1. The loss of our top-k records has the tail "bucket"; all else "uniform", as
-the other caches' losses spread it.
+logits are noise of 0.1. The loss spreads a tail evenly ("uniform"), as training from top-k records
+does, ours and the other caches'.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from kdcache.cache import layout as layouts
 from kdcache.cache.codecs import CodecSpec, Dense, TopK, Transformed, bind
 from kdcache.cache.records import Records
 from kdcache.cache.spec import CacheSpec
-from kdcache.choices import Tail
-from kdcache.losses.distillation import distillation_loss, spread_tail
+from kdcache.choices import TOP_K_TAIL
+from kdcache.losses.distillation import distillation_losses, spread_tail
 from kdcache.teacher.calibration import DENSE_CLASSES, Calibration, choose_record, measure_codec
 from kdcache.teacher.options import RecordOptions
 from kdcache.views.spec import ViewSpec
@@ -94,7 +94,6 @@ class Contestant:
     bytes_per_record: float
     zstd_bytes: float
     answer: Callable[[torch.Tensor], Answer]
-    tail: Tail = "uniform"
 
 
 # --- the contestants ---------------------------------------------------------------------------
@@ -128,7 +127,7 @@ def of_codec(logits: LogitSet, layout: str, setting: str, codec: CodecSpec) -> C
         found = coder.decode(encode(live_BC), logits.num_classes)
         return lambda temperature: found
 
-    return Contestant(layout, setting, size, size, answer, "bucket")
+    return Contestant(layout, setting, size, size, answer)
 
 
 def theirs(logits: LogitSet) -> Iterator[Contestant]:
@@ -194,8 +193,7 @@ def measure(logits: LogitSet, contestant: Contestant) -> Line:
             add(f"full_{T:g}", full_B)
             add(f"bucket_{T:g}", bucket_B)
             for name, student_BC in students.items():
-                g_BC = gradient(student_BC, live, T, "uniform")
-                ours_BC = gradient(student_BC, target, T, contestant.tail)
+                g_BC, ours_BC = (gradient(student_BC, x, T) for x in (live, target))
                 at = f"{name}_{T:g}"
                 add(f"product_{at}", g_BC * ours_BC)
                 add(f"live_{at}", g_BC.square())
@@ -253,13 +251,13 @@ def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 
 def gradient(
-    student_BC: torch.Tensor, target: Target | TemperedTarget, temperature: float, tail: Tail
+    student_BC: torch.Tensor, target: Target | TemperedTarget, temperature: float
 ) -> torch.Tensor:
     """Of the loss, with respect to the student's logits [B, C]."""
     z_BC = student_BC.clone().requires_grad_()
     # Not the mean: the last batch of rows is smaller.
-    loss = distillation_loss(z_BC, target, temperature=temperature, tail=tail, reduction="sum")
-    return torch.autograd.grad(loss, z_BC)[0]
+    loss_B = distillation_losses(z_BC, target, temperature=temperature, tail=TOP_K_TAIL)
+    return torch.autograd.grad(loss_B.sum(), z_BC)[0]
 
 
 def automatic(logits: LogitSet) -> list[Line]:

@@ -113,7 +113,7 @@ def test_the_loss_of_a_run_makes_its_assumption_about_the_tail(
     precompute(digits_test, teacher, spec, tmp_path / "t.zarr")
     path, options = str(tmp_path / "t.zarr"), {"epochs": 1, "batch_size": 64, "temperature": 3.0}
     run = load_training_run(given(digits_test, "cached", cache=path, tail=tail, **options))
-    assert run.spec.tail == (tail or "bucket")
+    assert run.spec.tail == (tail or "uniform")
     with open_loader(run, workers=1) as loader:
         batch = next(iter_batches(loader, run.spec))
     target = run.targets(batch)

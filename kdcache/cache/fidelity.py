@@ -19,6 +19,7 @@ import torch
 from kdcache.batch import Target, dense_target
 from kdcache.cache.codecs import RecordCoder
 from kdcache.cache.records import Records
+from kdcache.choices import TOP_K_TAIL
 from kdcache.losses.distillation import distillation_loss, distillation_losses, spread_tail
 
 TEMPERATURES = (1.0, 2.0, 5.0, 10.0)
@@ -94,7 +95,7 @@ def _gradient(student_BC: torch.Tensor, target: Target, temperature: float) -> t
     """Of the loss, with respect to the student's logits."""
     z_BC = student_BC.clone().requires_grad_()
     with torch.enable_grad():
-        loss = distillation_loss(z_BC, target, temperature=temperature)
+        loss = distillation_loss(z_BC, target, temperature=temperature, tail=TOP_K_TAIL)
     return torch.autograd.grad(loss, z_BC)[0]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from kdcache.choices import TOP_K_TAIL
 from kdcache.cli.options import OutputOptions
 from kdcache.cli.output import err_console, format_evaluation, notice, progress_bar, show, warn
 from kdcache.cli.signals import StopSignal, stop_signal
@@ -38,7 +39,8 @@ def train(options: TrainCommand, output: OutputOptions) -> None:
     workers = loader_threads(options.run.workers)
     device = choose_device(options.train.device)
     with ProcessGroup(process.rank, process.world_size, device) as group, _stop_signal() as stop:
-        run = load_training_run(options.train, workers=workers)
+        begun = run_folder.started_tail(out) if options.run.resume else None
+        run = load_training_run(options.train, workers=workers, default_tail=begun or TOP_K_TAIL)
         was_finished = run_folder.is_finished(out)
         warn(() if was_finished else run.warnings)
         with _Report(f"train {options.train.mode}", run.spec.batch_size) as report:

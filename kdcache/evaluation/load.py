@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from kdcache.data.beton import Dataset, open_dataset, require_labels
 from kdcache.evaluation.options import EvaluateOptions
@@ -34,15 +35,20 @@ def load_evaluation_run(options: EvaluateOptions) -> EvaluationRun:
     teacher_px = options.teacher_size_px or size_px
     for px in (size_px, teacher_px):
         evaluation_view_spec(px)  # refuses an impossible size before anything is loaded
-    device, num_classes = choose_device(options.device), len(dataset.class_names)
-    for name in (options.model, *options.teachers):
-        load.require_class_names(name, dataset.class_names, dataset.path)
-    model = load.load_model(
-        options.model, "teacher", num_classes=num_classes, size_px=size_px, device=device
+    load_one = partial(
+        load.load_teacher,
+        num_classes=len(dataset.class_names),
+        device=choose_device(options.device),
+        class_names=dataset.class_names,
+        data=dataset.path,
     )
-    teacher = None
+    model, teacher = load_one(options.model, size_px=size_px), None
+    assert isinstance(model, Classifier)
     if options.teachers:
-        teacher = load.load_teacher(
-            options.teachers, num_classes=num_classes, size_px=teacher_px, device=device
+        teacher = load_one(
+            options.teachers,
+            size_px=teacher_px,
+            output=options.output.output,
+            teacher_class_names=options.output.read_class_names(),
         )
     return EvaluationRun(model, dataset, size_px, teacher, options.teacher_size_px)

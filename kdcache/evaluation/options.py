@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdcache.models.options import OutputOptions
 from kdcache.options import (
     TEACHER,
     VIEWS,
@@ -31,6 +32,7 @@ class EvaluateOptions:
         group=TEACHER,
         metavar="MODEL",
     )
+    output: OutputOptions = OutputOptions()
     size_px: int | None = option(
         None,
         name="--size",

@@ -10,17 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from kdcache.choices import TeacherOutput
 from kdcache.errors import UsageError
 from kdcache.spec import Precision, digest
 
 Triple = tuple[float, float, float]
 
 LEAST_LOG_P = -700.0  # about the logarithm of the smallest float64
+LOGITS_KEY = "logits"
 
 
 class Classifier(nn.Module):
@@ -28,10 +30,17 @@ class Classifier(nn.Module):
 
     precision     of the network's arithmetic, by autocast; the logits come as it gives them
     num_classes   C, as `models.load` has found it; 0 before
+    num_outputs   classes of the network itself; 0 where that is not known
+    output        what the network gives
+    class_ids_C   the network's class of each of the C, where they are others than 0 to C - 1
+    matched       its classes were found to be the data's, by name
+    assumed_norm  mean and std are ImageNet's, as the network names none
+    output_part   where the logits were in what the network gives, if that is not one tensor
     """
 
     mean: torch.Tensor
     std: torch.Tensor
+    class_ids_C: torch.Tensor | None
 
     def __init__(self, network: nn.Module, name: str, mean: Triple, std: Triple) -> None:
         super().__init__()
@@ -39,9 +48,21 @@ class Classifier(nn.Module):
         self.name = name
         self.precision: Precision = "float32"
         self.num_classes = 0
+        self.num_outputs = 0
+        self.output: TeacherOutput = "logits"
+        self.output_part = ""
+        self.assumed_norm = False
+        self.matched = False
         # Not persistent: a weights file has the network's own keys alone.
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("class_ids_C", None, persistent=False)
+
+    def select(self, class_ids: Sequence[int]) -> None:
+        """Give the logits of these classes of the network alone, in this order."""
+        self.num_classes = len(class_ids)
+        if tuple(class_ids) != tuple(range(self.num_outputs)):
+            self.class_ids_C = torch.tensor(class_ids, device=self.device)
 
     @property
     def device(self) -> torch.device:
@@ -64,14 +85,32 @@ class Classifier(nn.Module):
         x = images_BCHW.float().div_(255).sub_(self.mean).div_(self.std)
         dtype = getattr(torch, precision)
         with torch.autocast(x.device.type, dtype, enabled=precision != "float32"):
-            logits_BC = network(x)
-        if not isinstance(logits_BC, torch.Tensor):
+            found = network(x if precision != "float32" else self._in_own_dtype(x))
+        logits_BC = found if isinstance(found, torch.Tensor) else self._part(found, len(x))
+        if self.output == "probabilities":
+            logits_BC = logits_BC.float().clamp(min=torch.finfo(torch.float32).tiny).log()
+        return logits_BC if self.class_ids_C is None else logits_BC[:, self.class_ids_C]
+
+    def _in_own_dtype(self, x: torch.Tensor) -> torch.Tensor:
+        """For a network whose weights are in another type, as after `.half()`."""
+        first = next(self.network.parameters(), x)
+        return x.to(first.dtype) if first.is_floating_point() else x
+
+    def _part(self, found: object, rows: int) -> torch.Tensor:
+        """The logits in what a frozen network gives: its `logits`, or the first tensor [B, C]."""
+        parts = _tensors(found) if not self.training else {}
+        fits = {
+            key: x for key, x in parts.items() if x.shape == (rows, self.num_outputs or x.shape[-1])
+        }
+        key = LOGITS_KEY if LOGITS_KEY in fits else next(iter(fits), None)
+        if key is None:
             raise UsageError(
-                f"{self.name} gives a {type(logits_BC).__name__} when it "
+                f"{self.name} gives a {type(found).__name__} when it "
                 f"{'trains' if self.training else 'answers'}, not one tensor of logits: build it "
                 "without auxiliary heads"
             )
-        return logits_BC
+        self.output_part = f"{type(found).__name__}: {key}"
+        return fits[key]
 
     def features(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """What the classifying layer gets, [B, D], and the logits [B, C].
@@ -107,9 +146,13 @@ class Classifier(nn.Module):
     def content_hash(self) -> str:
         """16 hex digits over normalisation and every weight's name, type, shape and bytes."""
         h = hashlib.sha256()
-        norm = [self.mean.flatten().tolist(), self.std.flatten().tolist()]
-        # The same weights behind another normalisation are another function.
-        h.update(json.dumps(norm).encode())
+        # The same weights behind another normalisation, or read otherwise, are another function.
+        read: list[object] = [self.mean.flatten().tolist(), self.std.flatten().tolist()]
+        if self.output == "probabilities":
+            read.append(self.output)
+        if self.class_ids_C is not None:
+            read.append(self.class_ids_C.tolist())
+        h.update(json.dumps(read).encode())
         for key, weight in sorted(self.network.state_dict().items()):
             h.update(f"{key} {weight.dtype} {tuple(weight.shape)}\n".encode())
             h.update(
@@ -171,6 +214,19 @@ class Ensemble(nn.Module):
 
     def _members(self) -> list[Classifier]:
         return [member for member in self.members if isinstance(member, Classifier)]
+
+
+def _tensors(found: object) -> dict[str, torch.Tensor]:
+    """The tensors in a tuple, a dict or an object of fields, by place or name."""
+    named: dict[str, object] = {}
+    if isinstance(found, Mapping):
+        named = {str(key): x for key, x in found.items()}
+    elif isinstance(found, list | tuple):
+        names = getattr(found, "_fields", map(str, range(len(found))))
+        named = dict(zip(names, found, strict=True))
+    elif hasattr(found, "__dict__"):
+        named = dict(vars(found))
+    return {key: x for key, x in named.items() if isinstance(x, torch.Tensor)}
 
 
 Teacher = Classifier | Ensemble

@@ -20,8 +20,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from kdcache.errors import ClassesMismatch, UsageError, did_you_mean
+from kdcache.choices import TeacherOutput
+from kdcache.errors import UsageError, did_you_mean
 from kdcache.models import pretrained, resnet
+from kdcache.models.class_names import ClassNames, match_classes
 from kdcache.models.classifier import Classifier, Teacher, Triple, teacher_of
 from kdcache.models.pretrained import Role
 from kdcache.models.run_json import RUN_FILE, read_run_json, view_spec_of
@@ -74,10 +76,16 @@ def load_model(
         raise UsageError(f"unknown model {name!r}: a model is {FORMS}")
     # channels_last: the layout of the loader's batches.
     model = build().to(torch.device(device)).to(memory_format=torch.channels_last)
+    model.num_outputs = num_classes or 0
     # At once, so that a wrong size or class count is one line before anything long begins.
     _check_output(model, num_classes, size_px, device)
     if role == "teacher":
         model.eval().requires_grad_(False)
+    elif model.output_part:
+        raise UsageError(
+            f"{name} gives a {model.output_part.partition(':')[0]}, not one tensor of logits: "
+            "build a student without auxiliary heads"
+        )
     return model
 
 
@@ -87,6 +95,11 @@ def natural_size_px(name: str) -> int | None:
     if name and Path(name).is_dir():
         return view_spec_of(read_run_json(Path(name))).size_px
     return pretrained.natural_size_px(name)
+
+
+def pretrained_size_px(name: str) -> int | None:
+    """The side of views that torchvision's or timm's weights of that name are for."""
+    return pretrained.pretrained_size_px(name)
 
 
 def load_student(
@@ -105,27 +118,12 @@ def load_student(
     return load_model(name, "student", num_classes=num_classes, size_px=size_px, device=device)
 
 
-def class_names_of(names: Sequence[str]) -> tuple[str, ...]:
-    """The class names of the first finished run among these models; empty where there is none."""
-    for name in names:
-        if name and Path(name).is_dir():
-            return tuple(read_run_json(Path(name)).get("class_names") or ())
-    return ()
-
-
-def require_class_names(name: str, class_names: Sequence[str], data: object) -> None:
-    """Raise ClassesMismatch for a run that was trained on as many classes of other names or order.
-
-    data   where these class names come from, for the message
-    """
-    trained = class_names_of([name])
-    if len(trained) != len(class_names):
-        return
-    for there, here in zip(trained, class_names, strict=True):
-        if there != here:
-            raise ClassesMismatch(
-                f"{name} was trained on other classes than {data}: {there!r} there, {here!r} here"
-            )
+def class_names_of(name: str) -> ClassNames | None:
+    """The names of a trained model's classes; None where they are not known."""
+    if name and Path(name).is_dir():
+        trained = read_run_json(Path(name)).get("class_names")
+        return ClassNames.of(trained) if trained else None
+    return pretrained.class_names(name)
 
 
 def load_teacher(
@@ -135,26 +133,47 @@ def load_teacher(
     size_px: int,
     device: torch.device | str = "cpu",
     precision: Precision = "float32",
+    output: TeacherOutput = "logits",
+    class_names: Sequence[str] = (),
+    teacher_class_names: Sequence[str] = (),
+    data: object = "the data",
 ) -> Teacher:
     """A frozen model with its weights, or several whose probabilities are averaged.
 
-    names        of one model or several, as in `load_student`; torchvision's and timm's come with
-                 pretrained weights
-    num_classes  C; None: as many as the teachers have
-    size_px      side of the views that it will get, in pixels
-    device       where its parameters are put
-    precision    of its forward passes, by autocast
+    names                of one model or several, as in `load_student`; torchvision's and timm's
+                         come with pretrained weights
+    num_classes          C; None: as many as the teachers have, or as class_names
+    size_px              side of the views that it will get, in pixels
+    device               where its parameters are put
+    precision            of its forward passes, by autocast
+    output               what the models give: logits, probabilities (whose logarithms become the
+                         logits) or log-probabilities
+    class_names          of the data: where the names of a model's classes are known too, its logits
+                         are brought into their order, and those of other classes are left out
+    teacher_class_names  of each model's classes, where they are not known otherwise
+    data                 where class_names come from, for messages
 
-    Raises UsageError without a name, where class counts differ, and for what `load_student` does.
+    Raises UsageError without a name, where class counts differ, and for what `load_student` does;
+    ClassesMismatch for a model that lacks some of the data's classes.
     """
     if isinstance(names, str):
         names = [names]
     if not names:
         raise UsageError("expected the name of at least one teacher")
-    members = [
-        load_model(name, "teacher", num_classes=num_classes, size_px=size_px, device=device)
-        for name in names
-    ]
+    members = []
+    for name in names:
+        ids, count = None, num_classes
+        known = ClassNames.of(teacher_class_names) if teacher_class_names else None
+        if class_names and (known := known or class_names_of(name)):
+            ids = match_classes(name, known, data, class_names)
+        if known and (ids or teacher_class_names):
+            count = len(known)
+        model = load_model(name, "teacher", num_classes=count, size_px=size_px, device=device)
+        model.output = output
+        if ids:
+            model.select(ids)
+            model.matched = True
+        members.append(model)
     teacher = teacher_of(members)
     teacher.precision = precision
     return teacher
@@ -224,7 +243,9 @@ def _from_factory(path: str, num_classes: int | None) -> Classifier:
         raise UsageError(f"python:{path} gave a {type(network).__name__}, not an nn.Module")
     mean, std = getattr(network, "mean", IMAGENET_MEAN), getattr(network, "std", IMAGENET_STD)
     try:
-        return Classifier(network, f"python:{path}", _triple(mean), _triple(std))
+        model = Classifier(network, f"python:{path}", _triple(mean), _triple(std))
+        model.assumed_norm = not hasattr(network, "mean")
+        return model
     except (TypeError, ValueError) as error:
         raise UsageError(f"python:{path}: mean and std must be three numbers each") from error
 
@@ -261,5 +282,5 @@ def _check_output(
         model.train(training)
     if logits.ndim != 2:
         raise UsageError(f"{model.name} does not give one row of logits for each image")
-    model.num_classes = logits.shape[1]
+    model.num_classes = model.num_outputs = logits.shape[1]
     pretrained.require_classes(model.name, model.num_classes, num_classes)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from kdcache.errors import ClassesMismatch, MissingDependency, UsageError, did_you_mean
+from kdcache.models.class_names import ClassNames
 from kdcache.models.classifier import Classifier
 
 Role = Literal["teacher", "student"]
@@ -107,10 +108,63 @@ def pretrained(name: str) -> tuple[Weights, int]:
     )
 
 
+def class_names(name: str) -> ClassNames | None:
+    """Of the classes of "torchvision:NAME" or "timm:NAME" with its pretrained weights.
+
+    None where they are unknown, and for any other name. ImageNet's classes have their WordNet ids
+    too, where timm is installed.
+    """
+    kind, _, rest = name.partition(":")
+    try:
+        if kind == "torchvision":
+            categories = _torchvision().models.get_model_weights(rest).DEFAULT.meta["categories"]
+            synsets = _imagenet_names("imagenet-1k") if len(categories) == 1000 else None
+            ids = ([names[:1] for names in synsets] if synsets else None) or [()] * len(categories)
+            return ClassNames(
+                tuple((str(c), *i) for c, i in zip(categories, ids, strict=True)), own=False
+            )
+        if kind == "timm":
+            timm = _timm()
+            subset = timm.data.infer_imagenet_subset(timm.models.get_pretrained_cfg(rest))
+            names = _imagenet_names(subset) if subset else None
+            return ClassNames(tuple(names), own=False) if names else None
+    except (AttributeError, KeyError, ValueError, RuntimeError, MissingDependency):
+        pass  # `load_model` says what is wrong with such a name
+    return None
+
+
+def _imagenet_names(subset: str) -> list[tuple[str, ...]] | None:
+    """WordNet id and words of each class, in the order of the classes; None without timm."""
+    try:
+        info = _timm().data.ImageNetInfo(subset)
+    except MissingDependency:
+        return None
+    words = [text.split(",") for text in info.label_descriptions()]
+    return [
+        (i, *(w.strip() for w in some)) for i, some in zip(info.label_names(), words, strict=True)
+    ]
+
+
 def require_classes(name: str, found: int, expected: int | None) -> None:
     """Raise ClassesMismatch unless a model has as many classes as the data, where these count."""
     if expected not in (None, found):
         raise ClassesMismatch(f"{name} has {found} classes, the data has {expected}")
+
+
+def pretrained_size_px(name: str) -> int | None:
+    """The side of the views that the pretrained weights of "torchvision:NAME" or "timm:NAME" are
+    for, as its configuration says; None for any other name. Loads no weights."""
+    kind, _, rest = name.partition(":")
+    try:
+        if kind == "timm":
+            config = _timm().models.get_pretrained_cfg(rest)
+            return int(config.input_size[-1]) if config else None
+        if kind == "torchvision":
+            preprocess = _torchvision().models.get_model_weights(rest).DEFAULT.transforms()
+            return int(preprocess.crop_size[0])
+    except (AttributeError, LookupError, ValueError, RuntimeError, MissingDependency):
+        pass  # `load_model` says what is wrong with such a name
+    return None
 
 
 def natural_size_px(name: str) -> int | None:

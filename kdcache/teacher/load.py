@@ -24,6 +24,7 @@ from kdcache.errors import ClassesMismatch, UsageError
 from kdcache.models import load
 from kdcache.models.classifier import Teacher
 from kdcache.models.device import choose_device
+from kdcache.models.options import OutputOptions
 from kdcache.spec import Precision
 from kdcache.teacher import precompute, recompute
 from kdcache.teacher.calibration import (
@@ -36,6 +37,7 @@ from kdcache.teacher.calibration import (
     choose_record,
     measure_codec,
 )
+from kdcache.teacher.check import check_teacher
 from kdcache.teacher.options import PrecomputeOptions, RecordOptions, VerifyOptions
 from kdcache.teacher.recompute import Measure
 from kdcache.torchrun import current_process
@@ -80,6 +82,7 @@ def load_precompute_run(
         view_spec.size_px,
         choose_device(options.device),
         options.precision,
+        options.output,
         unlabeled=options.unlabeled,
     )
     existing = LogitCache.open(out) if out and LogitCache.exists(out) else None
@@ -100,7 +103,7 @@ def load_precompute_run(
         teacher,
         replace(spec, codec=choice.codec) if choice else spec,
         choice,
-        load.class_names_of(options.teachers) if options.unlabeled else None,
+        _teacher_class_names(options) if options.unlabeled else None,
         warnings,
     )
 
@@ -146,6 +149,7 @@ def load_checked_teacher(
     size_px: int,
     device: str,
     precision: Precision,
+    output: OutputOptions,
     *,
     unlabeled: bool = False,
 ) -> tuple[Teacher, tuple[str, ...]]:
@@ -154,28 +158,31 @@ def load_checked_teacher(
     Raises ClassesMismatch unless it has the data's classes, or these are not looked at (unlabeled),
     and what `load_teacher` raises.
     """
-    warnings = []
-    for name in names:
-        own_px = load.natural_size_px(name)
-        if own_px not in (None, size_px):
-            warnings.append(
-                f"{name} was made for views of {own_px} px and is shown views of {size_px} px"
-            )
+    class_names = () if unlabeled else dataset.class_names
     try:
-        for name in () if unlabeled else names:
-            load.require_class_names(name, dataset.class_names, dataset.path)
         teacher = load.load_teacher(
             names,
             num_classes=None if unlabeled else len(dataset.class_names),
             size_px=size_px,
             device=device,
             precision=precision,
+            output=output.output,
+            class_names=class_names,
+            teacher_class_names=output.read_class_names(),
+            data=dataset.path,
         )
     except ClassesMismatch as error:
         raise ClassesMismatch(
             f"{error}; if the classes of the data are not the teacher's, give --unlabeled"
         ) from error
-    return teacher, tuple(warnings)
+    return teacher, tuple(check_teacher(teacher, names, dataset, size_px, labeled=not unlabeled))
+
+
+def _teacher_class_names(options: RecordOptions) -> tuple[str, ...]:
+    """Of the teacher's classes, () where they are not known: they are the cache's."""
+    own = options.output.read_class_names()
+    known = None if own else load.class_names_of(options.teachers[0])
+    return own or (tuple(names[0] for names in known.names) if known else ())
 
 
 def _views(options: RecordOptions, dataset: Dataset) -> tuple[ViewSpec, RowOrder, int]:
@@ -293,6 +300,10 @@ def load_recomputation(cache: LogitCache, options: VerifyOptions) -> Recomputati
         size_px=spec.view_spec.size_px,
         device=choose_device(options.device),
         precision=options.precision,
+        output=options.output.output,
+        class_names=() if cache.metadata.get("unlabeled") else dataset.class_names,
+        teacher_class_names=options.output.read_class_names(),
+        data=dataset.path,
     )
     rows = verify.sample(spec, options.num_samples)
     return Recomputation(dataset, teacher, rows, recompute.identify(cache, dataset, teacher))

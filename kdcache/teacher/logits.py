@@ -15,9 +15,13 @@ from numpy.typing import NDArray
 from kdcache.batch import Batch
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.loader import Loader
-from kdcache.errors import NonFinite
+from kdcache.errors import NonFinite, UsageError
 from kdcache.models.classifier import LEAST_LOG_P, Teacher
 from kdcache.views.order import view_positions
+
+# Nats below a row's largest logit. A class further below has no probability at any temperature in
+# use; masked classes have -1e9, or the least of their type.
+LOGIT_RANGE = 1000.0
 
 
 def iter_teacher_logits(
@@ -74,15 +78,24 @@ def _logits_of_samples(
 
 
 def teacher_logits(teacher: Teacher, batch: Batch, *, wait: bool = True) -> torch.Tensor:
-    """The teacher's logits [B, C] for a batch.
+    """The teacher's logits [B, C] for a batch, none more than LOGIT_RANGE below its row's largest.
 
     wait   for the device, and raise NonFinite where a logit is NaN or infinite, naming the first
            such sample. Without, such a row is all NaN, and so is the loss of any student's answer
            to it: a logit of -inf alone would pass for a class of no mass.
+
+    Raises UsageError for another number of rows or classes than expected.
     """
     with torch.inference_mode():
         logits_BC: torch.Tensor = teacher(batch.for_teacher)
+        expected = (len(batch), teacher.num_classes or logits_BC.shape[-1])
+        if logits_BC.shape != expected:
+            raise UsageError(
+                f"the teacher {teacher.name} gave logits of shape {list(logits_BC.shape)} for view "
+                f"{batch.view}: expected {list(expected)}, a row for each image"
+            )
         fine_B = torch.isfinite(logits_BC).all(1)
+        logits_BC = torch.maximum(logits_BC, logits_BC.amax(1, keepdim=True) - LOGIT_RANGE)
         if not wait:
             return logits_BC.masked_fill(~fine_B[:, None], torch.nan)
         if bool(fine_B.all()):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kdcache.choices import CALIBRATION_RECORDS, Precision, RecordName, RowOrder, ValueType
 from kdcache.errors import UsageError
+from kdcache.models.options import OutputOptions
 from kdcache.options import (
     DATA,
     RUN,
@@ -132,6 +133,7 @@ class RecordOptions:
         metavar="T",
     )
     precision: Precision = precision_option()
+    output: OutputOptions = OutputOptions()
     view: ViewOptions = ViewOptions()
     batch_size: int = batch_size_option()
     workers: int | None = workers_option()
@@ -253,6 +255,7 @@ class VerifyOptions:
         at_least=1,
     )
     precision: Precision = precision_option()
+    output: OutputOptions = OutputOptions()
     delete_damaged: bool = option(False, help="Delete damaged shards.", group=RUN)
     batch_size: int = batch_size_option()
     workers: int | None = workers_option()

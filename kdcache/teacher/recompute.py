@@ -9,9 +9,10 @@ teacher's arithmetic. How much the latter is depends on the network. So the teac
 time in the other precision that is in question (where both are float32: in bfloat16, an eighth of
 whose change counts), and may differ by some times what that changes. In any case it may differ by
 some units of u * (largest magnitude in the row), u being the unit roundoff of the coarser
-arithmetic. We saw, of bfloat16 and float16 against float32, in these units: at most 7 and in root
-mean square up to 1.7 for residual networks of ours, trained, for ResNet-18, ViT-B/16 and ConvNeXt-T
-with random weights; hundreds for deep batch-normalised networks with random weights.
+arithmetic; and never by more than LARGEST_ALLOWANCE. We saw, of bfloat16 and float16 against
+float32, in these units: at most 7 and in root mean square up to 1.7 for residual networks of ours,
+trained, for ResNet-18, ViT-B/16 and ConvNeXt-T with random weights; hundreds for deep batch-
+normalised networks with random weights.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ TYPICAL_UNITS = 5.0
 # both the cache's and ours count.
 LARGEST_NOISE = 10.0
 TYPICAL_NOISE = 2.0
+# Nats, whatever the scale of the logits: arithmetic that changes an answer by more is damage.
+LARGEST_ALLOWANCE = 10.0
+TYPICAL_ALLOWANCE = 2.0
 # What is left of 0 in float32.
 LEAST_KL = 1e-6
 
@@ -183,7 +187,11 @@ def _allowances(
         unit_B, noise_B = roundoff * scale_B, torch.maximum(change_B, usual * scale_B)
         largest_B = torch.maximum(LARGEST_UNITS * unit_B, LARGEST_NOISE * noise_B)
         typical_B = torch.maximum(TYPICAL_UNITS * unit_B, TYPICAL_NOISE * noise_B)
-        found.append(Allowance(largest_B, typical_B))
+        found.append(
+            Allowance(
+                largest_B.clamp(max=LARGEST_ALLOWANCE), typical_B.clamp(max=TYPICAL_ALLOWANCE)
+            )
+        )
     return found
 
 

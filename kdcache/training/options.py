@@ -8,6 +8,7 @@ from typing import Any
 
 from kdcache.choices import Mode, OptimizerName, Precision, Tail
 from kdcache.errors import UsageError
+from kdcache.models.options import OutputOptions
 from kdcache.options import (
     DATA,
     LOGGING,
@@ -54,6 +55,7 @@ class TrainOptions:
         group=TEACHER,
         metavar="MODEL",
     )
+    output: OutputOptions = OutputOptions()
     cache: str | None = option(
         None,
         help="The cache of --mode cached.",
@@ -150,7 +152,7 @@ class TrainOptions:
         help="What the loss assumes of the classes that a record leaves out. bucket: compare their "
         "total probability only; uniform: each has an equal share of it; renormalise: they have "
         "none, the named classes are scaled to sum to 1; none: leave them out, scale nothing.",
-        default_text="bucket",
+        default_text="uniform",
         group=OPTIMIZATION,
     )
     label_weight: float | None = option(

@@ -26,8 +26,15 @@ from typing import Any, TextIO
 import torch
 
 from kdcache import __version__
+from kdcache.choices import Tail
 from kdcache.data.beton import Dataset
-from kdcache.errors import CheckpointCorrupt, MissingDependency, StorageError, UsageError
+from kdcache.errors import (
+    CheckpointCorrupt,
+    KDCacheError,
+    MissingDependency,
+    StorageError,
+    UsageError,
+)
 from kdcache.evaluation.evaluate import Evaluation
 from kdcache.files import lock_folder, partial_path, remove_abandoned, replace_file, write_file
 from kdcache.models import load
@@ -252,6 +259,15 @@ class RunFolder:
     def save_best(self, record: dict[str, Any], student: Classifier) -> None:
         """Write the current weights as the best ones."""
         write_result(self.folder / BEST, record, student)
+
+
+def started_tail(folder: Path) -> Tail | None:
+    """What the run in this folder assumes of classes that a record does not name; None where there
+    is no run. Runs of before version 0.1.0 began with another default."""
+    try:
+        return RunIdentity.from_json(json.loads((folder / SPEC_FILE).read_text())).spec.tail
+    except (KDCacheError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # `RunFolder` says what is wrong with it
 
 
 def _open_tensorboard(folder: Path, step: int) -> Any:
