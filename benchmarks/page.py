@@ -27,6 +27,10 @@ COMMANDS = {
     "loader": ("The loader", "python -m benchmarks.bench_loader --save"),
     "step": ("Training and precompute", "python -m benchmarks.bench_step --save"),
     "cache": ("The cache", "python -m benchmarks.bench_cache --save"),
+    "transformed": (
+        "Transformed records",
+        "python -m benchmarks.bench_transformed LOGITS.npy --save",
+    ),
     "memory": ("Memory while recording", "python -m benchmarks.bench_memory --save"),
 }
 
