@@ -9,6 +9,7 @@
     ├── CacheCorrupt                      delete the named part and precompute it again
     ├── CheckpointCorrupt                 remove the named file, and resume from the one before
     ├── Stopped                           resume the run
+    ├── TimedOut (TimeoutError)           end what hangs, or give a longer --timeout
     ├── NonFinite                         fix the model or lower the learning rate
     ├── ProcessLost                       read the error of the other process
     ├── StorageError (OSError)            free space, or get permission to write
@@ -69,6 +70,10 @@ class NonFinite(KDCacheError):
 
 class PeerFailed(KDCacheError):
     """Another process of the run has ended before this one."""
+
+
+class TimedOut(KDCacheError, TimeoutError):
+    """Something was waited for for too long."""
 
 
 class StorageError(KDCacheError, OSError):

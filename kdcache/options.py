@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, TypeGuard, TypeVar, get_origin, get_type_hints
 
+from kdcache.errors import UsageError
 from kdcache.paths import require_dataset
+from kdcache.waiting import DEFAULT_TIMEOUT_S
 
 DATA, TEACHER, VIEWS = "Data", "Teacher and cache", "Views"
 OPTIMIZATION, RUN, LOGGING = "Optimization", "Run", "Logging"
@@ -89,6 +91,9 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
         value = values[described.key]
         if get_origin(hint) is tuple:
             value = tuple(value or ())
+        # A variable of a script that is not set.
+        if value == "" or value == ("",):
+            raise UsageError(f"{described.name} is empty")
         if described.option.require and value is not None:
             described.option.require(value)
         found[one.name] = value
@@ -140,6 +145,13 @@ def workers_option() -> Any:
         group=RUN,
         metavar="N",
         at_least=1,
+    )
+
+
+def timeout_option() -> Any:
+    text = "How long to wait for other processes while nothing of theirs comes."
+    return option(
+        DEFAULT_TIMEOUT_S, name="--timeout", help=text, group=RUN, metavar="SECONDS", at_least=1
     )
 
 

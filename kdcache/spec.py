@@ -23,6 +23,14 @@ def canonical_json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of JSON that may be damaged. Raises ValueError, for too deep nesting too."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its values are nested too deep") from error
+
+
 def digest(value: object) -> str:
     """The first 16 hex digits of the SHA-256 of the canonical JSON."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
@@ -77,6 +85,18 @@ def differences(expected: object, found: object) -> list[str]:
             out += differences(a, b)
         elif a != b:
             out.append(f"{field.name}: {format_value(a)} here, {format_value(b)} there")
+    return out
+
+
+def facts(spec: object) -> dict[str, str]:
+    """Every field as text, those of specs in it beside its own."""
+    out: dict[str, str] = {}
+    for field in fields(spec):  # type: ignore[arg-type]
+        value = getattr(spec, field.name)
+        if is_dataclass(value):
+            out |= {f"{field.name} {name}": x for name, x in facts(value).items()}
+        else:
+            out[field.name] = format_value(value)
     return out
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import fsspec
 import torch
 
+from kdcache import waiting
 from kdcache.cache import layout
 from kdcache.cache.object_store import ObjectStore
 from kdcache.cli import app
@@ -127,7 +128,7 @@ def record(job: Job) -> None:
 
     recording.iter_teacher_logits, os.fsync = logged, slow
     ObjectStore.write_new = slow_put  # type: ignore[method-assign]
-    recording.WAIT_S = 0.1
+    waiting.PAUSE_S = 0.05, 0.1
     data = open_dataset(job.data)
     teacher = load.load_model(TEACHER, "teacher", num_classes=len(data.class_names), size_px=8)
     spec = cache_spec(

@@ -529,6 +529,38 @@ def test_max_side_serves_images_above_pillows_limit(
     assert difference(stored(dataset), np.asarray(small)) < 4
 
 
+def test_two_do_not_convert_to_one_file(tmp_path: Path) -> None:
+    """Of two that are at it at once, one is told of the other, and the file is whole."""
+    out, source = tmp_path / "x.beton", open_source("digits", "test")
+    told: list[str] = []
+
+    def second(done: int) -> None:
+        if done == 1:
+            with pytest.raises(UsageError) as caught:
+                convert(source, out)
+            told.append(str(caught.value))
+
+    convert(source, out, progress=second)
+    assert len(told) == 1
+    assert told[0].startswith(f"another process converts to {out} (process {os.getpid()} on ")
+    assert len(open_dataset(out)) == len(source.labels)
+    assert sorted(os.listdir(tmp_path)) == ["x.beton", "x.beton.json"]
+
+
+def test_what_killed_conversions_left_is_removed(tmp_path: Path) -> None:
+    """Whatever their number was, and whoever has it now."""
+    for name in (
+        "partial-1",
+        f"partial-{os.getpid()}",
+        "0123abcd.partial",
+        "json.01234567.partial",
+    ):
+        (tmp_path / f"x.beton.{name}").touch()
+    (tmp_path / "x.beton.lock").write_text("of a process that was killed")
+    convert(open_source("digits", "test"), tmp_path / "x.beton")
+    assert sorted(os.listdir(tmp_path)) == ["x.beton", "x.beton.json"]
+
+
 def test_more_pixels_than_the_stated_limit_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

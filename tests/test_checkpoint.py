@@ -203,7 +203,9 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(
 
     monkeypatch.setattr(os, "fsync", noted)
     checkpoint.save(tmp_path / "c", STATE)
-    assert done == [str(tmp_path / "c.partial"), str(tmp_path)]
+    partial, folder = done
+    assert re.fullmatch(rf"{tmp_path}/c\.[0-9a-f]{{8}}\.partial", partial)
+    assert folder == str(tmp_path)
 
 
 def _with_files_limited(path: Path) -> None:

@@ -35,6 +35,8 @@ OPTIONS = {
     "plan": [
         "--data",
         "--teacher",
+        "--teacher-output",
+        "--class-names",
         "--setting",
         "--unlabeled",
         "--views",
@@ -59,6 +61,8 @@ OPTIONS = {
     "precompute": [
         "--data",
         "--teacher",
+        "--teacher-output",
+        "--class-names",
         "--out",
         "--setting",
         "--unlabeled",
@@ -73,6 +77,7 @@ OPTIONS = {
         "--num-draws",
         "--temperature",
         "--part",
+        "--timeout",
         "--precision",
         *VIEW,
         *MACHINE,
@@ -85,6 +90,8 @@ OPTIONS = {
         "--out",
         "--cache",
         "--teacher",
+        "--teacher-output",
+        "--class-names",
         "--val",
         "--recipe",
         "--setting",
@@ -117,12 +124,24 @@ OPTIONS = {
         *VIEW,
         *MACHINE,
         "--json",
+        "--timeout",
     ],
-    "eval": ["--data", "--teacher", "--size", "--teacher-size", *MACHINE, "--json"],
+    "eval": [
+        "--data",
+        "--teacher",
+        "--teacher-output",
+        "--class-names",
+        "--size",
+        "--teacher-size",
+        *MACHINE,
+        "--json",
+    ],
     "inspect": ["--data", "--sample", "--view", "--draw", "--json"],
     "verify": [
         "--data",
         "--teacher",
+        "--teacher-output",
+        "--class-names",
         "--samples",
         "--delete-damaged",
         "--precision",
@@ -459,7 +478,9 @@ def test_train_in_three_modes_then_eval(
         steps = [json.loads(x) for x in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         assert [s["step"] for s in steps] == [6, 6]
         assert steps[1]["evaluation"] == record["evaluation"]
-    result = answer(kdcache("eval", tmp_path / "c", "--data", digits_test.path, "--json"))
+    result = answer(
+        kdcache("eval", f"{tmp_path / 'c'}@{STUDENT}", "--data", digits_test.path, "--json")
+    )
     own = {"num_samples", "top1", "top5", "cross_entropy", "calibration_error"}
     assert {k: v for k, v in result.items() if v is not None} == {
         k: v
@@ -467,14 +488,30 @@ def test_train_in_three_modes_then_eval(
         if k in own  # type: ignore[attr-defined]
     }
     result = answer(
-        kdcache("eval", tmp_path / "c", "--data", digits_test.path, "--teacher", TEACHER, "--json")
+        kdcache(
+            "eval",
+            f"{tmp_path / 'c'}@{STUDENT}",
+            "--data",
+            digits_test.path,
+            "--teacher",
+            TEACHER,
+            "--json",
+        )
     )
     assert result == cached["evaluation"]
 
 
 def test_a_run_teaches_the_next_student(kdcache: Run, digits_test: Dataset, tmp_path: Path) -> None:
     trained(kdcache, digits_test, tmp_path / "a", "--mode", "labels")
-    trained(kdcache, digits_test, tmp_path / "b", "--mode", "online", "--teacher", tmp_path / "a")
+    trained(
+        kdcache,
+        digits_test,
+        tmp_path / "b",
+        "--mode",
+        "online",
+        "--teacher",
+        f"{tmp_path / 'a'}@{STUDENT}",
+    )
     record = json.loads((tmp_path / "b" / "run.json").read_text())
     assert record["teacher"] == str(tmp_path / "a")
 
@@ -535,7 +572,9 @@ def test_a_run_in_two_parts(kdcache: Run, digits_test: Dataset, tmp_path: Path) 
     )
     whole = trained(kdcache, digits_test, tmp_path / "whole", *line)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kdcache.training.run_folder.RunFolder.finish", lambda self, *_: None)
+        patch.setattr(
+            "kdcache.training.run_folder.RunFolder.finish", lambda self, record, _: record
+        )
         trained(kdcache, digits_test, tmp_path / "r", *line)
     assert [f.name for f in (tmp_path / "r/checkpoints").iterdir()] == ["0000000006.safetensors"]
     refused = kdcache("eval", tmp_path / "r", "--data", digits_test.path)
@@ -543,7 +582,11 @@ def test_a_run_in_two_parts(kdcache: Run, digits_test: Dataset, tmp_path: Path) 
     again = trained(kdcache, digits_test, tmp_path / "r", *line)
     assert again["weights"] == whole["weights"]
     assert again["spec"]["ema_decay"] == 0.5  # type: ignore[index]
-    best = answer(kdcache("eval", tmp_path / "r" / "best", "--data", digits_test.path, "--json"))
+    best = answer(
+        kdcache(
+            "eval", f"{tmp_path / 'r' / 'best'}@{STUDENT}", "--data", digits_test.path, "--json"
+        )
+    )
     record = json.loads((tmp_path / "r" / "best" / "run.json").read_text())
     assert record["evaluation"]["top1"] == best["top1"]
     lines = [json.loads(x) for x in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
@@ -639,19 +682,20 @@ def test_a_teacher_that_is_a_run_is_shown_the_size_that_it_knows(
         tmp_path / "t",
     )
     assert made.code == 0, made.err
-    cache = ("precompute", "--data", digits_test.path, "--teacher", tmp_path / "t", "--out")
-    assert kdcache(*cache, tmp_path / "own").err == ""
+    teacher = f"{tmp_path / 't'}@{small}"
+    cache = ("precompute", "--data", digits_test.path, "--teacher", teacher, "--out")
+    assert "was made for" not in kdcache(*cache, tmp_path / "own").err
     view = LogitCache.open(tmp_path / "own").spec.view_spec
     assert view is not None
     assert view.size_px == 12
     shown = kdcache(*cache, tmp_path / "other", "--size", 8)
-    assert f"{tmp_path / 't'} was made for views of 12 px and is shown views of 8 px" in shown.err
+    assert f"{teacher} was made for views of 12 px and is shown views of 8 px" in shown.err
     kdcache(
         "train",
         "--mode",
         "online",
         "--teacher",
-        tmp_path / "t",
+        teacher,
         "--student",
         small,
         *line,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from torch import distributed as torch_distributed
 from torch import nn
 
+from kdcache import waiting
 from kdcache.cli import app
 from kdcache.data.beton import Dataset, open_dataset
 from kdcache.errors import KDCacheError, PeerFailed, UsageError
@@ -32,7 +34,7 @@ from kdcache.training.spec import TrainSpec
 from kdcache.views.order import view_order
 from kdcache.views.spec import ViewSpec
 from tests import ranks
-from tests.conftest import TEACHER, Result, linear_teacher
+from tests.conftest import TEACHER, Result, linear_teacher, subset
 from tests.test_loader import damaged_copy, everything
 
 STUDENT = "python:tests.test_distributed:student"
@@ -472,6 +474,57 @@ def test_weights_that_no_step_uses(digits_test: Dataset, tmp_path: Path) -> None
     assert said.startswith("kdcache: the student has parameters that a step does not use")
 
 
+# --- what processes must have in common --------------------------------------------------------
+
+
+def with_an_own(folder: Path, line: list[str], own: list[str], rank: int, count: int) -> None:
+    """The second process with other options than the first one: the last one given counts."""
+    ranks._command(folder, [*line, *(own if rank else [])], rank, count)
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (["--lr", "0.5"], "process 1 has another spec lr than process 0 (0.5, not "),
+        (["--seed", "3"], "process 1 has another spec seed than process 0 (3, not 0)"),
+        (["--mixup", "0"], "another spec view_spec mixup than process 0 (0, not 1)"),
+        (["--student", "python:tests.conftest:any_size"], "process 1 has another student than"),
+        (["--log-every", "2"], "process 1 has another log_every than process 0 (2, not "),
+        (["--data", "OTHER"], "process 1 has another data than process 0"),
+        (["--val", "OTHER"], "process 1 has another data to evaluate on than process 0"),
+    ],
+)
+def test_processes_of_different_runs_do_not_train(
+    digits_test: Dataset, tmp_path: Path, own: list[str], words: str
+) -> None:
+    other = subset(digits_test, 120, tmp_path / "other.beton")
+    own = [str(other.path) if word == "OTHER" else word for word in own]
+    line = [str(word) for word in training(digits_test.path, tmp_path / "run")]
+    running = ranks.start(2, with_an_own, tmp_path, line, own)
+    found = ranks.Commands(running, tmp_path)()
+    assert found[0].code == 2, found
+    [said] = set(lines_of(found))  # on a slow machine both say it
+    assert words in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_does_not_come_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(waiting, "SAID_AFTER_S", 0.2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 2), ("MASTER_PORT", port)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    words = f"process 0 of 2 could not connect to the other processes at 127.0.0.1:{port}: "
+    with pytest.raises(KDCacheError, match=words), ProcessGroup(0, 2, timeout_s=1):
+        pass
+    line = f"still waiting for all of 2 processes at 127.0.0.1:{port}, for 1 s at most"
+    assert [r.getMessage() for r in caplog.records if r.name == "kdcache"] == [line]
+
+
 # --- how processes meet ----------------------------------------------------------------------
 
 
@@ -497,7 +550,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("error", [torch_distributed.DistNetworkError, RuntimeError])
 def test_nobody_to_meet(monkeypatch: pytest.MonkeyPatch, error: type[RuntimeError]) -> None:
-    def unmet(backend: str) -> None:
+    def unmet(backend: str, timeout: timedelta) -> None:
         raise error("the client socket has timed out\nmore")
 
     monkeypatch.setattr(distributed.distributed, "init_process_group", unmet)
@@ -527,7 +580,7 @@ def test_what_a_process_meets_when_another_has_ended(error: Any, lost: bool) -> 
 
 def test_a_lost_process_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("init_process_group", "destroy_process_group"):
-        monkeypatch.setattr(distributed.distributed, name, lambda *_: None)
+        monkeypatch.setattr(distributed.distributed, name, lambda *_, **__: None)
     line = "process 0 of 2 ended because another process failed; see the message of that process"
     with pytest.raises(PeerFailed, match=line), ProcessGroup(0, 2):
         raise RuntimeError("gloo: Connection closed by peer")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from kdcache import files
+from kdcache import files, waiting
 from tests import processes
 
 # --- writing ---------------------------------------------------------------------------------
@@ -25,15 +27,20 @@ from tests import processes
 def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """What is synced, renamed and made, by name, in order."""
     seen: list[tuple[str, str]] = []
-    fsync, replace, mkdir = os.fsync, os.replace, os.mkdir
+    fsync, replace, link, mkdir = os.fsync, os.replace, os.link, os.mkdir
 
     def synced(descriptor: int) -> None:
-        seen.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        seen.append(("fsync", re.sub(r"\.[0-9a-f]{8}\.partial", ".partial", name)))
         fsync(descriptor)
 
     def replaced(source: Any, target: Any) -> None:
-        seen.append(("rename", Path(target).name))
+        seen.append(("name", Path(target).name))
         replace(source, target)
+
+    def linked(source: Any, target: Any) -> None:
+        seen.append(("name", Path(target).name))
+        link(source, target)
 
     def made(path: Any, *rest: Any) -> None:
         seen.append(("mkdir", Path(path).name))
@@ -41,6 +48,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(os, "link", linked)
     monkeypatch.setattr(os, "mkdir", made)
     return seen
 
@@ -60,30 +68,31 @@ def test_bytes_are_synced_before_the_name_and_the_folder_after(
         ("mkdir", "b"),
         ("fsync", "a"),
         ("fsync", "f.partial"),
-        ("rename", "f"),
+        ("name", "f"),
         ("fsync", "b"),
     ]
     assert (folder / "f").read_bytes() == b"data"
     assert os.listdir(folder) == ["f"]
 
 
-@pytest.mark.parametrize("write", WRITERS)
-def test_what_a_killed_process_left_is_replaced(tmp_path: Path, write: Any) -> None:
-    files.partial_path(tmp_path / "f").write_bytes(b"a longer beginning")
-    write(tmp_path / "f", b"data")
-    assert (tmp_path / "f").read_bytes() == b"data"
-    assert os.listdir(tmp_path) == ["f"]
+def test_no_two_writers_share_a_partial_file_and_its_name_fits(tmp_path: Path) -> None:
+    path = tmp_path / ("ü" * 127)
+    paths = {files.partial_path(path) for _ in range(100)}
+    assert len(paths) == 100
+    files.write_file(path, b"data")
+    assert path.read_bytes() == b"data"
 
 
 @pytest.mark.parametrize("write", WRITERS)
-@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("call", ["fsync", "replace and link"])
 def test_an_error_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any, call: str
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, call, full)
+    for name in call.split(" and "):
+        monkeypatch.setattr(os, name, full)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "f", b"data")
     assert os.listdir(tmp_path) == []
@@ -127,11 +136,35 @@ def test_of_processes_that_create_a_file_at_once_one_does(tmp_path: Path) -> Non
 
 
 def test_abandoned_files_are_removed(tmp_path: Path) -> None:
-    for name in ("f", "f.partial", ".tmpAb12", "partial", "f.partial-7"):
+    old = ("f.partial", "f.partial-7")
+    for name in ("f", "g", *old, ".tmpAb12", "partial", "f.0123abcd.partial", "g.01234567.partial"):
         (tmp_path / name).touch()
+    (tmp_path / "f.partial-8").mkdir()
+    files.remove_abandoned(tmp_path, "f")
+    assert sorted(os.listdir(tmp_path)) == [".tmpAb12", "f", "g", "g.01234567.partial", "partial"]
     files.remove_abandoned(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["f", "f.partial-7", "partial"]
+    assert sorted(os.listdir(tmp_path)) == ["f", "g", "partial"]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "f.0123abcd.partial").touch()
+    files.remove_abandoned(tmp_path)
+    assert os.listdir(tmp_path / "a")
+    files.remove_abandoned(tmp_path, below=True)
+    assert not os.listdir(tmp_path / "a")
     files.remove_abandoned(tmp_path / "none")
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EOPNOTSUPP])
+def test_without_hard_links_a_file_is_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert files.create_file(tmp_path / "f", b"data")
+    assert not files.create_file(tmp_path / "f", b"other")
+    assert (tmp_path / "f").read_bytes() == b"data"
+    assert os.listdir(tmp_path) == ["f"]
 
 
 def test_tensors_have_the_mode_of_any_new_file(tmp_path: Path) -> None:
@@ -177,29 +210,89 @@ def test_a_locked_file_that_was_renamed_stays(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["lock", "other"]
 
 
-def _lock_folder(folder: Path) -> None:
-    try:
-        files.lock_folder(folder)
-    except BlockingIOError:
-        sys.exit(1)
+def test_who_has_a_lock_is_said(tmp_path: Path) -> None:
+    """In this process too: a lock is that of an open file."""
+    words = rf"process {os.getpid()} on {socket.gethostname()}"
+    with files.hold(tmp_path / "lock"):
+        with pytest.raises(files.Taken, match=words), files.hold(tmp_path / "lock"):
+            pass
+    assert os.listdir(tmp_path) == []
 
 
-def test_a_folder_is_locked_until_its_descriptor_is_closed(tmp_path: Path) -> None:
-    descriptor = files.lock_folder(tmp_path)
-    assert processes.run(_lock_folder, tmp_path) == 1
-    os.close(descriptor)
-    assert processes.run(_lock_folder, tmp_path) == 0
+def test_a_wait_for_a_lock_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(files, "LOCK_LIMIT_S", 0.3)
+    monkeypatch.setattr(waiting, "SAID_AFTER_S", 0.1)
+    with files.hold(tmp_path / "lock"):
+        words = rf"waited .* s for the lock .*lock \(process {os.getpid()} on"
+        with pytest.raises(TimeoutError, match=words), files.lock_file(tmp_path / "lock"):
+            pass
+    assert len(caplog.messages) == 1
+    assert "still waiting for the lock" in caplog.messages[0]
 
 
-def test_without_locks_every_lock_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# --- on a file system without locks ------------------------------------------------------------
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     monkeypatch.setattr(fcntl, "flock", refuse)
-    assert files.create_file(tmp_path / "f", b"data")
-    with files.lock_file(tmp_path / "lock") as descriptor:
-        assert files.lock(descriptor, wait=False)
-        files.unlock(descriptor)
-    os.close(files.lock_folder(tmp_path))
-    assert os.listdir(tmp_path) == ["f"]
+
+
+OTHER_HOST = "elsewhere 1-2-3 4026531836 1 5"
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_the_file_is_the_lock(tmp_path: Path) -> None:
+    with files.hold(tmp_path / "lock"):
+        with pytest.raises(files.Taken), files.hold(tmp_path / "lock"):
+            pass
+    with files.hold(tmp_path / "lock"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_a_lock_of_a_process_that_has_ended_is_removed(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with files.hold(lock):
+        host, boot, namespace, pid, began = lock.read_text().split()
+    for ended in (
+        (host, boot, namespace, "4194304", began),  # no such process
+        (host, boot, namespace, pid, "1"),  # its number has come again
+        (host, "another-boot", "1", "1", began),
+    ):
+        lock.write_text(" ".join(ended))
+        with files.hold(lock):
+            assert lock.read_text().split()[3] == str(os.getpid())
+        assert not lock.exists()
+
+
+@pytest.mark.usefixtures("no_locks")
+@pytest.mark.parametrize("text", [OTHER_HOST, "", "what is this"])
+def test_a_lock_of_a_process_that_cannot_be_seen_stays(tmp_path: Path, text: str) -> None:
+    (tmp_path / "lock").write_text(text)
+    with pytest.raises(files.Taken), files.hold(tmp_path / "lock"):
+        pass
+    assert (tmp_path / "lock").read_text() == text
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_in_another_namespace_a_number_is_another_process(tmp_path: Path) -> None:
+    with files.hold(tmp_path / "lock"):
+        host, boot, _, _, began = (tmp_path / "lock").read_text().split()
+    (tmp_path / "lock").write_text(" ".join((host, boot, "1", "4194304", began)))
+    with pytest.raises(files.Taken, match="process 4194304 on"), files.hold(tmp_path / "lock"):
+        pass
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_bytes_of_a_file_count_as_locked(tmp_path: Path) -> None:
+    with (tmp_path / "f").open("wb") as file:
+        assert files.lock(file.fileno(), wait=False)
+        files.unlock(file.fileno())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from kdcache.errors import KDCacheError, MissingDependency, UsageError
 from kdcache.models import load
 from kdcache.models.classifier import Classifier, Triple
 from kdcache.models.pretrained import Role
-from kdcache.models.weights import save_weights
+from kdcache.models.run_json import sealed
+from kdcache.models.weights import load_initial_weights, save_weights
 from kdcache.views.spec import ViewSpec
 from tests.conftest import TEACHER, linear_teacher
 
@@ -178,12 +180,89 @@ def run_folder(tmp_path: Path) -> Path:
 
 def test_a_run_is_a_teacher(run_folder: Path) -> None:
     record = json.loads((run_folder / "run.json").read_text())
-    teacher = load.load_model(str(run_folder), "teacher", num_classes=10, size_px=8)
+    teacher = load.load_model(f"{run_folder}@{STUDENT}", "teacher", num_classes=10, size_px=8)
     assert teacher.content_hash() == record["weights"]
     assert teacher.name == str(run_folder)
     assert not teacher.training
     assert not any(w.requires_grad for w in teacher.parameters())
     assert load.read_run_json(run_folder) == record
+
+
+# --- a run from somebody else ------------------------------------------------------------------
+
+EVIL = """
+import pathlib
+
+pathlib.Path({trace!r}).touch()
+def build(num_classes):
+    raise SystemExit(0)
+"""
+
+
+@pytest.mark.parametrize("network", ["python:evil:build", "timm:hf-hub:a/b", "timm:local-dir:x"])
+def test_a_run_executes_no_code_because_its_file_names_it(
+    run_folder: Path, tmp_path: Path, network: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run_folder / "evil.py").write_text(EVIL.format(trace=str(tmp_path / "trace")))
+    record = json.loads((run_folder / "run.json").read_text())
+    (run_folder / "run.json").write_text(json.dumps({**record, "student": network}))
+    monkeypatch.chdir(run_folder)
+    path, name = list(sys.path), re.escape(f"give {run_folder}@{network}")
+    for role in ("teacher", "student"):
+        with pytest.raises(UsageError, match=f"which is not run because a file says so: .*{name}"):
+            load.load_model(str(run_folder), role, num_classes=10, size_px=8)  # type: ignore[arg-type]
+    assert sys.path == path
+    student = load.load_model(STUDENT, "student", num_classes=10, size_px=8)
+    with pytest.raises(UsageError, match=name):
+        load_initial_weights(student, str(run_folder))
+    assert "evil" not in sys.modules
+    assert not (tmp_path / "trace").exists()
+
+
+def test_the_network_that_the_user_names_has_to_be_the_runs(run_folder: Path) -> None:
+    with pytest.raises(UsageError, match=f"is '{STUDENT}', not 'kdcache:small'"):
+        load.load_model(f"{run_folder}@kdcache:small", "teacher", num_classes=10, size_px=8)
+
+
+def test_a_student_of_the_same_factory_is_trusted(run_folder: Path) -> None:
+    student = load.load_model(STUDENT, "student", num_classes=10, size_px=8)
+    assert load_initial_weights(student, str(run_folder)) == []
+    assert student.content_hash() == json.loads((run_folder / "run.json").read_text())["weights"]
+
+
+def leaving(num_classes: int) -> nn.Module:
+    raise SystemExit(0)
+
+
+def test_a_factory_that_exits_is_an_error() -> None:
+    words = "python:tests.test_models:leaving failed: SystemExit: 0"
+    assert words in load_error("python:tests.test_models:leaving", "student")
+
+
+def test_a_changed_bit_of_run_json_is_an_error(tmp_path: Path) -> None:
+    """Nothing else notices a digit of the size that the images are shown at."""
+    record = {
+        "student": "kdcache:small",
+        "weights": "0",
+        "num_classes": 10,
+        "version": 3,
+        "spec": {"view_spec": ViewSpec(28).to_json()},
+        "evaluation": {"kl": float("inf"), "top1": float("nan")},
+    }
+    path = tmp_path / load.RUN_FILE
+    text = json.dumps(sealed(record))
+    path.write_text(text)
+    assert str(load.read_run_json(tmp_path)) == str(record)
+    for old, new in (('"size_px": 28', '"size_px": 29'), ("small", "smell"), ("Infinity", "-1")):
+        path.write_text(text.replace(old, new))
+        with pytest.raises(UsageError, match=r"damaged: .*its digest is not that of its contents"):
+            load.read_run_json(tmp_path)
+
+
+def test_deep_json_is_damaged_json(tmp_path: Path) -> None:
+    (tmp_path / load.RUN_FILE).write_text("[" * 100_000)
+    with pytest.raises(UsageError, match=r"damaged: .*nested too deep"):
+        load.read_run_json(tmp_path)
 
 
 def _without_weights(folder: Path) -> None:
@@ -231,7 +310,7 @@ class _Mark:
 def test_a_run_with_damaged_weights(run_folder: Path, damage: Callable[[Path], None]) -> None:
     damage(run_folder)
     with pytest.raises(UsageError, match=r"student\.safetensors is damaged: ") as caught:
-        load.load_model(str(run_folder), "teacher", num_classes=10, size_px=8)
+        load.load_model(f"{run_folder}@{STUDENT}", "teacher", num_classes=10, size_px=8)
     assert "\n" not in str(caught.value)
     assert not (run_folder / "pwned").exists()
 
@@ -242,7 +321,7 @@ def test_no_pickle_is_read_or_written(run_folder: Path, monkeypatch: pytest.Monk
 
     for module, name in ((torch, "load"), (torch, "save"), (pickle, "load"), (pickle, "loads")):
         monkeypatch.setattr(module, name, refuse)
-    load.load_model(str(run_folder), "teacher", num_classes=10, size_px=8)
+    load.load_model(f"{run_folder}@{STUDENT}", "teacher", num_classes=10, size_px=8)
 
 
 def test_weights_that_are_not_those_of_the_record(run_folder: Path) -> None:
@@ -251,7 +330,7 @@ def test_weights_that_are_not_those_of_the_record(run_folder: Path) -> None:
     other = load.load_model(STUDENT, "student", num_classes=10, size_px=8)
     save_weights(other, run_folder / "student.safetensors")
     with pytest.raises(UsageError, match=r"is damaged: .* not those that run\.json names"):
-        load.load_model(str(run_folder), "teacher", num_classes=10, size_px=8)
+        load.load_model(f"{run_folder}@{STUDENT}", "teacher", num_classes=10, size_px=8)
 
 
 @pytest.mark.parametrize(
@@ -274,25 +353,27 @@ def test_weights_that_are_not_those_of_the_record(run_folder: Path) -> None:
 def test_a_damaged_record(run_folder: Path, text: str) -> None:
     (run_folder / "run.json").write_text(text, encoding="latin-1")
     with pytest.raises(UsageError, match=r"run\.json is damaged"):
-        load.load_model(str(run_folder), "teacher", num_classes=10, size_px=8)
+        load.load_model(f"{run_folder}@{STUDENT}", "teacher", num_classes=10, size_px=8)
 
 
 def test_a_run_that_names_itself_as_its_network(run_folder: Path) -> None:
     file = run_folder / "run.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "student": str(run_folder)}))
     with pytest.raises(UsageError, match=r"run\.json is damaged"):
-        load.load_model(str(run_folder), "teacher", num_classes=10, size_px=8)
+        load.load_model(f"{run_folder}@{STUDENT}", "teacher", num_classes=10, size_px=8)
 
 
 def test_a_student_that_starts_from_a_run_stands_on_its_own(
     run_folder: Path, tmp_path: Path
 ) -> None:
     """Its record names the network, not the folder of the run that it came from."""
-    student = load.load_model(str(run_folder), "student", num_classes=10, size_px=8)
+    student = load.load_model(f"{run_folder}@{STUDENT}", "student", num_classes=10, size_px=8)
     assert student.training
     write_run(tmp_path / "second", student)
     shutil.rmtree(run_folder)
-    again = load.load_model(str(tmp_path / "second"), "teacher", num_classes=10, size_px=8)
+    again = load.load_model(
+        f"{tmp_path / 'second'}@{STUDENT}", "teacher", num_classes=10, size_px=8
+    )
     assert again.content_hash() == student.content_hash()
 
 
@@ -306,7 +387,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 
 def test_a_teacher_may_have_the_classes_that_it_has(run_folder: Path) -> None:
     for role in ("teacher", "student"):
-        model = load.load_model(str(run_folder), role, num_classes=None, size_px=8)
+        model = load.load_model(f"{run_folder}@{STUDENT}", role, num_classes=None, size_px=8)
         assert model.num_classes == 10
     message = load_error("python:tests.test_models:seven_if_none", size_px=8)
     assert message.endswith("seven_if_none has 7 classes, the data has 10")
@@ -354,7 +435,8 @@ def test_unknown_names_of_each_form() -> None:
         assert load_error("torchvision:resnet19", role) == (
             "unknown model 'torchvision:resnet19': see torchvision.models; did you mean resnet18?"
         )
-    assert "unknown model 'python:no.such:f': No module named" in load_error("python:no.such:f")
+    words = "unknown model 'python:no.such:f': ModuleNotFoundError: No module named 'no'"
+    assert words in load_error("python:no.such:f")
     assert "has no attribute 'no'" in load_error("python:tests.conftest:no")
     assert "expected python:package.module:factory" in load_error("python:tests.conftest")
 

@@ -110,7 +110,9 @@ def test_a_finished_run_loads(name: str) -> None:
     record = read_run_json(OLD / name)
     assert view_spec_of(record) == SPEC.view_spec
     assert TrainSpec.from_json(record["spec"]).epochs == 3
-    model = load.load_model(str(OLD / name), "teacher", num_classes=10, size_px=8)
+    model = load.load_model(
+        f"{OLD / name}@{record['student']}", "teacher", num_classes=10, size_px=8
+    )
     assert model.content_hash() == record["weights"]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,13 +19,19 @@ import pytest
 import torch
 from torch import nn
 
+from kdcache import waiting
 from kdcache.cache.cache import LogitCache
+from kdcache.cache.codecs import Dense
 from kdcache.data.beton import Dataset
-from kdcache.errors import UsageError
+from kdcache.data.loader import render_digest
+from kdcache.errors import TimedOut, UsageError
+from kdcache.models import load
 from kdcache.models.device import choose_device
+from kdcache.teacher.precompute import make_cache_spec, wait_for_parts
 from kdcache.torchrun import Process, current_process
+from kdcache.views.spec import ViewSpec
 from tests import processes
-from tests.conftest import TEACHER, linear_teacher
+from tests.conftest import TEACHER, linear_teacher, synthetic_cache
 from tests.processes import Job, contents
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +134,7 @@ def test_a_part_leaves_the_others_alone(whole: Job, tmp_path: Path) -> None:
     assert missing == whole.computed()[:7] + whole.computed()[14:]
 
 
-@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/", "1/0", "a/b", "-1/2", "1/2/3", ""])
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/", "1/0", "a/b", "-1/2", "1/2/3"])
 def test_a_bad_part_is_one_line(
     digits_test: Dataset, tmp_path: Path, kdcache: Any, text: str
 ) -> None:
@@ -135,6 +143,50 @@ def test_a_bad_part_is_one_line(
     words = f"kdcache: --part is i/n with i from 1 to n, such as 1/4, not {text!r}\n"
     assert (result.code, result.err) == (2, words)
     assert not (tmp_path / "t").exists()
+
+
+# --- waits ------------------------------------------------------------------------------------
+
+
+def test_a_shard_that_nobody_finishes_is_not_waited_for_for_ever(
+    digits_test: Dataset, tmp_path: Path, kdcache: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its holder has stopped: it is alive, and does nothing."""
+    monkeypatch.setattr(waiting, "SAID_AFTER_S", 0.5)
+    out = tmp_path / "t"
+    line = ("precompute", "--data", digits_test.path, "--teacher", TEACHER, "--out", out)
+    holder = processes.start(_hold_a_shard, digits_test, out)
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    assert holder.pid is not None
+    os.kill(holder.pid, signal.SIGSTOP)
+    result = kdcache(*line, "--timeout", 2)
+    os.kill(holder.pid, signal.SIGKILL)
+    processes.ended(holder)
+    assert result.code == 2
+    said, error = result.err.splitlines()
+    words = rf"shards that other processes hold \(1 of {re.escape(str(out))}\)"
+    assert re.fullmatch(f"kdcache: still waiting for {words}, for 2 s at most", said)
+    assert re.fullmatch(
+        rf"kdcache: waited \d+ s for {words}: end the process that is to write them, .*", error
+    )
+    assert kdcache(*line).code == 0
+
+
+def _hold_a_shard(data: Dataset, out: Path) -> None:
+    teacher = load.load_teacher(TEACHER, num_classes=10, size_px=8)
+    spec = make_cache_spec(data, teacher, ViewSpec(8, mixup=1.0), Dense("float16"))
+    cache = LogitCache.create(out, spec, {}, render_digest(data, spec.view_spec))
+    assert cache.lock_shard(0, 0)
+    (out.parent / "held").touch()
+    time.sleep(60)
+
+
+def test_a_rank_that_has_died_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    cache = synthetic_cache(tmp_path / "t", torch.zeros(1, 20, 10), top_k=10)
+    cache.delete_shard(0, 0)
+    with pytest.raises(TimedOut, match=r"waited .* for the other processes' shards"):
+        wait_for_parts(LogitCache.open(tmp_path / "t"), 0, 1, lambda rows: None, timeout_s=0.1)
 
 
 # --- torchrun --------------------------------------------------------------------------------

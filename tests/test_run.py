@@ -17,6 +17,7 @@ from kdcache.errors import NonFinite, Stopped, StorageError, UsageError
 from kdcache.evaluation.evaluate import evaluate
 from kdcache.losses.loss import LOSSES
 from kdcache.models import load, weights
+from kdcache.models.run_json import read_run_json
 from kdcache.teacher.targets import LabelTargets
 from kdcache.training import checkpoint, run_folder
 from kdcache.training.loop import Progress, set_determinism, train
@@ -49,10 +50,10 @@ def test_a_run_ends_with_what_run_json_says(digits_test: Dataset, tmp_path: Path
     reports: list[Progress] = []
     options = replace(ONE_WORKER, log_every=3)
     record = train(run, tmp_path / "r", options=options, report=reports.append)
-    assert record == json.loads((tmp_path / "r" / "run.json").read_text())
+    assert record == read_run_json(tmp_path / "r")
     assert [(p.step, p.num_steps) for p in reports] == [(step, 8) for step in range(9)]
     assert [p.metrics.step for p in reports if p.metrics] == [3, 6, 8]
-    again = load.load_model(str(tmp_path / "r"), "teacher", num_classes=10, size_px=8)
+    again = load.load_model(f"{tmp_path / 'r'}@{STUDENT}", "teacher", num_classes=10, size_px=8)
     found = evaluate(again, digits_test, size_px=8, teacher=teacher)
     assert record["evaluation"] == json.loads(json.dumps(found.__dict__))
     assert (record["teacher"], record["cache"]) == ("t", None)
@@ -64,6 +65,9 @@ def test_a_run_in_memory_ends_as_one_in_a_folder(digits_test: Dataset, tmp_path:
     for out in (None, tmp_path / "r"):
         run = make_run(digits_test, replace(SPEC, ema_decay=0.9), val=digits_test)
         records.append({**train(run, out, options=ONE_WORKER), "seconds": 0})
+    assert records[1].pop("log_lines") == len(
+        (tmp_path / "r" / "log.jsonl").read_text().splitlines()
+    )
     assert records[0] == records[1]
     assert [f.name for f in tmp_path.iterdir()] == ["r"]
 
@@ -75,7 +79,7 @@ def test_what_the_run_gives_is_in_memory_too(
     """With ema_decay it is the average."""
     run = make_run(digits_test, replace(SPEC, ema_decay=decay), val=digits_test)
     record = train(run, tmp_path / "r", options=ONE_WORKER)
-    given = load.load_model(str(tmp_path / "r"), "teacher", num_classes=10, size_px=8)
+    given = load.load_model(f"{tmp_path / 'r'}@{STUDENT}", "teacher", num_classes=10, size_px=8)
     assert TrainSpec.from_json(record["spec"]).ema_decay == decay
     assert record["weights"] == given.content_hash() == run.student.content_hash()
     assert record["evaluation"]["top1"] == evaluate(given, digits_test, size_px=8).top1

@@ -101,7 +101,7 @@ def test_a_spec_says_all_that_decides_a_run(digits_test: Dataset, tmp_path: Path
 def test_a_runs_weights_come_back_as_they_were(finished: tuple[Classifier, Path]) -> None:
     made, folder = finished
     for role, name in (("teacher", str(folder)), ("student", STUDENT)):
-        again = load.load_model(str(folder), role, num_classes=10, size_px=8)  # type: ignore[arg-type]
+        again = load.load_model(f"{folder}@{STUDENT}", role, num_classes=10, size_px=8)  # type: ignore[arg-type]
         assert again.content_hash() == made.content_hash()
         assert again.name == name
 
@@ -131,7 +131,8 @@ def test_the_best_weights_are_a_run_of_their_own(digits_test: Dataset, tmp_path:
         run.log({"step": 1})
         for _ in range(2):
             run.save_best(make_run_json(SPEC, digits_test, made, None), made)
-    best = load.load_model(str(tmp_path / "r" / "best"), "teacher", num_classes=10, size_px=8)
+    name = f"{tmp_path / 'r' / 'best'}@{STUDENT}"
+    best = load.load_model(name, "teacher", num_classes=10, size_px=8)
     assert best.content_hash() == made.content_hash()
     assert names(tmp_path / "r" / "best") == {"run.json", "student.safetensors"}
     with pytest.raises(UsageError, match=r"r is not a finished run: it has no run\.json"):
@@ -146,8 +147,8 @@ def test_a_log_for_tensorboard(tmp_path: Path) -> None:
         with RunFolder(tmp_path / "r", IDENTITY, resume=True, tensorboard=True) as run:
             for step in steps:
                 run.log({"step": step, "steps": 3, "loss": 1 / step, "agreement": 0.5})
-            run.log({"step": step, "evaluation": {"top1": 0.25, "top5": None}})
             run.save(state(step))
+            run.log({"step": step, "evaluation": {"top1": 0.25, "top5": None}})
     events = EventAccumulator(str(tmp_path / "r" / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {"loss", "agreement", "top1"}
@@ -408,10 +409,36 @@ def test_a_log_that_cannot_be_written_is_one_error(
         run.save(state(1))
     (tmp_path / "r" / "log.jsonl").unlink()
     (tmp_path / "r" / "log.jsonl").symlink_to("/dev/full")
-    monkeypatch.setattr(RunFolder, "_cut_log", lambda self, step: None)
+    monkeypatch.setattr(RunFolder, "_cut_log", lambda self, step, num_lines: None)
     with pytest.raises(StorageError, match=r"cannot write .*log.jsonl: No space left on device"):
         with RunFolder(tmp_path / "r", IDENTITY, resume=True) as run:
             run.log({"step": 2})
+
+
+@pytest.mark.parametrize(("kept", "found"), [([0, 2], 2), ([0], 1), ([0, 1, 1, 2], 4)])
+def test_lost_lines_of_a_log_are_noticed(tmp_path: Path, kept: list[int], found: int) -> None:
+    out = tmp_path / "r"
+    with RunFolder(out, IDENTITY) as run:
+        for step in (1, 2, 3):
+            run.log({"step": step})
+        run.save(state(3))
+        run.log({"step": 4})  # after the checkpoint: not needed
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    (out / "log.jsonl").write_text("".join(lines[i] for i in kept))
+    words = rf"log\.jsonl has lost lines or got others: expected 3, found {found}; restore it"
+    with pytest.raises(UsageError, match=words):
+        RunFolder(out, IDENTITY, resume=True)
+    (out / "log.jsonl").unlink()
+    with RunFolder(out, IDENTITY, resume=True) as run:
+        assert run.resumed
+
+
+def test_lost_lines_of_a_finished_run_are_noticed(finished: tuple[Classifier, Path]) -> None:
+    _, out = finished
+    assert run_folder.read_log(out) == [{"step": 1}]
+    (out / "log.jsonl").write_text("")
+    with pytest.raises(UsageError, match="expected 1, found 0"):
+        run_folder.read_log(out)
 
 
 @pytest.mark.parametrize("at_once", [False, True])
@@ -422,9 +449,11 @@ def test_two_do_not_train_in_one_folder(
     with RunFolder(out, IDENTITY) as first:
         if at_once:  # the second one, too, found nothing there
             monkeypatch.setattr(Path, "iterdir", lambda path: iter(()))
-        with pytest.raises(UsageError, match=r"another process trains in .*r: wait for it, or"):
+        words = rf"another process trains in .*r \(process {os.getpid()} on .*\): wait for it, or"
+        with pytest.raises(UsageError, match=words):
             RunFolder(out, IDENTITY, resume=True)
         monkeypatch.undo()
         first.log({"step": 1})
     with RunFolder(out, IDENTITY, resume=True):
-        assert names(out) == {"spec.json", "log.jsonl"}
+        assert names(out) == {"spec.json", "log.jsonl", ".lock"}
+    assert names(out) == {"spec.json", "log.jsonl"}

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import io
 import os
+import re
 import resource
 import shutil
 import sys
@@ -60,15 +61,20 @@ def test_what_counts_is_on_the_disk_first_and_the_seal_comes_last(
 ) -> None:
     """File, name, folder: in this order for every object, and the folders that hold them."""
     events: list[tuple[str, Path]] = []
-    fsync, replace, mkdir = os.fsync, os.replace, os.mkdir
+    fsync, replace, link, mkdir = os.fsync, os.replace, os.link, os.mkdir
 
     def synced(descriptor: int) -> None:
-        events.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        events.append(("fsync", Path(re.sub(r"\.[0-9a-f]{8}\.partial", ".partial", path))))
         fsync(descriptor)
 
     def replaced(source: Any, target: Any) -> None:
         events.append(("name", Path(target)))
         replace(source, target)
+
+    def linked(source: Any, target: Any) -> None:
+        events.append(("name", Path(target)))
+        link(source, target)
 
     def made(path: Any, *rest: Any) -> None:
         events.append(("mkdir", Path(path)))
@@ -76,6 +82,7 @@ def test_what_counts_is_on_the_disk_first_and_the_seal_comes_last(
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(os, "link", linked)
     monkeypatch.setattr(os, "mkdir", made)
     out = tmp_path / "deep" / "t"
     write_all(LogitCache.create(out, SPEC, {}))

@@ -52,15 +52,17 @@ class FolderStore:
     def replace(self, key: str, old: bytes, new: bytes) -> None:
         # Rename replaces whatever is there, so reading and replacing are one step under a lock.
         with self._storage_errors("write", key), files.lock_file(self.root / CREATING):
-            held = self.read(key)
+            held, path = self.read(key), self.root / key
             if held == old:
-                files.write_file(self.root / key, new)
+                files.remove_abandoned(path.parent, path.name)
+                files.write_file(path, new)
         if held not in (old, new):
             raise conflict_at(self.url, key)
 
     def delete(self, key: str) -> None:
         with self._storage_errors("write", key), contextlib.suppress(FileNotFoundError):
             path = self.root / key
+            files.remove_abandoned(path.parent, path.name)
             path.unlink()
             files.sync_folder(path.parent)  # a power cut must not bring it back over new objects
 
@@ -73,7 +75,9 @@ class FolderStore:
             if not (self.root / last).exists():
                 # With the lock, what is there is from a killed process: it is replaced.
                 for key in sorted(objects, key=lambda key: key == last):
-                    files.write_file(self.root / key, objects[key])
+                    path = self.root / key
+                    files.remove_abandoned(path.parent, path.name)
+                    files.write_file(path, objects[key])
 
     def lock_shard(self, number: int) -> bool:
         # Byte `number` of an empty file: a lock that ends with its process.
@@ -90,6 +94,8 @@ class FolderStore:
         if self._locks is not None:
             os.close(self._locks)
             self._locks = None
+        if whole:
+            files.remove_abandoned(self.root, below=True)
         for name in (LOCKS, CREATING) if whole else ():
             with contextlib.suppress(OSError):  # not there, or the folder is read-only by now
                 (self.root / name).unlink()

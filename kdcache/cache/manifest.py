@@ -11,7 +11,6 @@ docs/cache-format.md has the format of each version.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from kdcache.cache.records import Records, Tables
 from kdcache.cache.spec import CACHE_VERSION, CacheSpec
 from kdcache.cache.store import Store
 from kdcache.errors import CacheCorrupt, UsageError
-from kdcache.spec import digest, require_version
+from kdcache.spec import digest, parse_json, require_version
 
 KEY = "kdcache"
 # Stands in the place of the digest while it is computed: as long, so that nothing else moves.
@@ -132,7 +131,7 @@ def read_manifest(text: bytes, arrays: Mapping[str, bytes | None]) -> Manifest:
 
     Raises UsageError for a later version, ValueError and its like for anything else that is wrong.
     """
-    found = json.loads(text)["attributes"][KEY]
+    found = parse_json(text)["attributes"][KEY]
     version = require_version("caches", found["spec"]["version"], CACHE_VERSION)
     own = found["digest"].encode()
     # Over the stored text and not over parsed JSON, so that a changed byte anywhere is noticed.
@@ -175,7 +174,7 @@ def read_tables(store: Store, manifest: Manifest) -> Tables:
 
 def _array_names(text: bytes) -> list[str]:
     """The arrays that a group's zarr.json names. Raises ValueError and its like for another one."""
-    return list(json.loads(text)["attributes"][KEY]["arrays"])
+    return list(parse_json(text)["attributes"][KEY]["arrays"])
 
 
 def _written(

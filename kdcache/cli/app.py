@@ -5,6 +5,7 @@ What takes long to import is imported in the commands that use it, after their p
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from typing import Annotated
@@ -20,10 +21,11 @@ from kdcache.cli.export import export
 from kdcache.cli.import_ import import_logits
 from kdcache.cli.inspect import inspect
 from kdcache.cli.options import command
-from kdcache.cli.output import err_console
+from kdcache.cli.output import LOG_TO_STDERR, say
 from kdcache.cli.plan import plan
 from kdcache.cli.precompute import precompute
 from kdcache.cli.recipes import recipes
+from kdcache.cli.streams import tolerant_streams
 from kdcache.cli.train import train
 from kdcache.cli.verify import verify
 from kdcache.errors import KDCacheError, PeerFailed
@@ -44,18 +46,37 @@ bench = typer.Typer(help="Measure on this machine, from a checkout.", no_args_is
 
 
 def main() -> None:
-    """Entry point: the app, with kdcache's errors as one line."""
-    try:
-        app()
-    except KDCacheError as error:
-        if isinstance(error, PeerFailed):
-            time.sleep(PEER_FAILED_WAIT_S)
-        elif current_process().rank > 0:
-            time.sleep(OTHERS_WAIT_S)
-        err_console().print(f"kdcache: {error}", markup=False, soft_wrap=True, style="red")
-        sys.exit(2)
-    except KeyboardInterrupt:  # before a command handles it
-        sys.exit(130)
+    """Entry point: the app, with errors that have a reason outside of kdcache as one line."""
+    logging.getLogger("kdcache").addHandler(LOG_TO_STDERR)
+    with tolerant_streams():
+        try:
+            app()
+        except KeyboardInterrupt:  # before a command handles it
+            sys.exit(130)
+        except Exception as error:
+            line = _explain(error)
+            if line is None:
+                raise
+            if isinstance(error, PeerFailed):
+                time.sleep(PEER_FAILED_WAIT_S)
+            elif current_process().rank > 0:
+                time.sleep(OTHERS_WAIT_S)
+            say(f"kdcache: {line}", "red")
+            sys.exit(2)
+
+
+def _explain(error: Exception) -> str | None:
+    """The line of an error that is not a fault of kdcache; None for one that is."""
+    if isinstance(error, KDCacheError):
+        return str(error)
+    text = (str(error).splitlines() or [""])[0]
+    # By its name, as torch is not imported by every command; its CPU allocator has no type.
+    out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text
+    if isinstance(error, MemoryError) or out_of_memory:
+        return f"out of memory ({text or 'no more of it'}): give a smaller --batch-size or --size"
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else text
+    return None
 
 
 @app.callback(invoke_without_command=True)

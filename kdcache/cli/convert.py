@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kdcache.choices import OnError, Split
 from kdcache.cli.options import OutputOptions
-from kdcache.cli.output import err_console, progress_bar, show
+from kdcache.cli.output import progress_bar, say, show
 from kdcache.options import option
 from kdcache.paths import require_new_dataset
 
@@ -64,7 +64,7 @@ def convert(options: ConvertOptions, output: OutputOptions) -> None:
         *report.warnings,
     ]
     for line in lines:
-        err_console().print(line, markup=False, soft_wrap=True)
+        say(line)
     per_class = np.bincount(data.labels[data.labels >= 0], minlength=len(data.class_names))
     result = {
         "path": str(options.out),

@@ -12,6 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -65,6 +66,8 @@ def _parameter(one: Described, *, grouped: bool) -> inspect.Parameter:
     }
     if text.at_least is not None:
         shared["min"] = text.at_least
+    if Path in (one.type, *get_args(one.type)):
+        shared["parser"] = _path
     if text.positional:
         info: Any = typer.Argument(metavar=one.name, **shared)
     else:
@@ -78,6 +81,12 @@ def _parameter(one: Described, *, grouped: bool) -> inspect.Parameter:
     return inspect.Parameter(
         one.key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
     )
+
+
+def _path(text: str) -> Path:
+    if not text:  # which pathlib takes as the working directory
+        raise typer.BadParameter("it is empty")
+    return Path(text)
 
 
 def _declarations(one: Described) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def show(result: dict[str, Any], as_json: bool) -> None:
 
     table = Table.grid(padding=(0, 2))
     for name, value in result.items():
-        table.add_row(name, Text(str(value), overflow="fold"))
+        table.add_row(name, Text(printable(str(value)), overflow="fold"))
     out_console().print(table)
 
 
@@ -57,13 +58,37 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
 def show_lines(lines: Sequence[str]) -> None:
     """Lines as they are: neither wrapped nor read as markup."""
     for line in lines:
-        out_console().print(line, markup=False, soft_wrap=True)
+        out_console().print(printable(line), markup=False, soft_wrap=True)
+
+
+def say(line: str, style: str | None = None) -> None:
+    """A line on stderr, as it is but for what a terminal would obey."""
+    err_console().print(printable(line), markup=False, soft_wrap=True, style=style)
 
 
 def notice(line: str, style: str | None = None) -> None:
     """A line on stderr, from the main process only."""
     if current_process().rank == 0:
-        err_console().print(f"kdcache: {line}", markup=False, soft_wrap=True, style=style)
+        say(f"kdcache: {line}", style)
+
+
+def printable(text: str) -> str:
+    """Control characters as escapes: names of files and classes may hold any."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+class _LogToStderr(logging.Handler):
+    """What the library logs, as lines on stderr, from every process."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        process = current_process()
+        where = f" (process {process.rank} of {process.world_size})" if process.rank else ""
+        say(f"kdcache{where}: {record.getMessage()}", "yellow")
+
+
+LOG_TO_STDERR = _LogToStderr()
 
 
 def warn(lines: Sequence[str]) -> None:

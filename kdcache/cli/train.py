@@ -38,7 +38,8 @@ def train(options: TrainCommand, output: OutputOptions) -> None:
     process, out = current_process(), options.out
     workers = loader_threads(options.run.workers)
     device = choose_device(options.train.device)
-    with ProcessGroup(process.rank, process.world_size, device) as group, _stop_signal() as stop:
+    meeting = ProcessGroup(process.rank, process.world_size, device, options.run.timeout_s)
+    with meeting as group, _stop_signal() as stop:
         begun = run_folder.started_tail(out) if options.run.resume else None
         run = load_training_run(options.train, workers=workers, default_tail=begun or TOP_K_TAIL)
         was_finished = run_folder.is_finished(out)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from kdcache.data.ffcv import (
 )
 from kdcache.errors import DatasetCorrupt, UsageError
 from kdcache.paths import PathLike, require_dataset
-from kdcache.spec import canonical_json, require_version
+from kdcache.spec import canonical_json, parse_json, require_version
 from kdcache.views.spec import SMALL_PX
 
 FIELDS = {"image": RGBImageField(), "label": IntField()}
@@ -98,7 +97,7 @@ def open_dataset(path: PathLike) -> Dataset:
     require_dataset(path)
     metadata, table = _read_tables(path)
     try:
-        sidecar = json.loads(sidecar_path(path).read_text())
+        sidecar = parse_json(sidecar_path(path).read_text())
         version = require_version("sidecars", sidecar["version"], SIDECAR_VERSION)
         # The file has kept the names of its first version.
         class_names = tuple(map(str, sidecar["classes"]))

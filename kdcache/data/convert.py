@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import ctypes
-import glob
 import io
 import os
 import threading
 import warnings
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -114,9 +114,6 @@ def convert(
     _require_limits(max_side_px, quality)
     if isinstance(source, str):
         source = open_source(source)
-    _remove_abandoned(out)
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    sidecar_partial = sidecar_path(partial)
     skipped: list[str] = []
     damaged: list[str] = []
     re_encoded: Counter[str] = Counter()
@@ -153,37 +150,57 @@ def convert(
             yield payload, source.labels[i]
 
     try:
-        with _pillow_reports(lambda text: warned.add(f"{image.name}: {text}")):
-            metadata, table, checksums = _write_beton(partial, len(source.images), encoded())
-        sidecar = {
-            "version": SIDECAR_VERSION,
-            "classes": source.class_names,
-            "samples": len(metadata),
-            "fingerprint": content_hash_of(
-                SIDECAR_VERSION, source.class_names, metadata, table, checksums
-            ),
-            "checksums": base64.b64encode(checksums.tobytes()).decode(),
-        }
-        sidecar_partial.write_bytes((canonical_json(sidecar) + "\n").encode())
-        files.sync_file(partial)  # both are on the disk before either gets its name
-        files.commit_file(sidecar_partial, sidecar_path(out))
-        files.commit_file(partial, out)
+        with _alone(out), files.replace_file(out) as beton:
+            # Within: the sidecar gets its name first, and both are on the disk by then.
+            with files.replace_file(sidecar_path(out)) as sidecar:
+                with _pillow_reports(lambda text: warned.add(f"{image.name}: {text}")):
+                    tables = _write_beton(beton, len(source.images), encoded())
+                sidecar.write_text(_sidecar(source.class_names, *tables))
+                files.sync_file(beton)
     except OSError as error:
         raise StorageError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-        sidecar_partial.unlink(missing_ok=True)
     report = ConvertReport(skipped, damaged, re_encoded, source.ignored, sorted(warned))
     return open_dataset(out), report
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Within, no other process converts to this path, and what killed ones left is removed."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(files.hold(out.with_name(out.name + files.LOCK)))
+        except files.Taken as taken:
+            raise UsageError(
+                f"another process converts to {out} ({taken}): wait for it, or choose another name"
+            ) from None
+        require_new_dataset(out)  # again: it may have ended just now
+        files.remove_abandoned(out.parent, out.name)
+        yield
+
+
+def _sidecar(
+    class_names: Sequence[str],
+    metadata: NDArray[Any],
+    table: NDArray[Any],
+    checksums: NDArray[np.uint32],
+) -> str:
+    names = tuple(class_names)
+    content = {
+        "version": SIDECAR_VERSION,
+        "classes": names,
+        "samples": len(metadata),
+        "fingerprint": content_hash_of(SIDECAR_VERSION, names, metadata, table, checksums),
+        "checksums": base64.b64encode(checksums.tobytes()).decode(),
+    }
+    return canonical_json(content) + "\n"
 
 
 @contextmanager
 def _pillow_reports(warn: Callable[[str], object]) -> Iterator[None]:
     """Let Pillow open images up to MAX_PIXELS, and pass on its warnings; for the whole process."""
     limit = PIL.Image.MAX_IMAGE_PIXELS
-    if limit is not None:
-        # Pillow warns from its limit on, and refuses from twice that.
-        PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+    # Pillow warns from its limit on, and refuses from twice that.
+    PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
     try:
         with warnings.catch_warnings():
             show = warnings.showwarning
@@ -212,14 +229,6 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, PIL.Image.DecompressionBombError):
         return f"it has more than {MAX_PIXELS // 10**6} megapixels"
     return str(error)
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Delete what killed conversions to the same path have left."""
-    for partial in out.parent.glob(f"{glob.escape(out.name)}.partial-*"):
-        owner = partial.name.removesuffix(".json").rpartition("-")[2]
-        if owner.isdecimal() and not Path(f"/proc/{owner}").exists():
-            partial.unlink(missing_ok=True)
 
 
 def _require_limits(max_side_px: int | None, quality: int) -> None:

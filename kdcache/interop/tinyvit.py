@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdcache import files
 from kdcache.batch import Target
 from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import Sampled, TopK, ValueType, bind, choose_codec
@@ -81,28 +81,30 @@ def export(
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"{out} exists; choose another folder")
-    # Beside its place and renamed at the end, so that a folder is there whole or not at all.
-    partial, written = out.with_name(f"{out.name}.partial-{os.getpid()}"), 0
+    written, lock = 0, out.with_name(out.name + files.LOCK)
     try:
-        for view in range(cache.spec.num_views):
-            folder = partial / f"logits_top{top_k}_epoch{view}"
-            folder.mkdir(parents=True)
-            with (folder / "rank0-keys.txt").open("wb") as keys:
-                with (folder / "rank0-values.bin").open("wb") as values:
-                    for samples, rows in _exported(cache, view, top_k):
-                        written += keys.write(b"".join(b"%d\n" % s for s in samples.tolist()))
-                        written += values.write(rows.tobytes())
-                        progress(
-                            view * cache.spec.num_samples + int(values.tell()) // rows.itemsize
-                        )
-                    for file in (keys, values):
-                        file.flush()
-                        os.fsync(file.fileno())
-        partial.rename(out)
+        # Beside its place and renamed at the end, so that a folder is there whole or not at all.
+        with files.hold(lock), files.replace_folder(out) as partial:
+            for view in range(cache.spec.num_views):
+                folder = partial / f"logits_top{top_k}_epoch{view}"
+                folder.mkdir()
+                with (folder / "rank0-keys.txt").open("wb") as keys:
+                    with (folder / "rank0-values.bin").open("wb") as values:
+                        for samples, rows in _exported(cache, view, top_k):
+                            written += keys.write(b"".join(b"%d\n" % s for s in samples.tolist()))
+                            written += values.write(rows.tobytes())
+                            progress(
+                                view * cache.spec.num_samples + int(values.tell()) // rows.itemsize
+                            )
+                        for file in (keys, values):
+                            file.flush()
+                            os.fsync(file.fileno())
+    except files.Taken as taken:
+        raise UsageError(
+            f"another process exports to {out} ({taken}): wait for it, or choose another folder"
+        ) from None
     except OSError as error:
         raise StorageError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return written
 
 
@@ -189,7 +191,7 @@ def import_cache(
         cache.write(view, shard, buffer.records())
         cache.unlock_shard(view, shard)
     cache.add_views()
-    cache.store.release_locks()
+    cache.store.release_locks(whole=not cache.missing())
     return cache
 
 

@@ -26,7 +26,13 @@ from kdcache.models import pretrained, resnet
 from kdcache.models.class_names import ClassNames, match_classes
 from kdcache.models.classifier import Classifier, Teacher, Triple, teacher_of
 from kdcache.models.pretrained import Role
-from kdcache.models.run_json import RUN_FILE, read_run_json, view_spec_of
+from kdcache.models.run_json import (
+    RUN_FILE,
+    read_run_json,
+    require_trusted,
+    split_run,
+    view_spec_of,
+)
 from kdcache.spec import Precision
 
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
@@ -37,7 +43,7 @@ OWN_STD: Triple = (0.25, 0.25, 0.25)
 WEIGHTS_FILE = "student.safetensors"
 FORMS = (
     "torchvision:NAME, timm:NAME, kdcache:small|medium|large, python:package.module:factory, "
-    "or the folder of a finished run"
+    "or the folder of a finished run (FOLDER@python:... where its network is a factory)"
 )
 
 
@@ -56,12 +62,12 @@ def load_model(
     called with None. Raises UsageError for an unknown name or another class count.
     """
     kind, _, rest = name.partition(":")
-    is_run = bool(name) and Path(name).is_dir()
-    if num_classes is None and role == "student" and not is_run:
+    found = split_run(name)
+    if num_classes is None and role == "student" and not found:
         raise UsageError(f"the student {name} needs a number of classes")
     build: Callable[[], Classifier]
-    if is_run:
-        build = lambda: _from_run(Path(name), role)  # noqa: E731
+    if found:
+        build = lambda: from_run(*found, role)  # noqa: E731
     elif kind == "torchvision" and rest:
         build = lambda: pretrained.from_torchvision(rest, role, num_classes)  # noqa: E731
     elif kind == "timm" and rest:
@@ -70,7 +76,7 @@ def load_model(
         build = lambda: _from_own(rest, role, num_classes)  # noqa: E731
     elif kind == "python" and rest:
         build = lambda: _from_factory(rest, num_classes)  # noqa: E731
-    elif "/" in name and ":" not in name:
+    elif "/" in name.partition("@")[0] and ":" not in name.partition("@")[0]:
         raise UsageError(f"no such folder: {name}; a model is {FORMS}")
     else:
         raise UsageError(f"unknown model {name!r}: a model is {FORMS}")
@@ -92,8 +98,8 @@ def load_model(
 def natural_size_px(name: str) -> int | None:
     """The side of views that a finished run was trained at, or the only one that a model takes;
     None where it takes many."""
-    if name and Path(name).is_dir():
-        return view_spec_of(read_run_json(Path(name))).size_px
+    if found := split_run(name):
+        return view_spec_of(read_run_json(found[0])).size_px
     return pretrained.natural_size_px(name)
 
 
@@ -120,8 +126,8 @@ def load_student(
 
 def class_names_of(name: str) -> ClassNames | None:
     """The names of a trained model's classes; None where they are not known."""
-    if name and Path(name).is_dir():
-        trained = read_run_json(Path(name)).get("class_names")
+    if found := split_run(name):
+        trained = read_run_json(found[0]).get("class_names")
         return ClassNames.of(trained) if trained else None
     return pretrained.class_names(name)
 
@@ -179,10 +185,14 @@ def load_teacher(
     return teacher
 
 
-def _from_run(folder: Path, role: Role) -> Classifier:
+def from_run(folder: Path, given: str, role: Role) -> Classifier:
     """The run's network. As a student it keeps the network's name, so that its own run's record
-    does not hang on this folder."""
+    does not hang on this folder.
+
+    given   the network's name, which has to be given for one of a user's code; else ""
+    """
     record = read_run_json(folder)
+    require_trusted(folder, record["student"], given)
     size_px = view_spec_of(record).size_px
     model = load_model(
         record["student"], "student", num_classes=record["num_classes"], size_px=size_px
@@ -228,13 +238,16 @@ def _from_factory(path: str, num_classes: int | None) -> Classifier:
         sys.path.insert(0, os.getcwd())  # an installed command does not look there by itself
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+    # A module of a user's may do anything when it is imported, and may call sys.exit.
+    except (Exception, SystemExit) as error:
         raise UsageError(
-            f"unknown model 'python:{path}': {error}; expected python:package.module:factory"
+            f"unknown model 'python:{path}': {type(error).__name__}: {first_line(error)}; expected "
+            "python:package.module:factory"
         ) from error
     try:
         network = factory(num_classes=num_classes)
-    except (TypeError, ValueError, RuntimeError, OSError, LookupError, AttributeError) as error:
+    # A factory may do anything, and may call sys.exit.
+    except (Exception, SystemExit) as error:
         line = f"python:{path} failed: {type(error).__name__}: {first_line(error)}"
         if num_classes is None:
             line += "; it was called with num_classes=None, for as many classes as it has"
@@ -255,7 +268,7 @@ def _triple(value: Any) -> Triple:
     return float(r), float(g), float(b)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of a message of somebody else's, without its full stop."""
     return (str(error).splitlines() or [""])[0].removesuffix(".")
 

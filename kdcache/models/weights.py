@@ -12,7 +12,8 @@ from kdcache.errors import UsageError
 from kdcache.files import save_tensors
 from kdcache.models import pretrained
 from kdcache.models.classifier import Classifier
-from kdcache.models.load import WEIGHTS_FILE, _from_run, first_line
+from kdcache.models.load import WEIGHTS_FILE, first_line, from_run
+from kdcache.models.run_json import read_run_json, split_run
 
 PRETRAINED = "pretrained"
 
@@ -37,9 +38,13 @@ def load_initial_weights(student: Classifier, source: str) -> list[str]:
             fresh = _rows_of_classes(own, student.num_classes, weights, classes)
         # Weights of an old torch lack these, and torch then starts them at 0.
         counters = [key for key in own if key.endswith("num_batches_tracked")]
-    elif Path(source).is_dir():
-        weights = _from_run(Path(source), "student").network.state_dict()
-        where = str(Path(source) / WEIGHTS_FILE)
+    elif run := split_run(source):
+        folder, given = run
+        network = read_run_json(folder)["student"]
+        # The user has named the student, and so its code.
+        given = given or (network if network == student.name else "")
+        weights = from_run(folder, given, "student").network.state_dict()
+        where = str(folder / WEIGHTS_FILE)
     else:
         weights, where = _read_weights(Path(source)), source
     for key in fresh:

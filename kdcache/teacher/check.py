@@ -48,6 +48,8 @@ def check_teacher(
         )
     answers = _answers(members, dataset, size_px)
     for member, (logits_BC, labels_B) in zip(members, answers, strict=True):
+        if not logits_BC.isfinite().all():
+            continue  # recording them is an error, which says where
         lines += _about_output(member, logits_BC)
         if labeled and not member.matched:
             lines += _about_accuracy(member, logits_BC, labels_B)

@@ -134,12 +134,13 @@ def run_precompute(
         part=(i * process.world_size + process.rank, n * process.world_size),
         class_names=run.class_names,
         choice=run.choice,
+        timeout_s=options.timeout_s,
         error=error,
         on_start=on_start,
         progress=progress,
     )
     if process.rank == 0:
-        precompute.wait_for_parts(cache, i, n, progress)
+        precompute.wait_for_parts(cache, i, n, progress, options.timeout_s)
     return cache
 
 

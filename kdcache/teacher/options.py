@@ -19,6 +19,7 @@ from kdcache.options import (
     device_option,
     option,
     precision_option,
+    timeout_option,
     workers_option,
 )
 from kdcache.paths import require_cache, require_dataset
@@ -210,6 +211,7 @@ class PrecomputeOptions:
         group=RUN,
         metavar="I/N",
     )
+    timeout_s: float = timeout_option()
 
     def __post_init__(self) -> None:
         self.parts  # noqa: B018  refuses a wrong one

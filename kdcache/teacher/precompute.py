@@ -10,7 +10,6 @@ teacher's forward pass; records of one shard are held, and written while the nex
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -32,9 +31,10 @@ from kdcache.teacher.calibration import RecordChoice, calibrate, measure_codec
 from kdcache.teacher.logits import iter_teacher_logits
 from kdcache.views.settings import RowOrder
 from kdcache.views.spec import ViewSpec
+from kdcache.waiting import DEFAULT_TIMEOUT_S, Wait
 
 Progress = Callable[[int], None]
-WAIT_S = 1.0
+HELD = "end the process that is to write them, and run the same command again"
 
 
 def make_cache_spec(
@@ -76,6 +76,7 @@ def precompute(
     part: tuple[int, int] = (0, 1),
     class_names: Sequence[str] | None = None,
     choice: RecordChoice | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
     error: LiveError | None = None,
     on_start: Callable[[LogitCache], None] = lambda cache: None,
     progress: Progress = lambda rows: None,
@@ -94,6 +95,7 @@ def precompute(
                   are not known. None: the data's.
     choice        of the spec's codec, as `calibration.py` measured it; None: a codec that needs
                   tables is calibrated here. A cache that is there keeps its tables.
+    timeout_s     how long to wait for shards that other processes hold, while none comes
     error         gets the divergence of some records of each batch from the live logits
     on_start      is called with the cache before the first record; its `num_stored_views` are then
                   those that it had
@@ -102,8 +104,8 @@ def precompute(
     A shard's bytes depend on the batch size and on what the teacher's arithmetic depends on (the
     device, torch, its number of threads, so OMP_NUM_THREADS, which torchrun sets to 1), not on who
     computes it, when, or after what: where these are equal, any division of the work gives equal
-    bytes. Raises NonFinite when the teacher gives NaN or infinity, and what `LogitCache` and
-    `Loader` raise.
+    bytes. Raises NonFinite when the teacher gives NaN or infinity, TimedOut, and what `LogitCache`
+    and `Loader` raise.
     """
     assert spec.view_spec is not None
     i, n = part
@@ -127,7 +129,8 @@ def precompute(
     cache = LogitCache.create(out, spec, metadata, digest, choice.tables if choice else {})
     on_start(cache)
     mine = set(shards_of_part(cache, i, n))
-    whole = False
+    whole, left = False, len(mine)
+    wait = Wait("shards that other processes hold", timeout_s, HELD)
     try:
         # One writer, so that at most one shard waits beside the one that is being made.
         with loader, ThreadPoolExecutor(1, "kdcache-writer") as writer:
@@ -141,8 +144,11 @@ def precompute(
                 progress(done)
                 if not todo:
                     break
+                if len(todo) < left:
+                    left = len(todo)
+                    wait.progressed()
                 if _record(loader, teacher, cache, todo, writer, done, progress, error) == done:
-                    time.sleep(WAIT_S)  # other processes hold the rest, and may fail
+                    wait.pause(f"{left} of {out}")  # other processes hold the rest, and may fail
         whole = not missing
         if whole:
             cache.add_views()
@@ -166,12 +172,21 @@ def shards_of_part(cache: LogitCache, i: int, n: int) -> list[tuple[int, int]]:
     ]
 
 
-def wait_for_parts(cache: LogitCache, i: int, n: int, progress: Progress) -> None:
-    """Return when the i-th of n runs of shards is on the cache, whoever puts it there."""
+def wait_for_parts(
+    cache: LogitCache, i: int, n: int, progress: Progress, timeout_s: float = DEFAULT_TIMEOUT_S
+) -> None:
+    """Return when the i-th of n runs of shards is in the cache, whoever puts it there.
+
+    Raises TimedOut where none of it comes for so many seconds.
+    """
     wanted = set(shards_of_part(cache, i, n))
+    wait, left = Wait("the other processes' shards", timeout_s, HELD), len(wanted)
     while missing := wanted & set(cache.missing()):
         progress(sum(cache.num_rows(s) for _, s in wanted - missing))
-        time.sleep(WAIT_S)
+        if len(missing) < left:
+            left = len(missing)
+            wait.progressed()
+        wait.pause(f"{left} of {cache.url}")
 
 
 def _record(

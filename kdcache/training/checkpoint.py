@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 
 from kdcache.errors import CheckpointCorrupt, StorageError
 from kdcache.files import replace_file, save_tensors
+from kdcache.spec import parse_json
 
 VERSION = "1"
 SUFFIX = ".safetensors"
@@ -58,8 +59,8 @@ def load(path: Path) -> dict[str, Any]:
             raise CheckpointCorrupt(f"{path} is not a checkpoint of version {VERSION}: {REMEDY}")
         if _digest(metadata["state"], tensors) != metadata["sha256"]:
             raise CheckpointCorrupt(f"{path} is damaged: its digest differs; {REMEDY}")
-        state: dict[str, Any] = _unpacked(json.loads(metadata["state"]), tensors)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        state: dict[str, Any] = _unpacked(parse_json(metadata["state"]), tensors)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointCorrupt(f"cannot read {path}: {error}; {REMEDY}") from error
     return state
 

@@ -6,8 +6,11 @@ and pays nothing; a step has the same batch for any number of processes, and eac
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
+from collections.abc import Mapping
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
@@ -19,8 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kdcache import torchrun
 from kdcache.errors import KDCacheError, PeerFailed, UsageError
+from kdcache.spec import canonical_json
 from kdcache.training.spec import TrainSpec
 from kdcache.training.sync_batchnorm import synchronize
+from kdcache.waiting import DEFAULT_TIMEOUT_S, told
 
 # Newer PyTorch has renamed this option.
 _OPTIONS = inspect.signature(DistributedDataParallel).parameters
@@ -30,17 +35,25 @@ SYNC_BUFFERS = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if 
 class ProcessGroup:
     """This process among `size` processes that train together. A resource: use it with `with`.
 
-    device   that it trains on
+    device     that it trains on
+    timeout_s  how long to wait for another process, when they meet and later, in seconds
 
     CPU tensors are reduced by gloo, GPU tensors by NCCL. Entering raises UsageError for a device or
     an environment that does not fit, KDCacheError where the other processes cannot be reached.
     When a process fails, torchrun ends the others; one that notices it first raises PeerFailed.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        device: str = "cpu",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
         self.rank = rank
         self.size = size
         self.device = torch.device(device)
+        self.timeout_s = timeout_s
         self._pending: tuple[distributed.Work, torch.Tensor] | None = None
 
     def __enter__(self) -> ProcessGroup:
@@ -52,15 +65,16 @@ class ProcessGroup:
             torch.cuda.set_device(self.device)
             # Both: requests to save and stop are numbers of the host, which need no GPU.
             backend = "cpu:gloo,cuda:nccl"
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         try:
-            distributed.init_process_group(backend)
+            with told(f"all of {self.size} processes at {address}", self.timeout_s):
+                distributed.init_process_group(backend, timeout=timedelta(seconds=self.timeout_s))
         except ValueError as error:
             raise UsageError(
                 f"WORLD_SIZE is {self.size}, but torchrun has not started this process ({error}): "
                 "start with torchrun, or unset WORLD_SIZE and RANK"
             ) from error
         except RuntimeError as error:
-            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise KDCacheError(
                 f"process {self.rank} of {self.size} could not connect to the other processes at "
                 f"{address}: {str(error).splitlines()[0]}"
@@ -118,6 +132,28 @@ class ProcessGroup:
                 f"{size} processes do not divide a batch of {batch} ({pairs} {unit}): each process "
                 "takes an equal shard; change --batch-size or the number of processes"
             )
+
+    def require_same(self, facts: Mapping[str, str]) -> None:
+        """Raise UsageError, naming the first process and the first fact, unless all have the same.
+
+        One all-gather of a digest, where they have.
+        """
+        if self.size == 1:
+            return
+        own = torch.frombuffer(bytearray(_digest(facts)), dtype=torch.uint8)
+        digests = [torch.empty_like(own) for _ in range(self.size)]
+        distributed.all_gather(digests, own)
+        if all(torch.equal(one, own) for one in digests):
+            return
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, dict(facts))
+        for rank, other in enumerate(found):
+            for name, value in found[0].items():
+                if other.get(name) != value:
+                    raise UsageError(
+                        f"process {rank} has another {name} than process 0 ({other.get(name)}, not "
+                        f"{value}): start all with the same options, files and versions"
+                    )
 
     def shard(self, batches: range, batch_size: int) -> NDArray[np.int64]:
         """The positions of a view that this process takes of these batches, in order."""
@@ -196,6 +232,10 @@ def _require_gpus() -> None:
             f"GPU{'s' * (gpus > 1)}: "
             f"start {gpus} (--nproc-per-node {gpus}), or give --device cpu"
         )
+
+
+def _digest(facts: Mapping[str, str]) -> bytes:
+    return hashlib.sha256(canonical_json(dict(facts)).encode()).digest()
 
 
 def is_peer_failure(error: BaseException | None) -> bool:

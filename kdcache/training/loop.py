@@ -20,7 +20,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from kdcache.data.loader import Loader
 from kdcache.errors import Stopped, UsageError
 from kdcache.evaluation.evaluate import Evaluation, evaluate
 from kdcache.models.run_json import read_run_json
+from kdcache.spec import facts
 from kdcache.training import checkpoint, run_folder
 from kdcache.training.distributed import SINGLE_PROCESS, ProcessGroup
 from kdcache.training.optim import learning_rate
@@ -108,6 +109,8 @@ def train(
     """
     spec, student = run.spec, run.student
     folder = None
+    # Threads are chosen by each machine.
+    process_group.require_same(run.facts() | facts(replace(options, workers=None)))
     if out is not None and process_group.is_main:
         folder = RunFolder(
             Path(out),
@@ -199,7 +202,7 @@ def train(
         state.ema.copy_to_network()
         record = _run_json(run, evaluation, clock.seconds)
         if folder:
-            folder.finish(record, student)
+            record = folder.finish(record, student)
     return record
 
 

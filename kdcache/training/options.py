@@ -18,6 +18,7 @@ from kdcache.options import (
     data_option,
     device_option,
     option,
+    timeout_option,
     workers_option,
 )
 from kdcache.paths import require_cache, require_dataset
@@ -224,6 +225,7 @@ class RunOptions:
     log_every           steps from one log line to the next
     tensorboard         log for TensorBoard too
     workers             threads that decode images; None: chosen by the loader
+    timeout_s           how long to wait for other processes, in seconds
     """
 
     resume: bool = option(
@@ -243,6 +245,7 @@ class RunOptions:
         2, help="Checkpoints to keep; older ones are deleted.", group=RUN, metavar="N", at_least=1
     )
     workers: int | None = workers_option()
+    timeout_s: float = timeout_option()
     eval_every: int | None = option(
         None,
         help="Evaluate on --val every N steps, and save the best weights.",

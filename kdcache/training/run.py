@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
+from kdcache import __version__
 from kdcache.batch import TargetSource
 from kdcache.data.beton import Dataset
 from kdcache.losses.loss import Distillation, Loss
 from kdcache.models.classifier import Classifier, Teacher
+from kdcache.spec import facts
 from kdcache.training.identity import RunIdentity
 from kdcache.training.spec import TrainSpec
 
@@ -57,6 +61,14 @@ class TrainingRun:
             teacher=self.teacher,
             loss=self.loss,
         )
+
+    def facts(self) -> dict[str, str]:
+        """What all processes of the run must have in common, by name, as text."""
+        seen = {"data to evaluate on": self.val.content_hash if self.val else ""}
+        if self.reference_teacher:
+            seen["teacher to compare with"] = self.reference_teacher.content_hash()
+        versions = {"version of kdcache": __version__, "version of torch": torch.__version__}
+        return {**facts(self.identity), **seen, **versions}
 
     def make_loss(self) -> Loss:
         """`loss`, or the distillation loss that the spec defines."""

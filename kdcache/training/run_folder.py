@@ -36,12 +36,12 @@ from kdcache.errors import (
     UsageError,
 )
 from kdcache.evaluation.evaluate import Evaluation
-from kdcache.files import lock_folder, partial_path, remove_abandoned, replace_file, write_file
+from kdcache.files import PARTIAL, Taken, hold, remove_abandoned, replace_file, write_file
 from kdcache.models import load
 from kdcache.models.classifier import Classifier
-from kdcache.models.run_json import RUN_FILE, RUN_VERSION
+from kdcache.models.run_json import RUN_FILE, RUN_VERSION, read_run_json, sealed
 from kdcache.models.weights import save_weights
-from kdcache.spec import differences
+from kdcache.spec import differences, parse_json
 from kdcache.training import checkpoint
 from kdcache.training.identity import RunIdentity
 from kdcache.training.spec import TrainSpec
@@ -51,6 +51,7 @@ LOG_FILE = "log.jsonl"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 TENSORBOARD = "tensorboard"
+LOCK = ".lock"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -62,13 +63,29 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / CHECKPOINTS).glob("[0-9]" * 10 + checkpoint.SUFFIX))
 
 
-def last_step(folder: Path) -> dict[str, Any]:
-    """The last log line of a training step. Raises UsageError where there is none."""
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The log of a run. Raises UsageError where there is none, or where lines of it are lost."""
+    path, record = folder / LOG_FILE, read_run_json(folder) if is_finished(folder) else {}
     try:
-        records = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
-        return dict([record for record in records if "loss" in record][-1])
-    except (OSError, ValueError, IndexError) as error:
-        raise UsageError(f"{folder / LOG_FILE} is not the log of a run: {error}") from error
+        lines = [dict(parse_json(line)) for line in path.read_text().splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} is not the log of a run: {error}") from error
+    _require_lines(path, len(lines), record.get("log_lines"))
+    return lines
+
+
+def last_step(folder: Path) -> dict[str, Any]:
+    """The last log line of a training step. Raises what `read_log` does."""
+    return [line for line in read_log(folder) if "loss" in line][-1]
+
+
+def _require_lines(path: Path, found: int, expected: int | None) -> None:
+    """Raise UsageError where a log has other than the lines that were written."""
+    if expected is not None and found != expected:
+        raise UsageError(
+            f"{path} has lost lines or got others: expected {expected:,}, found {found:,}; restore "
+            "it, or remove it to go on without them"
+        )
 
 
 def is_finished(folder: Path) -> bool:
@@ -103,11 +120,12 @@ class RunFolder:
         self.resumed: dict[str, Any] | None = None
         self._log: TextIO | None = None
         self._tensorboard: Any = None
-        self._lock: int | None = None
+        self._exit = contextlib.ExitStack()
         self._logged = False
-        # A killed process may have left an empty folder, or a part of the first file.
+        self._num_lines = 0
+        # A killed process may have left an empty folder, its lock, or a part of the first file.
         names = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
-        self._is_new = not names - {partial_path(folder / SPEC_FILE).name}
+        self._is_new = not {name for name in names - {LOCK} if not name.endswith(PARTIAL)}
         if not self._is_new and resume:
             self._require(identity)
         elif folder.exists() and not (resume and folder.is_dir()):
@@ -130,11 +148,12 @@ class RunFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             # Before anything in the folder is read or removed: it may be another process's.
-            self._lock = lock_folder(self.folder)
-        except BlockingIOError:
+            self._exit.enter_context(hold(self.folder / LOCK))
+        except Taken as taken:
             self._is_new = False  # the files there belong to the other process
             raise UsageError(
-                f"another process trains in {self.folder}: wait for it, or choose another --out"
+                f"another process trains in {self.folder} ({taken}): wait for it, or choose "
+                "another --out"
             ) from None
         if self._is_new:
             # First of all files, so that whatever is in the folder later can be told from another
@@ -146,7 +165,7 @@ class RunFolder:
             self.resumed = self._load(newest)
         step = self.resumed["step"] if self.resumed else 0
         # The steps after the checkpoint are made again, and logged again.
-        self._cut_log(step)
+        self._cut_log(step, (self.resumed or {}).get("log_lines"))
         self._log = (self.folder / LOG_FILE).open("a")
         if tensorboard:
             self._tensorboard = _open_tensorboard(self.folder / TENSORBOARD, step)
@@ -175,8 +194,7 @@ class RunFolder:
                 self._log.close()
         if self._tensorboard:
             self._tensorboard.close()
-        if self._lock is not None:
-            os.close(self._lock)
+        self._exit.close()
         holds_work = is_finished(self.folder) or checkpoints(self.folder) or self._logged
         if self._is_new and not holds_work:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -184,7 +202,7 @@ class RunFolder:
     def _require(self, identity: RunIdentity) -> None:
         path = self.folder / SPEC_FILE
         try:
-            different = _different(identity, json.loads(path.read_text()))
+            different = _different(identity, parse_json(path.read_text()))
         except FileNotFoundError:
             raise UsageError(
                 f"{self.folder} holds no run to resume (no {SPEC_FILE}): choose another --out"
@@ -199,21 +217,26 @@ class RunFolder:
                 "started with, or choose another --out"
             )
 
-    def _cut_log(self, step: int) -> None:
+    def _cut_log(self, step: int, num_lines: int | None) -> None:
         """Remove log lines from after the checkpoint of this step: those of later steps, the
-        evaluation of this step, and an incomplete line."""
+        evaluation of this step, and an incomplete line.
+
+        num_lines   that the log had then
+        """
         path = self.folder / LOG_FILE
-        if not path.exists():
+        if not path.exists():  # removed by the user, or of a run that has logged nothing
             return
         lines = []
         for line in path.read_text(errors="replace").splitlines(keepends=True):
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                record = json.loads(line)
+                record = parse_json(line)
                 # An evaluation comes after its step's checkpoint, and is made again by a resumed
                 # run.
                 if record["step"] + ("evaluation" in record) <= step:
                     lines.append(line)
+        _require_lines(path, len(lines), num_lines)
         write_file(path, "".join(lines).encode())
+        self._num_lines = len(lines)
 
     def log(self, record: dict[str, Any]) -> None:
         """Add a line. Raises StorageError."""
@@ -221,6 +244,7 @@ class RunFolder:
             log.write(json.dumps(record) + "\n")
             log.flush()
         self._logged = True
+        self._num_lines += 1
         if self._tensorboard:
             for name, value in {**record, **record.get("evaluation", {})}.items():
                 if isinstance(value, int | float) and name not in ("step", "steps", "samples"):
@@ -233,7 +257,8 @@ class RunFolder:
         with self._writing_log() as log:
             os.fsync(log.fileno())
         path = checkpoint_path(self.folder, state["step"])
-        checkpoint.save(path, {**state, "run": self.identity.to_json()})
+        about = {"run": self.identity.to_json(), "log_lines": self._num_lines}
+        checkpoint.save(path, {**state, **about})
         # Only once the new one is durable.
         for old in checkpoints(self.folder)[: -self.max_checkpoints]:
             old.unlink(missing_ok=True)
@@ -247,11 +272,13 @@ class RunFolder:
             path = self.folder / LOG_FILE
             raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
-    def finish(self, record: dict[str, Any], student: Classifier) -> None:
-        """Write weights and run.json, and delete the checkpoints."""
+    def finish(self, record: dict[str, Any], student: Classifier) -> dict[str, Any]:
+        """Write weights and run.json, and delete the checkpoints. What `read_run_json` gives."""
+        record = {**record, "log_lines": self._num_lines}
         write_result(self.folder, record, student)
         # Only now: until run.json is there, a rerun resumes from them.
         self._remove_checkpoints()
+        return record
 
     def _remove_checkpoints(self) -> None:
         shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
@@ -265,7 +292,7 @@ def started_tail(folder: Path) -> Tail | None:
     """What the run in this folder assumes of classes that a record does not name; None where there
     is no run. Runs of before version 0.1.0 began with another default."""
     try:
-        return RunIdentity.from_json(json.loads((folder / SPEC_FILE).read_text())).spec.tail
+        return RunIdentity.from_json(parse_json((folder / SPEC_FILE).read_text())).spec.tail
     except (KDCacheError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # `RunFolder` says what is wrong with it
 
@@ -321,7 +348,7 @@ def write_result(folder: Path, record: dict[str, Any], student: Classifier) -> N
         # Weights first: run.json is what makes the folder a finished run's.
         with replace_file(folder / load.WEIGHTS_FILE) as partial:
             save_weights(student, partial)
-        _write_json(folder / RUN_FILE, record)
+        _write_json(folder / RUN_FILE, sealed(record))
     except OSError as error:
         raise StorageError(
             f"cannot write {folder}: {error.strerror or error}; free space, then resume with "
