@@ -54,7 +54,8 @@ class RansCodec(ArrayBytesCodec):  # type: ignore[misc]
 
     async def _decode_single(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
         dtype = chunk_spec.dtype.to_native_dtype()
-        array = await asyncio.to_thread(_rans().decode, chunk_bytes.to_bytes(), dtype)
+        shape = chunk_spec.shape[-2:]
+        array = await asyncio.to_thread(_rans().decode, chunk_bytes.to_bytes(), dtype, shape)
         return chunk_spec.prototype.nd_buffer.from_numpy_array(array.reshape(chunk_spec.shape))
 
     def compute_encoded_size(self, input_byte_length: int, _chunk_spec: Any) -> int:

@@ -25,6 +25,7 @@ from kdcache.cache.codecs import Column
 from kdcache.cache.compression import pipeline
 from kdcache.cache.records import NO_TABLES, Records, Tables
 from kdcache.cache.spec import CacheSpec
+from kdcache.spec import parse_json
 
 # Of records before compression. A cache stores its own sizes, so that these may change.
 CHUNK_BYTES = 1 << 18
@@ -34,6 +35,8 @@ SHARD_BYTES = 1 << 24
 CODED_ROWS = 4096
 MAX_CODED_BYTES = 1 << 26
 SEAL_BYTES = 32
+MAX_SHARD_ROWS = 1 << 32
+MAX_SHARDS = 1 << 20  # of a cache: 16 TiB of records
 GROUP = "zarr.json"
 SEALS = "seals"
 
@@ -44,6 +47,11 @@ class Layout:
 
     chunk_rows: int
     shard_rows: int
+
+    def __post_init__(self) -> None:
+        for rows in (self.chunk_rows, self.shard_rows):
+            if type(rows) is not int or not 1 <= rows <= MAX_SHARD_ROWS:
+                raise ValueError(f"a chunk or a shard has {rows!r} rows")
 
     @staticmethod
     def of(spec: CacheSpec) -> Layout:
@@ -115,6 +123,27 @@ def _fill_value(column: Column) -> float:
     if column.packing == "rans":
         return 0  # the rows that pad a view's last shard should take no bits
     return int(np.iinfo(column.dtype).max) if column.dtype.kind == "u" else np.nan
+
+
+def require_arrays(
+    zarr_json: dict[str, bytes], spec: CacheSpec, layout: Layout, grown_views: int | None
+) -> None:
+    """Raise ValueError unless the zarr.json are of arrays of this spec's records.
+
+    grown_views   of the arrays that are to replace these, one after another
+    """
+    num_shards = spec.num_views * layout.shards(spec.num_samples)
+    if num_shards > MAX_SHARDS:
+        raise ValueError(f"it has {num_shards:,} shards, and at most {MAX_SHARDS:,} can be")
+    if parse_json(zarr_json[GROUP]).get("zarr_format") != 3:
+        raise ValueError("it is no group of Zarr v3")
+    for name, column in spec.codec.columns(spec.num_classes).items():
+        found = parse_json(zarr_json[f"{name}/{GROUP}"])["shape"]
+        if found[0] not in (spec.num_views, grown_views) or found[1:] != [
+            spec.num_samples,
+            column.width,
+        ]:
+            raise ValueError(f"the array {name} has the shape {found}")
 
 
 def resize(

@@ -60,6 +60,11 @@ class Manifest:
     ) -> tuple[Manifest, dict[str, bytes]]:
         """Of a new cache, and the objects of its tables by key."""
         layout = Layout.of(spec)
+        if (shards := spec.num_views * layout.shards(spec.num_samples)) > layouts.MAX_SHARDS:
+            raise UsageError(
+                f"a cache of {spec.num_views:,} views would have {shards:,} shards, and at most "
+                f"{layouts.MAX_SHARDS:,} can be: record fewer views"
+            )
         objects = layouts.metadata(spec, layout, {}, tables)
         made = {key: data for key, data in objects.items() if not key.endswith(GROUP)}
         zarr_json = {key: data for key, data in objects.items() if key not in made}
@@ -146,7 +151,9 @@ def read_manifest(text: bytes, arrays: Mapping[str, bytes | None]) -> Manifest:
             raise ValueError(f"{key} is {'missing' if data is None else 'not what was written'}")
         zarr_json[key] = data
     metadata = found["metadata" if version > 1 else "info"]
-    return Manifest(
+    if not isinstance(metadata.get("teacher"), str):
+        raise ValueError("its metadata names no teacher")
+    made = Manifest(
         version,
         # The stored one, which keys the checksums, and not one computed from a newer spec.
         found["identity"] if version > 1 else digest(found["spec"]),
@@ -158,6 +165,8 @@ def read_manifest(text: bytes, arrays: Mapping[str, bytes | None]) -> Manifest:
         found.get("tables", {}),
         found.get("grown_views"),
     )
+    layouts.require_arrays(zarr_json, made.spec, made.layout, made.grown_views)
+    return made
 
 
 def read_tables(store: Store, manifest: Manifest) -> Tables:

@@ -51,10 +51,15 @@ def encode(array: NDArray[Any]) -> bytes:
     return b"".join([struct.pack("<II", rows, columns), *(x.tobytes() for x in parts + stream)])
 
 
-def decode(data: bytes, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The array that `encode` was given, of this type. Raises ValueError for other bytes."""
+def decode(data: bytes, dtype: np.dtype[Any], shape: tuple[int, int] | None = None) -> NDArray[Any]:
+    """The array that `encode` was given, of this type. Raises ValueError for other bytes.
+
+    shape   that it must have; None: the one that the bytes tell
+    """
     at = struct.calcsize("<II")
-    rows, columns = struct.unpack_from("<II", data)
+    rows, columns = found = struct.unpack_from("<II", data)
+    if shape not in (None, found):
+        raise ValueError(f"coded values have the shape {found}, expected {shape}")
 
     def take(kind: str, count: int) -> NDArray[Any]:
         nonlocal at

@@ -29,6 +29,7 @@ from kdcache.views.settings import RowOrder
 from kdcache.views.spec import MAX_VIEWS, ViewSpec
 
 CACHE_VERSION = 2
+MAX_SAMPLES, MAX_CLASSES = 1 << 40, 1 << 31
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ class CacheSpec:
     precision: Precision | None = "float32"
 
     def __post_init__(self) -> None:
-        require(1 <= self.num_views <= MAX_VIEWS, "views", f"1 to {MAX_VIEWS}", self.num_views)
-        require(self.num_samples >= 1, "samples", "at least 1", self.num_samples)
-        require(self.num_classes >= 2, "classes", "at least 2", self.num_classes)
+        _require_count("views", self.num_views, 1, MAX_VIEWS)
+        _require_count("samples", self.num_samples, 1, MAX_SAMPLES)
+        _require_count("classes", self.num_classes, 2, MAX_CLASSES)
         self.codec.require_classes(self.num_classes)
         orders = get_args(RowOrder)
         require(self.row_order in orders, "row-order", " or ".join(orders), self.row_order)
         averaged = self.num_averaged_views
-        require(0 <= averaged <= MAX_VIEWS, "average-views", f"0 to {MAX_VIEWS}", averaged)
+        _require_count("average-views", averaged, 0, MAX_VIEWS)
         known = (None, *get_args(Precision))
         require(self.precision in known, "precision", f"one of {known}", self.precision)
         if self.view_spec is None and self.row_order == "view":
@@ -124,6 +125,11 @@ class CacheSpec:
             **{**found, "codec": codec_from_json(found["codec"])},
             view_spec=ViewSpec.from_json(view_spec) if view_spec else None,
         )
+
+
+def _require_count(name: str, found: object, least: int, most: int) -> None:
+    ok = isinstance(found, int) and least <= found <= most
+    require(ok, name, f"a number from {least:,} to {most:,}", found)
 
 
 def _from_version_1(found: dict[str, Any], precision: Precision | None) -> CacheSpec:

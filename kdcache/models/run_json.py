@@ -59,6 +59,9 @@ def read_run_json(folder: Path) -> dict[str, Any]:
         for field, kind in (("student", str), ("weights", str), ("num_classes", int)):
             if not isinstance(record[field], kind):
                 raise TypeError(f"{field} is {record[field]!r}")
+        names = record.get("class_names") or []
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError(f"class_names is {names!r}")
         view_spec_of(record)
     except FileNotFoundError:
         raise UsageError(f"{folder} is not a finished run: it has no {RUN_FILE}") from None

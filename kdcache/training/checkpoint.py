@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import safetensors
 import torch
 from safetensors import SafetensorError
 
-from kdcache.errors import CheckpointCorrupt, StorageError
+from kdcache.errors import CheckpointCorrupt, KDCacheError, StorageError
 from kdcache.files import replace_file, save_tensors
 from kdcache.spec import parse_json
 
@@ -63,6 +65,20 @@ def load(path: Path) -> dict[str, Any]:
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointCorrupt(f"cannot read {path}: {error}; {REMEDY}") from error
     return state
+
+
+@contextmanager
+def using(path: Path) -> Iterator[None]:
+    """Within, CheckpointCorrupt is raised where the content of this checkpoint does not fit."""
+    try:
+        yield
+    except (KDCacheError, torch.OutOfMemoryError):
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        line = (str(error).splitlines() or [""])[0]
+        raise CheckpointCorrupt(
+            f"{path} does not hold the state of this run ({type(error).__name__}: {line}): {REMEDY}"
+        ) from error
 
 
 def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:

@@ -315,21 +315,24 @@ def _load_checkpoint(
     content = folder.resumed if folder else None
     if out is None:
         return {}
+    # `folder` has checked the step.
     step = process_group.broadcast(content["step"] if content else 0)
     if step == 0:
         return {}
     # The main process has read it already; the others take the same step, not what is newest to
     # them.
+    path = run_folder.checkpoint_path(Path(out), step)
     if content is None:
-        path = run_folder.checkpoint_path(Path(out), step)
         if not path.exists():
             raise UsageError(
                 f"process {process_group.rank} does not see {path}, from which process 0 resumes: "
                 "--out must be on a file system that all machines share"
             )
         content = checkpoint.load(path)
-    state.load_state_dict(content)
-    return content
+    with checkpoint.using(path):
+        state.load_state_dict(content)
+        best, seconds = content.get("best", -1.0), content.get("seconds", 0.0)
+        return {"best": float(best), "seconds": float(seconds)}
 
 
 def _evaluate(run: TrainingRun, process_group: ProcessGroup, workers: int | None) -> Evaluation:

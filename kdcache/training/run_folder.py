@@ -83,7 +83,7 @@ def _require_lines(path: Path, found: int, expected: int | None) -> None:
     """Raise UsageError where a log has other than the lines that were written."""
     if expected is not None and found != expected:
         raise UsageError(
-            f"{path} has lost lines or got others: expected {expected:,}, found {found:,}; restore "
+            f"{path} has lost lines or got others: expected {expected}, found {found}; restore "
             "it, or remove it to go on without them"
         )
 
@@ -173,16 +173,15 @@ class RunFolder:
     def _load(self, path: Path) -> dict[str, Any]:
         content = checkpoint.load(path)
         # Each checkpoint has the run's identity too: it may have been copied from another run.
-        different = _different(self.identity, content["run"])
+        with checkpoint.using(path):
+            different, step = _different(self.identity, content["run"]), int(content["step"])
         if different:
             raise UsageError(
                 f"{path} is a checkpoint of a different run ({different}): {checkpoint.REMEDY}"
             )
         # A file that was renamed would be resumed from at another step.
-        if content["step"] != int(path.stem):
-            raise CheckpointCorrupt(
-                f"{path} is a checkpoint of step {content['step']}: {checkpoint.REMEDY}"
-            )
+        if step != int(path.stem):
+            raise CheckpointCorrupt(f"{path} is a checkpoint of step {step}: {checkpoint.REMEDY}")
         return content
 
     def __enter__(self) -> RunFolder:
