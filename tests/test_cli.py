@@ -106,6 +106,7 @@ OPTIONS = {
         "--temperature",
         "--tail",
         "--ema",
+        "--ema-statistics",
         "--precision",
         "--init",
         "--seed",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,19 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache.training import checkpoint
+from kdcache.data.beton import Dataset
+from kdcache.errors import UsageError
+from kdcache.evaluation.evaluate import evaluate
+from kdcache.models import load
+from kdcache.models.run_json import read_run_json
+from kdcache.teacher.targets import LabelTargets
+from kdcache.training import batch_statistics, checkpoint, run_folder
 from kdcache.training.ema import EMA
+from kdcache.training.loop import set_determinism, train
+from kdcache.training.options import RunOptions
+from kdcache.training.run import TrainingRun
+from kdcache.training.spec import TrainSpec
+from kdcache.views.spec import ViewSpec
 
 
 def network() -> nn.Module:
@@ -105,3 +118,84 @@ def test_without_decay_it_keeps_nothing() -> None:
     average = EMA(network(), 0)
     average.update()
     assert average.state_dict() == {"updates": 0, "weights": []}
+
+
+# --- statistics of batch normalisation -----------------------------------------------------------
+
+
+def images(seed: int) -> torch.Tensor:
+    return torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def test_statistics_are_the_mean_over_batches() -> None:
+    model = network()
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    batches = [images(seed) for seed in range(3)]
+    batch_statistics.estimate(model, batches)
+    outputs = [model[0](x) for x in batches]
+    mean = torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0)
+    variance = torch.stack([y.transpose(0, 1).flatten(1).var(1) for y in outputs]).mean(0)
+    torch.testing.assert_close(model[1].running_mean, mean)
+    torch.testing.assert_close(model[1].running_var, variance)
+    assert model[1].momentum == 0.1
+    assert model.training
+    assert all(torch.equal(x, before[name]) for name, x in model.named_parameters())
+
+
+def test_dropout_is_off_while_they_are_estimated() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm2d(3)).eval()
+    batch_statistics.estimate(model, [images(0)])
+    torch.testing.assert_close(model[1].running_var, images(0).transpose(0, 1).flatten(1).var(1))
+    assert not model[1].training
+
+
+def test_they_are_put_back() -> None:
+    model = network()
+    model(images(0))
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with batch_statistics.kept(model):
+        batch_statistics.estimate(model, [images(1) + 5])
+        assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_a_network_without_batch_normalisation_is_not_run() -> None:
+    def none() -> Iterator[torch.Tensor]:
+        raise AssertionError
+        yield
+
+    batch_statistics.estimate(nn.Sequential(nn.Flatten(), nn.Linear(48, 5)), none())
+
+
+def test_an_average_at_a_high_rate_is_better_with_its_own(
+    digits: Dataset, digits_test: Dataset, tmp_path: Path
+) -> None:
+    """Evaluation, best/ and the final weights have them; training goes on with its own."""
+    spec = TrainSpec("labels", ViewSpec(8), epochs=2, batch_size=50, lr=0.1, ema_decay=0.98)
+    spec = replace(spec, warmup=0.0, deterministic=True)
+    records = {}
+    for count in (0, 500):
+        this = replace(spec, ema_statistics=count)
+        set_determinism(this)
+        student = load.load_student("kdcache:small", num_classes=10, size_px=8)
+        run = TrainingRun(this, digits, student, LabelTargets(10), val=digits_test)
+        options = RunOptions(workers=1, eval_every=20, log_every=1)
+        records[count] = train(run, tmp_path / str(count), options=options)
+        assert records[count]["weights"] == student.content_hash()
+        found = evaluate(student, digits_test, size_px=8)
+        assert records[count]["evaluation"]["top1"] == found.top1
+        best = load.load_teacher(str(tmp_path / str(count) / "best"), size_px=8)
+        kept = read_run_json(tmp_path / str(count) / "best")["evaluation"]
+        assert evaluate(best, digits_test, size_px=8).top1 == kept["top1"]
+    logs = [
+        [x["loss"] for x in run_folder.read_log(tmp_path / str(count)) if "loss" in x]
+        for count in records
+    ]
+    assert logs[0] == logs[1]
+    assert records[500]["evaluation"]["cross_entropy"] < records[0]["evaluation"]["cross_entropy"]
+
+
+def test_statistics_without_an_average_are_refused() -> None:
+    with pytest.raises(UsageError, match="--ema-statistics goes with --ema"):
+        TrainSpec("labels", ViewSpec(8), ema_statistics=100)

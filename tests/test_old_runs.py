@@ -28,7 +28,13 @@ from kdcache.views.spec import ViewSpec
 
 OLD = Path(__file__).parent / "golden" / "v1" / "training"
 SPEC = TrainSpec(
-    "cached", ViewSpec(8, min_scale=0.5), epochs=3, batch_size=16, num_views=3, deterministic=True
+    "cached",
+    ViewSpec(8, min_scale=0.5),
+    epochs=3,
+    batch_size=16,
+    num_views=3,
+    deterministic=True,
+    decay_embeddings=True,  # as all did before version 3 of the spec
 )
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from kdcache.errors import MissingDependency, UsageError
+from kdcache.models import pretrained
 from kdcache.models.classifier import Classifier
 from kdcache.training import checkpoint
-from kdcache.training.optim import learning_rate, make_optimizer, warmup_steps
+from kdcache.training.optim import learning_rate, make_optimizer, undecayed, warmup_steps
 from kdcache.training.spec import TrainSpec
 from kdcache.training.state import State
 from kdcache.views.spec import ViewSpec
@@ -178,3 +179,68 @@ def test_a_student_that_cannot_learn_is_refused() -> None:
         make_optimizer(frozen, SPEC)
     frozen[7].requires_grad_(True)
     assert make_optimizer(frozen, SPEC)
+
+
+# --- what does not decay ------------------------------------------------------------------------
+
+
+class Named(nn.Module):
+    """A network that names what shall not decay, as timm's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.pos_embed = nn.Parameter(torch.ones(1, 4, 4))
+        self.table = nn.Parameter(torch.ones(4, 4))
+        self.cpb_mlp = nn.Linear(2, 2)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"table"}
+
+    def no_weight_decay_keywords(self) -> set[str]:
+        return {"cpb_mlp"}
+
+
+def test_what_a_network_names_does_not_decay() -> None:
+    model = Classifier(Named(), "x", (0.5,) * 3, (0.5,) * 3)
+    kept = {name for name, _ in model.named_parameters()} - undecayed(model)
+    assert kept == {"network.layer.weight"}
+    assert undecayed(Named()) == {
+        "layer.bias",
+        "norm.weight",
+        "norm.bias",
+        "pos_embed",
+        "table",
+        "cpb_mlp.weight",
+        "cpb_mlp.bias",
+    }
+    for old in (False, True):
+        spec = replace(SPEC, decay_embeddings=old)
+        decayed, left = make_optimizer(model, spec).param_groups
+        assert (len(decayed["params"]), len(left["params"])) == ((4, 4) if old else (1, 7))
+
+
+@pytest.mark.parametrize(
+    ("name", "size_px", "some"),
+    [
+        ("torchvision:vit_b_32", 32, {"class_token", "encoder.pos_embedding"}),
+        ("torchvision:swin_t", 32, {"features.1.0.attn.relative_position_bias_table"}),
+        ("torchvision:convnext_tiny", 32, {"features.1.0.layer_scale"}),
+        ("timm:vit_tiny_patch16_224", 224, {"pos_embed", "cls_token"}),
+        ("timm:swin_tiny_patch4_window7_224", 224, {"layers.0.blocks.0.attn.relative_position"}),
+    ],
+)
+def test_embeddings_of_known_networks_do_not_decay(name: str, size_px: int, some: set[str]) -> None:
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    found = undecayed(build_on_meta(name, size_px))
+    assert all(any(x.startswith(f"network.{word}") for x in found) for word in some), found
+
+
+def build_on_meta(name: str, size_px: int) -> nn.Module:
+    """Without memory for its weights."""
+    kind, _, rest = name.partition(":")
+    with torch.device("meta"):
+        build = {"torchvision": pretrained.from_torchvision, "timm": pretrained.from_timm}[kind]
+        return build(rest, "student", 10)

@@ -227,6 +227,8 @@ def test_one_recipe_in_full(kdcache: Run) -> None:
         "momentum",
         "num_averaged_views",
         "ema_decay",
+        "ema_statistics",
+        "decay_embeddings",
         "label_weight",
         "tail",
     }

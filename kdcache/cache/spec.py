@@ -129,7 +129,7 @@ class CacheSpec:
 
 def _require_count(name: str, found: object, least: int, most: int) -> None:
     ok = isinstance(found, int) and least <= found <= most
-    require(ok, name, f"a number from {least:,} to {most:,}", found)
+    require(ok, name, f"{least} to {most}", found)
 
 
 def _from_version_1(found: dict[str, Any], precision: Precision | None) -> CacheSpec:

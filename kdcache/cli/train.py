@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kdcache.choices import TOP_K_TAIL
 from kdcache.cli.options import OutputOptions
 from kdcache.cli.output import err_console, format_evaluation, notice, progress_bar, show, warn
 from kdcache.cli.signals import StopSignal, stop_signal
@@ -40,8 +39,8 @@ def train(options: TrainCommand, output: OutputOptions) -> None:
     device = choose_device(options.train.device)
     meeting = ProcessGroup(process.rank, process.world_size, device, options.run.timeout_s)
     with meeting as group, _stop_signal() as stop:
-        begun = run_folder.started_tail(out) if options.run.resume else None
-        run = load_training_run(options.train, workers=workers, default_tail=begun or TOP_K_TAIL)
+        begun = run_folder.begun_spec(out) if options.run.resume else None
+        run = load_training_run(options.train, workers=workers, begun=begun)
         was_finished = run_folder.is_finished(out)
         warn(() if was_finished else run.warnings)
         with _Report(f"train {options.train.mode}", run.spec.batch_size) as report:

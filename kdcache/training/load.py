@@ -14,7 +14,7 @@ from kdcache.cache.cache import LogitCache
 from kdcache.cache.codecs import Sampled, TopK
 from kdcache.cache.fidelity import CLOSE_COSINE, cosine_at
 from kdcache.cache.setting import cached_view_spec
-from kdcache.choices import TOP_K_TAIL, Tail
+from kdcache.choices import TOP_K_TAIL
 from kdcache.data.beton import Dataset, open_dataset, require_labels
 from kdcache.data.loader import render_digest
 from kdcache.errors import CacheMismatch, ClassesMismatch, UsageError
@@ -38,12 +38,12 @@ LARGE_TAIL, TAIL_RECORDS = 0.4, 256
 
 
 def load_training_run(
-    options: TrainOptions, *, workers: int | None = None, default_tail: Tail = TOP_K_TAIL
+    options: TrainOptions, *, workers: int | None = None, begun: TrainSpec | None = None
 ) -> TrainingRun:
     """Load what a run needs, and check that it goes together.
 
-    workers       threads that decode what an online teacher averages over
-    default_tail  of training from top-k records, where the options name none
+    workers   threads that decode what an online teacher averages over
+    begun     of the run that is to be resumed; some defaults were others when it began
 
     Raises UsageError for options that do not go together, CacheMismatch for a cache that is not of
     these data, views or classes, and what opening and loading raise.
@@ -62,8 +62,10 @@ def load_training_run(
     sizes = map(load.natural_size_px, (name, *options.teachers[:1]))
     natural_px = next(filter(None, sizes), dataset.natural_size_px)
     spec = make_train_spec(options, recipe, cache, natural_px)
+    if begun:
+        spec = replace(spec, decay_embeddings=begun.decay_embeddings)
     if cache and isinstance(cache.spec.codec, TopK) and options.tail is None:
-        spec = replace(spec, tail=default_tail)
+        spec = replace(spec, tail=begun.tail if begun else TOP_K_TAIL)
     teacher, warnings = _load_teacher(options, spec, cache, dataset)
     source = cache.spec if cache else teacher
     num_classes = source.num_classes if source else len(dataset.class_names)

@@ -33,7 +33,7 @@ from kdcache.errors import Stopped, UsageError
 from kdcache.evaluation.evaluate import Evaluation, evaluate
 from kdcache.models.run_json import read_run_json
 from kdcache.spec import facts
-from kdcache.training import checkpoint, run_folder
+from kdcache.training import batch_statistics, checkpoint, run_folder
 from kdcache.training.distributed import SINGLE_PROCESS, ProcessGroup
 from kdcache.training.optim import learning_rate
 from kdcache.training.options import RunOptions
@@ -143,7 +143,7 @@ def train(
             # Evaluate. First in the loop: a resumed run makes up for the evaluation after its
             # checkpoint, which comes first so that a long evaluation loses no training.
             if _is_evaluated(run, options, state.step, num_steps):
-                with state.ema.applied():
+                with _averaged(state, run, process_group, options.workers):
                     # A run's seconds are those of its training.
                     with clock.paused():
                         evaluation = _evaluate(run, process_group, options.workers)
@@ -200,6 +200,7 @@ def train(
                 raise Stopped(wanted, state.step)
 
         state.ema.copy_to_network()
+        _estimate_statistics(state, run, process_group, options.workers)
         record = _run_json(run, evaluation, clock.seconds)
         if folder:
             record = folder.finish(record, student)
@@ -286,6 +287,32 @@ class Stopwatch:
 
 def _has_passed(minutes: float | None, *, since: float) -> bool:
     return minutes is not None and time.monotonic() - since >= 60 * minutes
+
+
+@contextlib.contextmanager
+def _averaged(
+    state: State, run: TrainingRun, process_group: ProcessGroup, workers: int | None
+) -> Iterator[None]:
+    """Within, the student has the weights that the run would give after this step."""
+    with state.ema.applied(), batch_statistics.kept(run.student):
+        _estimate_statistics(state, run, process_group, workers)
+        yield
+
+
+def _estimate_statistics(
+    state: State, run: TrainingRun, process_group: ProcessGroup, workers: int | None
+) -> None:
+    """From the first batches of the view of the last step."""
+    spec = run.spec
+    if not spec.ema_statistics:
+        return
+    num_batches, _ = count_steps(spec, len(run.dataset))
+    epoch = max(state.step - 1, 0) // num_batches
+    view = epoch % spec.num_views if spec.num_views else epoch
+    wanted = min(num_batches, -(-spec.ema_statistics // spec.batch_size))
+    with open_loader(run, process_group, workers) as loader:
+        batches = loader.batches(view, process_group.shard(range(wanted), spec.batch_size))
+        batch_statistics.estimate(run.student, (batch.images_BCHW for batch in batches))
 
 
 def _is_evaluated(run: TrainingRun, options: RunOptions, step: int, num_steps: int) -> bool:

@@ -2,8 +2,8 @@
 
 In: a `TrainSpec` and a student. Out: a torch optimizer, whose rate the loop sets at every step.
 Weight decay means the same to all three: a step first or last multiplies each matrix and each
-kernel by 1 - rate * weight_decay, whatever its gradient (Loshchilov & Hutter 2019); biases and the
-scales of normalisations do not decay, as in the paper's code.
+kernel by 1 - rate * weight_decay, whatever its gradient (Loshchilov & Hutter 2019); biases, scales
+of normalisations and embeddings do not decay (`undecayed`).
 
     adamw  torch's, fused
     sgd    torch's, fused, with heavy-ball momentum
@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from kdcache.errors import MissingDependency, UsageError
+from kdcache.models.classifier import Classifier
 from kdcache.training.spec import TrainSpec
 
 GRADIENT_NORM = 1.0  # the paper clips the global norm there, in every recipe
@@ -54,15 +55,57 @@ def learning_rate(spec: TrainSpec, step: int, steps: int) -> float:
     return spec.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
+# Last parts of names, in torchvision's and others' networks: embeddings of positions and of the
+# class, tables of biases, scales of layers. Matrices by their shape, they are biases and scales.
+EMBEDDINGS = {
+    "absolute_pos_embed",
+    "class_token",
+    "cls_token",
+    "dist_token",
+    "layer_scale",
+    "pos_embed",
+    "pos_embedding",
+    "relative_position_bias_table",
+}
+
+
+def undecayed(student: nn.Module) -> set[str]:
+    """The names of the weights that weight decay leaves out.
+
+    As timm does it: biases, scales of normalisations, and what the network itself names
+    (`no_weight_decay`, `no_weight_decay_keywords`); and `EMBEDDINGS`.
+    """
+    network = student.network if isinstance(student, Classifier) else student
+    prefix = "network." if network is not student else ""
+    own: set[str] = set(getattr(network, "no_weight_decay", set)())
+    words: set[str] = set(getattr(network, "no_weight_decay_keywords", set)())
+    return {
+        prefix + name
+        for name, weight in network.named_parameters()
+        if weight.ndim <= 1
+        or name.endswith(".bias")
+        or name in own
+        or name.rpartition(".")[2] in EMBEDDINGS
+        or any(word in name for word in words)
+    }
+
+
 def make_optimizer(student: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
     """Of the weights that learn. Raises UsageError where there is none, MissingDependency for
     "soap" without its package."""
-    weights = [w for w in student.parameters() if w.requires_grad]
-    if not weights:
+    named = [(name, w) for name, w in student.named_parameters() if w.requires_grad]
+    if not named:
         raise UsageError("the student has no weight that learns: all have requires_grad = False")
+    left_out = undecayed(student)
+    if spec.decay_embeddings:
+        left_out = {name for name, w in named if w.ndim <= 1}
+    weights = [w for _, w in named]
     groups: list[dict[str, Any]] = [
-        {"params": [w for w in weights if w.ndim > 1], "weight_decay": spec.weight_decay},
-        {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": [w for name, w in named if name not in left_out],
+            "weight_decay": spec.weight_decay,
+        },
+        {"params": [w for name, w in named if name in left_out], "weight_decay": 0.0},
     ]
     if spec.optimizer == "soap":
         return _soap(groups, spec)

@@ -172,6 +172,16 @@ class TrainOptions:
         group=OPTIMIZATION,
         metavar="DECAY",
     )
+    ema_statistics: int | None = option(
+        None,
+        help="With --ema: images of training views from which the statistics of batch "
+        "normalisation are computed anew for the average, whenever it is evaluated or saved; 0: "
+        "those of training are kept.",
+        default_text="0",
+        group=OPTIMIZATION,
+        metavar="IMAGES",
+        at_least=0,
+    )
     precision: Precision | None = option(
         None,
         help="Precision of forward passes, by autocast.",

@@ -26,7 +26,6 @@ from typing import Any, TextIO
 import torch
 
 from kdcache import __version__
-from kdcache.choices import Tail
 from kdcache.data.beton import Dataset
 from kdcache.errors import (
     CheckpointCorrupt,
@@ -287,11 +286,10 @@ class RunFolder:
         write_result(self.folder / BEST, record, student)
 
 
-def started_tail(folder: Path) -> Tail | None:
-    """What the run in this folder assumes of classes that a record does not name; None where there
-    is no run. Runs of before version 0.1.0 began with another default."""
+def begun_spec(folder: Path) -> TrainSpec | None:
+    """Of the run in this folder; None where there is none, or none that can be read."""
     try:
-        return RunIdentity.from_json(parse_json((folder / SPEC_FILE).read_text())).spec.tail
+        return RunIdentity.from_json(parse_json((folder / SPEC_FILE).read_text())).spec
     except (KDCacheError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # `RunFolder` says what is wrong with it
 

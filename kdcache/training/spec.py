@@ -10,6 +10,7 @@ from typing import Any, get_args
 from kdcache.choices import Mode as Mode
 from kdcache.choices import OptimizerName as OptimizerName
 from kdcache.choices import Tail as Tail
+from kdcache.errors import UsageError
 from kdcache.spec import (
     Precision,
     digest,
@@ -20,7 +21,7 @@ from kdcache.spec import (
 )
 from kdcache.views.spec import MAX_VIEWS, ViewSpec
 
-TRAIN_VERSION = 2
+TRAIN_VERSION = 3
 # Version 1 had no version in its JSON, and these names.
 _RENAMED_IN_2 = {
     "view": "view_spec",
@@ -51,6 +52,9 @@ class TrainSpec:
     label_weight        w in (1 - w) * distillation + w * cross-entropy with the labels
     ema_decay           decay of an exponential moving average of the parameters, which the run then
                         gives; 0: none
+    ema_statistics      images of training views from which the statistics of batch normalisation
+                        are computed anew for the averaged parameters; 0: they keep those of
+                        training
     precision           of the forward passes of student and live teacher, by autocast
     seed                of the student's initialisation, and of its dropout
     deterministic       one thread and deterministic algorithms
@@ -60,6 +64,8 @@ class TrainSpec:
                         teacher_view_spec; 0: its logits for one
     tail                what the loss assumes of the classes that a record does not name
                         (`losses.distillation.distillation_loss`)
+    decay_embeddings    weight decay falls on all matrices, as before version 3 of this spec; else
+                        not on those that `optim.undecayed` names
     """
 
     mode: Mode
@@ -82,6 +88,8 @@ class TrainSpec:
     ema_decay: float = 0.0
     precision: Precision = "float32"
     tail: Tail = "bucket"
+    ema_statistics: int = 0
+    decay_embeddings: bool = False
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
@@ -113,6 +121,9 @@ class TrainSpec:
         require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
         require(0 <= self.label_weight <= 1, "label weight", "in [0, 1]", self.label_weight)
         require(0 <= self.ema_decay < 1, "ema decay", "a decay in [0, 1)", self.ema_decay)
+        require(self.ema_statistics >= 0, "ema statistics", "at least 0", self.ema_statistics)
+        if self.ema_statistics and not self.ema_decay:
+            raise UsageError("--ema-statistics goes with --ema, whose average it is for")
         precisions = get_args(Precision)
         require(
             self.precision in precisions,
@@ -138,7 +149,10 @@ class TrainSpec:
         Raises UsageError for one of a later version.
         """
         found = dict(value)
-        if require_version("runs", found.pop("version", 1), TRAIN_VERSION) == 1:
+        version = require_version("runs", found.pop("version", 1), TRAIN_VERSION)
+        if version < 3:
+            found["decay_embeddings"] = True
+        if version == 1:
             found = {_RENAMED_IN_2.get(name, name): x for name, x in found.items()}
             found["setting"] = found["setting"].replace("-mild", "-random")
         require_known_fields(cls, found, "the run's spec")
