@@ -34,7 +34,7 @@ HEADINGS = (
     "time",
 )
 # Of these 0 means none.
-NONE_AT_ZERO = ("num_averaged_views", "ema_decay", "label_weight")
+NONE_AT_ZERO = ("num_averaged_views", "ema_decay", "ema_statistics", "label_weight")
 HOURS = {"min": 1 / 60, "h": 1, "days": 24, "years": 24 * 365.25}
 TOO_LARGE = "the batch is too large for {} images: give `train` a smaller --batch-size"
 
