@@ -61,7 +61,8 @@ def main() -> None:
                 time.sleep(PEER_FAILED_WAIT_S)
             elif current_process().rank > 0:
                 time.sleep(OTHERS_WAIT_S)
-            say(f"kdcache: {line}", "red")
+            # One line, whatever names from a file are in it.
+            say(f"kdcache: {line}".replace("\n", "\\n"), "red")
             sys.exit(2)
 
 
