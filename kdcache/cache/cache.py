@@ -318,14 +318,7 @@ class LogitCache:
         placed = {layouts.key(name, view, shard): data for name, data in objects.items()}
         try:
             return layouts.decode(self.manifest.zarr_json, view, start, stop, placed)
-        except (
-            ValueError,
-            RuntimeError,
-            OSError,
-            LookupError,
-            TypeError,
-            ArithmeticError,
-        ) as error:
+        except layouts.DECODE_ERRORS as error:
             raise MissingDependency(
                 f"{self.url}: view {view} shard {shard} is as it was written, and cannot be "
                 f"decoded here ({error}): install the zarr and numcodecs that made it"

@@ -38,6 +38,8 @@ SEAL_BYTES = 32
 MAX_SHARD_ROWS = 1 << 32
 MAX_SHARDS = 1 << 20  # of a cache: 16 TiB of records
 GROUP = "zarr.json"
+# Of Zarr and its codecs, for bytes and shapes that are not what `encode` gave.
+DECODE_ERRORS = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 SEALS = "seals"
 
 
@@ -178,7 +180,7 @@ def decode(
 ) -> Records:
     """Records of positions [start, stop) from the objects, by key, that hold them.
 
-    Raises whatever Zarr and its codecs do for bytes that are not what `encode` gave.
+    Raises DECODE_ERRORS.
     """
     group = zarr.open_group(_store({**zarr_json, **objects}), mode="r")
     names = {key.partition("/")[0] for key in objects}

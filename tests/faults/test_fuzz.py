@@ -16,6 +16,7 @@ import json
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,11 @@ def says_one_line(*line: object) -> None:
     sys.argv = ["kdcache", *map(str, line)]
     code: Any = 0
     try:
-        with _limited(), contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_limited())
+            stack.enter_context(contextlib.redirect_stderr(err))
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(warnings.catch_warnings(action="ignore"))
             app.main()
     except SystemExit as end:
         code = end.code
