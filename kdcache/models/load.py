@@ -103,9 +103,9 @@ def natural_size_px(name: str) -> int | None:
     return pretrained.natural_size_px(name)
 
 
-def pretrained_size_px(name: str) -> int | None:
-    """The side of views that torchvision's or timm's weights of that name are for."""
-    return pretrained.pretrained_size_px(name)
+def trained_size_px(name: str) -> int | None:
+    """The side of views that a teacher was trained at; None where that is not known."""
+    return natural_size_px(name) or pretrained.pretrained_size_px(name)
 
 
 def load_student(

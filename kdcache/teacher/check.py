@@ -62,7 +62,7 @@ def _members(teacher: Ensemble) -> list[Classifier]:
 
 def _about(name: str, member: Classifier, size_px: int) -> list[str]:
     lines = []
-    own_px = load.natural_size_px(name) or load.pretrained_size_px(name)
+    own_px = load.trained_size_px(name)
     if own_px not in (None, size_px):
         lines.append(f"{name} was made for views of {own_px} px and is shown views of {size_px} px")
     if member.assumed_norm:

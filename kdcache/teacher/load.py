@@ -188,7 +188,7 @@ def _teacher_class_names(options: RecordOptions) -> tuple[str, ...]:
 
 def _views(options: RecordOptions, dataset: Dataset) -> tuple[ViewSpec, RowOrder, int]:
     """View spec, row order and number of averaged views of the cache."""
-    natural_px = load.natural_size_px(options.teachers[0]) or dataset.natural_size_px
+    natural_px = load.trained_size_px(options.teachers[0]) or dataset.natural_size_px
     given, averaged = options.view.given(), options.num_averaged_views
     if options.setting is not None:
         return get_setting(options.setting).cache_fields(

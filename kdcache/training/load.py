@@ -59,7 +59,7 @@ def load_training_run(
     name = options.student or (recipe.student if recipe else None)
     if name is None:
         raise UsageError("give --student MODEL, or a --recipe, which names one")
-    sizes = map(load.natural_size_px, (name, *options.teachers[:1]))
+    sizes = (load.natural_size_px(name), *map(load.trained_size_px, options.teachers[:1]))
     natural_px = next(filter(None, sizes), dataset.natural_size_px)
     spec = make_train_spec(options, recipe, cache, natural_px)
     if begun:
