@@ -103,7 +103,8 @@ def _summary(cache: LogitCache, summary: Summary) -> dict[str, str]:
         kept += ", in dataset order"
     answer = {
         "cache": f"{cache.url} (version {cache.manifest.version}, {cache.manifest.identity})",
-        "teacher": f"{cache.metadata.get('teacher', 'unknown')} ({spec.teacher_hash}), {spec.num_classes} classes",
+        "teacher": f"{cache.metadata.get('teacher', 'unknown')} ({spec.teacher_hash}), "
+        f"{spec.num_classes} classes",
         "data": f"{spec.num_samples} samples ({spec.dataset_hash})",
         "setting": cache_setting_name(spec),
         "view": spec.view_spec.describe() if spec.view_spec else "not rendered by kdcache",

@@ -25,7 +25,7 @@ class ViewOptions:
         None,
         name="--size",
         help="Side of the square views.",
-        default_text="the model's if it has one, else the images' up to 64, else 224",
+        default_text="the model's or its pretrained weights', else the images' up to 64, else 224",
         group=VIEWS,
         metavar="PX",
     )
