@@ -1,6 +1,6 @@
 """A disk that fails once, at every operation in turn: one line, and the rerun's bytes are right.
 
-In CI every seventh operation; each one with `make test-slow`.
+In CI every eleventh operation; each one with `make test-slow`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def exporting(cache: Path) -> tuple[Any, ...]:
     return "export", cache, "{out}/t"
 
 
-EVERY = [7, pytest.param(1, marks=pytest.mark.slow)]
+EVERY = [11, pytest.param(1, marks=pytest.mark.slow)]
 
 
 @pytest.mark.timeout(1800)
