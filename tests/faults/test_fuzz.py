@@ -13,6 +13,7 @@ import copy
 import hashlib
 import io
 import json
+import re
 import shutil
 import signal
 import sys
@@ -28,6 +29,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kdcache.cache.cache import LogitCache
 from kdcache.cache.manifest import GROUP, KEY, NO_DIGEST
 from kdcache.cli import app
 from kdcache.data.beton import (
@@ -39,6 +41,7 @@ from kdcache.data.beton import (
     sidecar_path,
 )
 from kdcache.data.ffcv import ALLOC_TABLE_TYPE, HeaderType
+from kdcache.errors import KDCacheError
 from kdcache.models.run_json import sealed
 from kdcache.training import checkpoint
 from tests.conftest import subset, synthetic_cache
@@ -208,13 +211,16 @@ def header(folder: Path, draw: st.DataObject) -> list[tuple[object, ...]]:
     return [evaluating(folder)]
 
 
-def manifest(folder: Path, draw: st.DataObject) -> list[tuple[object, ...]]:
-    path = folder / "c" / GROUP
-    found = changed(json.loads(path.read_text()), draw)
+def write_manifest(path: Path, found: Any) -> None:
     with contextlib.suppress(KeyError, TypeError):
         found["attributes"][KEY]["digest"] = NO_DIGEST
     text = json.dumps(found)
     path.write_text(text.replace(NO_DIGEST, hashlib.sha256(text.encode()).hexdigest()))
+
+
+def manifest(folder: Path, draw: st.DataObject) -> list[tuple[object, ...]]:
+    path = folder / "c" / GROUP
+    write_manifest(path, changed(json.loads(path.read_text()), draw))
     return [("inspect", folder / "c"), ("verify", folder / "c")]
 
 
@@ -225,9 +231,7 @@ def array(folder: Path, draw: st.DataObject) -> list[tuple[object, ...]]:
     path.write_text(json.dumps(changed(json.loads(path.read_text()), draw)))
     found = json.loads(group.read_text())
     found["attributes"][KEY]["arrays"][name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    found["attributes"][KEY]["digest"] = NO_DIGEST
-    text = json.dumps(found)
-    group.write_text(text.replace(NO_DIGEST, hashlib.sha256(text.encode()).hexdigest()))
+    write_manifest(group, found)
     return [("inspect", folder / "c"), ("verify", folder / "c")]
 
 
@@ -302,6 +306,41 @@ def fuzz(corpus: Path, work: Path, change: Change, count: int) -> None:
 
     run()
     print(f"{change.__name__}: {tried} of {tried} held")
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "words"),
+    [
+        ("spec", "num_views", 1 << 24, "16,777,216 shards, and at most 1,048,576 can be"),
+        ("spec", "num_samples", 1 << 50, "samples must be 1 to 1099511627776"),
+        ("spec", "num_samples", 21, "the array logits has the shape"),
+        ("spec", "num_classes", "x", "classes must be 2 to"),
+        ("layout", "shard_rows", 0, "a chunk or a shard has 0 rows"),
+        ("layout", "shard_rows", -4, "a chunk or a shard has -4 rows"),
+        ("layout", "chunk_rows", "x", "a chunk or a shard has 'x' rows"),
+    ],
+)
+def test_absurd_numbers_are_one_line(
+    corpus: Path, tmp_path: Path, part: str, name: str, value: object, words: str
+) -> None:
+    shutil.copytree(corpus / "c", tmp_path / "c")
+    path = tmp_path / "c" / GROUP
+    found = json.loads(path.read_text())
+    found["attributes"][KEY][part][name] = value
+    write_manifest(path, found)
+    with pytest.raises(KDCacheError, match=re.escape(words)):
+        LogitCache.open(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "name", ["c/zarr.json", "d.beton.json", "finished/run.json", "begun/spec.json"]
+)
+def test_deep_json_is_one_line(corpus: Path, tmp_path: Path, name: str) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(corpus, work)
+    (work / name).write_text("[" * 200_000)
+    for line in (evaluating(work), ("inspect", work / "c"), resuming(work)):
+        says_one_line(*line)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda x: x.__name__)
