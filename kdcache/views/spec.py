@@ -52,6 +52,9 @@ class ViewSpec:
 
     def __post_init__(self) -> None:
         crops = get_args(Crop)
+        # Of a file's JSON these may be anything, and True is an int in Python.
+        for name, value in (("size", self.size_px), ("view-seed", self.seed)):
+            require(isinstance(value, int) and value is not True, name, "a whole number", value)
         require(1 <= self.size_px <= 4096, "size", "a side of 1 to 4096 px", self.size_px)
         require(self.crop in crops, "crop", f"one of {', '.join(crops)}", self.crop)
         require(0 < self.min_scale <= 1, "min-scale", "in (0, 1]", self.min_scale)
