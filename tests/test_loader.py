@@ -448,14 +448,20 @@ def test_the_last_word_of_a_thread_is_not_lost(
     digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The wait may run out just before the thread speaks for the last time and ends."""
-    get = queue.Queue.get
+    get, run = queue.Queue.get, passes.Pass.run
     waited: list[bool] = []
+    waits = threading.Event()
+
+    def run_while_it_waits(self: passes.Pass) -> None:
+        waits.wait(60)
+        run(self)
 
     def times_out_just_too_early(
         self: Any, block: bool = True, timeout: float | None = None
     ) -> Any:
         if block and not waited and threading.current_thread() is threading.main_thread():
             waited.append(True)
+            waits.set()
             for thread in threading.enumerate():
                 if isinstance(thread, EpochIterator):
                     thread.join()
@@ -463,6 +469,7 @@ def test_the_last_word_of_a_thread_is_not_lost(
         return get(self, block, timeout)
 
     with Loader(digits, PLAIN, 1500) as loader:
+        monkeypatch.setattr(passes.Pass, "run", run_while_it_waits)
         monkeypatch.setattr(queue.Queue, "get", times_out_just_too_early)
         assert sum(len(b) for b in loader.batches(0)) == 1500
 
