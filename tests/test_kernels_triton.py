@@ -124,6 +124,7 @@ def test_one_class_and_two(tail: str) -> None:
 
 
 @kernel
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 def test_many_named_classes_and_classes_beyond_15_bits() -> None:
     check(problem(1, 1500, 1024, tail="bucket"))
@@ -297,7 +298,8 @@ def test_what_is_no_number_comes_out_as_none(
 
 
 @kernel
-@pytest.mark.parametrize("tiles", [False, True])
+# In tiles it takes the interpreter five seconds a tail.
+@pytest.mark.parametrize("tiles", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tail", [*TAILS, None])
 def test_a_teacher_that_is_no_number_makes_its_row_nan(
     tail: str | None, tiles: bool, request: pytest.FixtureRequest
